@@ -1,0 +1,156 @@
+"""Score checkpoints with the real vLLM on the CPU: does it load them, and how well do they predict a text?
+
+Runs inside the environment that vllm_env.sh makes:
+
+    DIR/bin/python tests/engines/vllm_score.py CHECKPOINT... --tokens fixtures/text/heldout.txt --json
+
+prints one line per checkpoint: {"path", "perplexity", "nll", "tokens", "seconds"} or {"path", "error"}. Exit
+status 1 if any checkpoint was refused. Each is served by a process of its own, so that one that is refused,
+or that kills its engine, leaves the others their score. Checkpoints are only read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+CHUNK = 250  # tokens scored at a time; fixtures/make_tiny_qwen3_5_moe.py cuts the same chunks
+ENGINE_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # an error reaches us with its own traceback
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+
+
+def read_sequences(tokens: Path, checkpoint: Path, chunks: int) -> list[list[int]]:
+    """Token ids to score: a JSON list of lists as it is; any other text cut into `chunks` of CHUNK tokens."""
+    if tokens.suffix == ".json":
+        sequences: list[list[int]] = json.loads(tokens.read_text())
+        return sequences
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(checkpoint)(tokens.read_text())["input_ids"]
+    count = min(chunks, len(ids) // CHUNK)
+    return [ids[start : start + CHUNK] for start in range(0, count * CHUNK, CHUNK)]
+
+
+def score(checkpoint: Path, tokens: Path, chunks: int) -> dict[str, Any]:
+    """Perplexity of a checkpoint as vLLM serves it; each sequence stands alone, its first token unscored."""
+    began = time.monotonic()
+    sequences = read_sequences(tokens, checkpoint, chunks)
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    config = json.loads((checkpoint / "config.json").read_text())
+    images = {"limit_mm_per_prompt": {"image": 0, "video": 0}} if "vision_config" in config else {}
+    engine = LLM(
+        str(checkpoint),
+        max_model_len=max(256, max(map(len, sequences)) + 1),
+        enforce_eager=True,
+        dtype="bfloat16",
+        max_num_seqs=2,
+        skip_tokenizer_init=not any((checkpoint / name).exists() for name in TOKENIZER_FILES),
+        enable_prefix_caching=False,  # a cached prefix has no log-probabilities
+        **images,
+    )
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
+    outputs = engine.generate([TokensPrompt(prompt_token_ids=s) for s in sequences], sampling, use_tqdm=False)
+    nll, scored = 0.0, 0
+    for sequence, output in zip(sequences, outputs, strict=True):
+        for token, candidates in zip(sequence[1:], output.prompt_logprobs[1:], strict=True):
+            nll -= candidates[token].logprob
+            scored += 1
+    return {
+        "path": str(checkpoint),
+        "perplexity": math.exp(nll / scored),
+        "nll": nll / scored,
+        "tokens": scored,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def last_error(log: str) -> str:
+    """The message that ended a process: its last exception line, or its last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    raised = [line for line in lines if re.match(r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b", line)]
+    return (raised or lines or ["the process left no message"])[-1]
+
+
+def score_apart(checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """`score` in a process of its own; an error becomes {"path", "error"}."""
+    if not (checkpoint / "config.json").is_file():
+        return {"path": str(checkpoint), "error": "no config.json in this folder"}
+    with tempfile.TemporaryDirectory() as folder:
+        result, log = Path(folder, "result.json"), Path(folder, "log")
+        command = [sys.executable, __file__, str(checkpoint), "--tokens", str(args.tokens)]
+        command += ["--chunks", str(args.chunks), "--child", str(result)]
+        with log.open("w") as stream:
+            try:
+                run = subprocess.run(
+                    command,
+                    check=False,
+                    stdout=stream,
+                    stderr=stream,
+                    timeout=args.timeout,
+                    env=os.environ | ENGINE_ENVIRONMENT,
+                )
+            except subprocess.TimeoutExpired:
+                return {"path": str(checkpoint), "error": f"no result after {args.timeout:.0f} s"}
+        if args.log:
+            args.log.mkdir(parents=True, exist_ok=True)
+            (args.log / f"{checkpoint.resolve().name}.log").write_text(log.read_text())
+        if run.returncode == 0 and result.exists():
+            row: dict[str, Any] = json.loads(result.read_text())
+            return row
+        return {
+            "path": str(checkpoint),
+            "error": f"{last_error(log.read_text())} (exit status {run.returncode})",
+        }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Score checkpoints with vLLM on the CPU.")
+    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument(
+        "--tokens", type=Path, required=True, help=".json: token ids, [[...], ...]; else a text"
+    )
+    parser.add_argument(
+        "--chunks", type=int, default=24, help=f"of a text, how many chunks of {CHUNK} tokens"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for each checkpoint")
+    parser.add_argument("--log", type=Path, help="keep each engine's log in this folder")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        args.child.write_text(json.dumps(score(args.checkpoints[0], args.tokens, args.chunks)))
+        return 0
+    if not args.tokens.is_file():
+        parser.error(f"--tokens {args.tokens}: no such file")
+    refused = 0
+    for checkpoint in args.checkpoints:
+        row = score_apart(checkpoint, args)
+        refused += "error" in row
+        if args.json:
+            print(json.dumps(row), flush=True)
+        elif "error" in row:
+            print(f"{row['path']}: refused: {row['error']}", flush=True)
+        else:
+            measured = f"perplexity {row['perplexity']:.4f} on {row['tokens']} tokens, {row['seconds']} s"
+            print(f"{row['path']}: {measured}", flush=True)
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
