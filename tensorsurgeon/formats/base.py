@@ -1,0 +1,106 @@
+"""What every on-disk format supplies, and what it is told.
+
+A format turns codes and scales into named tensors and back, and writes the ``quantization_config`` that makes an
+engine read them. It works with local names (``weight_scale``); the module's path is put in front by the caller.
+
+To write a weight: ``check`` it, ``resolve_scheme`` for its dtype (what the scales will be stored as decides which
+codes are chosen), ask for ``tensors``, quantize under the resolved scheme, ``pack``. To read one: ``read_config``
+gives its scheme, ``weight_shape`` its size from the headers alone, ``unpack`` its codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from tensorsurgeon.dtypes import DType
+from tensorsurgeon.quant.grid import Quantized, Scheme
+from tensorsurgeon.spec import SpecMap, TensorSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedModel:
+    """What a plan knows of the written checkpoint when its config is made.
+
+    ``modules``: every quantized module (``model.layers.0.mlp.up_proj``) and its scheme, in file order.
+    ``unquantized``: every module left with a float weight that an engine could take for a linear (2-D, no
+    embedding, no norm), in file order.
+    ``specs``: all written tensors; ``specs.config`` is the model's config.
+    ``options``: what the transform says about the config and nothing in the tensors can tell (activations, say).
+    """
+
+    modules: Mapping[str, Scheme]
+    unquantized: Sequence[str]
+    specs: SpecMap
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFiles:
+    """``quantization_config`` for config.json, and whole files that some readers want beside it (name -> content)."""
+
+    quantization_config: dict[str, Any]
+    extra_files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Format(Protocol):
+    """One on-disk layout of quantized linears."""
+
+    name: ClassVar[str]
+    quant_method: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ()
+    """Keys that ``QuantizedModel.options`` may have."""
+
+    def default_scheme(self) -> Scheme:
+        """What ``quantize`` uses where the transform says nothing."""
+        ...
+
+    def resolve_scheme(self, scheme: Scheme, weight_dtype: DType) -> Scheme:
+        """``scheme`` with ``scale_dtype`` filled in; the same object where it is filled in already.
+
+        Call it once per scheme and weight dtype and share the result: schemes are told apart by identity first.
+        """
+        ...
+
+    def check(self, weight: TensorSpec, scheme: Scheme) -> None:
+        """Raise SpecError if this layout cannot hold this weight under this scheme, saying what would fit."""
+        ...
+
+    def tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
+        """Local specs (``weight``, ``weight_scale``) written for a weight [N, K]."""
+        ...
+
+    def can_chunk_rows(self, scheme: Scheme) -> bool:
+        """Whether rows of the weight are rows of every tensor written, so that a large weight can go piece by piece."""
+        ...
+
+    def pack(self, quantized: Quantized, scheme: Scheme) -> tuple[np.ndarray, ...]:
+        """Arrays in the order and with the dtypes of ``tensors``, for a resolved scheme.
+
+        Raises NumericError for a scale that the stored dtype cannot hold. Arrays may share memory with
+        ``quantized``.
+        """
+        ...
+
+    def weight_shape(self, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
+        """[N, K] of the weight whose tensors these are (by local name), from headers alone."""
+        ...
+
+    def unpack(self, arrays: Mapping[str, np.ndarray], scheme: Scheme) -> Quantized:
+        """The inverse of ``pack``; ``arrays`` by local name."""
+        ...
+
+    def config_files(self, model: QuantizedModel) -> ConfigFiles:
+        """The config dialect of this format, from what was written."""
+        ...
+
+    def read_config(self, config: Mapping[str, Any], specs: SpecMap) -> dict[str, Scheme]:
+        """Which modules a checkpoint's ``quantization_config`` says are quantized, and how; in file order.
+
+        ConfigError where the config has a key or value this layout cannot mean, and where it and the tensors of
+        ``specs`` disagree about a module.
+        """
+        ...

@@ -1,0 +1,166 @@
+"""Which modules a written checkpoint quantizes and which not, in the few names that a config needs.
+
+A mixture of experts has 30,000 modules; its config has 200 lines. Numbered experts are therefore folded into
+their layer (``x.mlp.experts``) the moment they are met, and a multi-token-prediction head that stays whole is
+kept apart, because every dialect has its own word for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from tensorsurgeon.errors import RecipeError, SpecError, did_you_mean
+from tensorsurgeon.formats.base import QuantizedModel
+from tensorsurgeon.formats.fused_modules import check_siblings, describe, experts_of
+from tensorsurgeon.quant.grid import Scheme
+from tensorsurgeon.spec import SpecMap
+
+MTP = "mtp."
+
+
+class Coverage(NamedTuple):
+    """The written modules, experts folded.
+
+    Schemes are reduced to what a file can show: how a scale was found (rule, clip search) and stored is left out.
+    ``linears``: quantized modules that are no numbered experts. ``experts``: quantized expert lists
+    (``x.mlp.experts``), and ``expert_leaves`` their linears (``gate_proj``). ``float_linears`` and
+    ``float_experts``: the same left unquantized, without the MTP head if that is wholly unquantized; then
+    ``float_mtp`` has its modules, expert lists folded. ``tied_head``: engines make an ``lm_head`` of which the
+    file has no tensor.
+    """
+
+    linears: dict[str, Scheme]
+    experts: dict[str, Scheme]
+    expert_leaves: tuple[str, ...]
+    float_linears: tuple[str, ...]
+    float_experts: tuple[str, ...]
+    float_mtp: tuple[str, ...]
+    tied_head: bool
+
+    def schemes(self) -> dict[Scheme, list[str]]:
+        """Linears and expert lists under each scheme."""
+        groups: dict[Scheme, list[str]] = {}
+        for part in (self.linears, self.experts):
+            for module, scheme in part.items():
+                groups.setdefault(scheme, []).append(module)
+        return groups
+
+    def only_scheme(self, format_name: str) -> Scheme:
+        """The one scheme of the checkpoint; SpecError if there are several, for dialects that can name one only."""
+        groups = self.schemes()
+        if len(groups) != 1:
+            examples = "; ".join(f"{modules[0]}: {describe(s)}" for s, modules in groups.items())
+            raise SpecError(f"{format_name} can describe one scheme for all modules, found {len(groups)} ({examples})")
+        return next(iter(groups))
+
+    def quantized_names(self) -> list[str]:
+        """Every quantized linear, and for each expert list the linears of expert 0."""
+        experts = [f"{prefix}.0.{leaf}" for prefix in self.experts for leaf in self.expert_leaves]
+        return [*self.linears, *experts]
+
+    def left_out(self) -> list[str]:
+        """Unquantized linears by name, then unquantized expert lists, then the tied head; MTP apart."""
+        return [*self.float_linears, *self.float_experts, *(["lm_head"] if self.tied_head else [])]
+
+
+def cover(model: QuantizedModel, known_options: tuple[str, ...] = ()) -> Coverage:
+    """Fold a written checkpoint; SpecError if engines would find parts of one kernel treated differently."""
+    for key in model.options:
+        if key not in known_options:
+            raise RecipeError(f"this format has no option {key!r}{did_you_mean(key, known_options)}")
+    if not model.modules:
+        raise SpecError("no module is quantized, so there is nothing a quantization_config could say")
+    linears, experts, leaves = _fold_quantized(model)
+    float_linears, float_experts = _fold_unquantized(model, experts)
+    check_siblings(linears, float_linears)
+    mtp_quantized = any(name.startswith(MTP) for part in (linears, experts) for name in part)
+    float_mtp: list[str] = []
+    if not mtp_quantized:
+        float_mtp = [name for name in (*float_linears, *float_experts) if name.startswith(MTP)]
+        float_linears = [name for name in float_linears if not name.startswith(MTP)]
+        float_experts = [name for name in float_experts if not name.startswith(MTP)]
+    return Coverage(
+        linears, experts, tuple(leaves), tuple(float_linears), tuple(float_experts), tuple(float_mtp),
+        "lm_head.weight" not in model.specs and "lm_head" not in linears,
+    )  # fmt: skip
+
+
+def layout_of(scheme: Scheme) -> Scheme:
+    """The scheme without what no file shows: whose rule found the scales, with what search, stored as what."""
+    return replace(scheme, rule="compressed-tensors", clip_search=False, scale_dtype=None)
+
+
+def _fold_quantized(model: QuantizedModel) -> tuple[dict[str, Scheme], dict[str, Scheme], dict[str, None]]:
+    linears: dict[str, Scheme] = {}
+    experts: dict[str, Scheme] = {}
+    leaves: dict[str, None] = {}
+    # By identity, because hashing 30,000 dataclasses costs more than everything else here.
+    layouts: dict[int, Scheme] = {}
+    for module, given in model.modules.items():
+        scheme = layouts.get(id(given))
+        if scheme is None:
+            scheme = layouts[id(given)] = layout_of(given)
+        prefix = experts_of(module)
+        if prefix is None:
+            linears[module] = scheme
+            continue
+        known = experts.get(prefix)
+        if known is None:
+            experts[prefix] = scheme
+        elif known is not scheme and known != scheme:
+            raise SpecError(
+                f"{module}: {describe(scheme)}, but other experts of {prefix} have {describe(known)}; engines run the "
+                "experts of a layer in one kernel: give them all one scheme"
+            )
+        leaves[module[module.index(".", len(prefix) + 1) + 1 :]] = None
+    return linears, experts, leaves
+
+
+def _fold_unquantized(model: QuantizedModel, experts: dict[str, Scheme]) -> tuple[list[str], list[str]]:
+    linears: list[str] = []
+    lists: dict[str, str] = {}
+    for module in model.unquantized:
+        prefix = experts_of(module)
+        if prefix is None:
+            linears.append(module)
+        else:
+            lists.setdefault(prefix, module)
+    for spec in model.specs.values():
+        # Fused experts are parameters, not modules, so nobody lists them; engines ask for their layer all the same.
+        if len(spec.shape) == 3 and (prefix := fused_experts(spec.name)) is not None:
+            lists.setdefault(prefix, spec.name)
+    for prefix, name in lists.items():
+        if prefix in experts:
+            raise SpecError(
+                f"{name} is not quantized, but other experts of {prefix} are; engines run the experts of a layer in "
+                "one kernel: quantize all of them or none"
+            )
+    return linears, list(lists)
+
+
+def fused_experts(name: str) -> str | None:
+    """``x.mlp.experts`` for the 3-D tensor ``x.mlp.experts.gate_up_proj``; None for other names."""
+    parent = name.removesuffix(".weight").rpartition(".")[0]
+    return parent if parent.endswith(".experts") else None
+
+
+def float_matrices(specs: SpecMap) -> list[str]:
+    """Modules with an unquantized 2-D weight that an engine may take for a quantized linear.
+
+    Not among them: embeddings, norms, routers and shared-expert gates, which no engine hands its quantization
+    config to (formats.md section 7), and the output head, which "all linears" means to some readers only.
+    """
+    names = []
+    for name, spec in specs.items():
+        if len(spec.shape) != 2 or not spec.dtype.is_float or spec.dtype.bits < 16 or not name.endswith(".weight"):
+            continue
+        module = name[: -len(".weight")]
+        leaf = module[module.rfind(".") + 1 :]
+        if "embed" in leaf or "norm" in leaf or leaf in _NEVER_QUANTIZED:
+            continue
+        names.append(module)
+    return names
+
+
+_NEVER_QUANTIZED = frozenset({"gate", "router", "shared_expert_gate", "lm_head", "wte", "wpe"})

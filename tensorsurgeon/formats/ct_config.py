@@ -1,0 +1,147 @@
+"""The ``quantization_config`` of compressed-tensors, for all of its layouts.
+
+``QuantizationArgs`` and ``QuantizationScheme`` refuse keys they do not know, so only keys of the oldest version that
+vLLM and SGLang still pin are written, with every null: old readers want them and new ones accept them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+from tensorsurgeon.errors import ConfigError
+from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.config_reading import TOP, only_keys, schemes_of, section, strings
+from tensorsurgeon.formats.coverage import cover
+from tensorsurgeon.formats.ct_targets import Matcher, ignore_list, target_lists
+from tensorsurgeon.quant.grid import Scheme
+from tensorsurgeon.spec import SpecMap
+
+DIALECT: Final = "0.15.0"
+"""The compressed-tensors version whose keys are written: vLLM 0.21 pins 0.15, later readers accept it."""
+
+_ARGS_KEYS: Final = (
+    "num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder", "observer",
+    "observer_kwargs", "scale_dtype", "zp_dtype",
+)  # fmt: skip
+_GROUP_KEYS: Final = ("targets", "weights", "input_activations", "output_activations", "format")
+
+
+class WeightArgs(NamedTuple):
+    """One group's ``weights`` as read, with the path to name in messages."""
+
+    args: Mapping[str, Any]
+    inputs: Mapping[str, Any] | None
+    path: str
+
+
+def args(num_bits: int, type: str, strategy: str, **changed: Any) -> dict[str, Any]:
+    """``QuantizationArgs`` with every key that compressed-tensors 0.15 knows."""
+    written: dict[str, Any] = {
+        "num_bits": num_bits,
+        "type": type,
+        "symmetric": True,
+        "strategy": strategy,
+        "group_size": None,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    return {**written, **changed}
+
+
+def dynamic_args(num_bits: int, type: str, strategy: str = "token", **changed: Any) -> dict[str, Any]:
+    """``QuantizationArgs`` of activations that are quantized while running, which nothing observes."""
+    return args(num_bits, type, strategy, dynamic=True, observer=None, **changed)
+
+
+def write_config(
+    model: QuantizedModel,
+    known_options: tuple[str, ...],
+    layout: str,
+    weights: Callable[[Scheme], dict[str, Any]],
+    inputs: Callable[[Scheme], dict[str, Any] | None],
+) -> ConfigFiles:
+    """The config of a checkpoint in one ``layout`` (``pack-quantized``): one group for each scheme."""
+    coverage = cover(model, known_options)
+    groups = {
+        f"group_{number}": {
+            "targets": targets,
+            "weights": weights(scheme),
+            "input_activations": inputs(scheme),
+            "output_activations": None,
+            "format": layout,
+        }
+        for number, (scheme, targets) in enumerate(target_lists(coverage).items())
+    }
+    return ConfigFiles(
+        {
+            "quant_method": "compressed-tensors",
+            "version": DIALECT,
+            "format": layout,
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": ignore_list(coverage),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+            "sparsity_config": {},
+            "transform_config": {},
+        }
+    )
+
+
+def read_config(
+    config: Mapping[str, Any],
+    specs: SpecMap,
+    layout: str,
+    stored: list[str],
+    scheme_of: Callable[[WeightArgs], Scheme],
+) -> dict[str, Scheme]:
+    """Module -> scheme; ``stored`` are the modules that own this layout's tensors."""
+    for key in ("sparsity_config", "transform_config"):
+        value = config.get(key)
+        if value and not (key == "sparsity_config" and value.get("format") == "dense"):
+            raise ConfigError(f"{TOP}.{key}: sparse or transformed weights cannot be read, found {value!r}")
+    groups = read_groups(config, layout, scheme_of)
+    ignore = Matcher(strings(config, "ignore"))
+
+    def scheme_for(module: str) -> Scheme | None:
+        if ignore.matches(module):
+            return None
+        by_name = [scheme for targets, scheme in groups if targets.matches(module)]
+        if by_name:
+            return by_name[0]
+        return next((scheme for targets, scheme in groups if targets.takes_all_linears), None)
+
+    return schemes_of(stored, specs, scheme_for, scale_name="weight_scale", unquantized_key="ignore or config_groups")
+
+
+def read_groups(
+    config: Mapping[str, Any], layout: str, scheme_of: Callable[[WeightArgs], Scheme]
+) -> list[tuple[Matcher, Scheme]]:
+    """Targets and scheme of each group; ConfigError naming the key for what cannot be read."""
+    found = []
+    general = config.get("format")
+    for name, group in section(config, "config_groups").items():
+        path = f"{TOP}.config_groups.{name}"
+        if not isinstance(group, Mapping):
+            raise ConfigError(f"{path}: expected a mapping, found {group!r}")
+        only_keys(group, _GROUP_KEYS, path)
+        if (group.get("format") or general) != layout:
+            where = f"{path}.format" if group.get("format") else f"{TOP}.format"
+            raise ConfigError(f"{where}: found {group.get('format') or general!r}, expected {layout!r}")
+        weights = section(group, "weights", path)
+        only_keys(weights, _ARGS_KEYS, f"{path}.weights")
+        if weights.get("dynamic"):
+            raise ConfigError(f"{path}.weights.dynamic: weights quantized while running are not in the file")
+        # "group" and "dynamic" once reordered columns behind a weight_g_idx; no current reader takes it.
+        if weights.get("actorder") in ("group", "dynamic", True):
+            raise ConfigError(f"{path}.weights.actorder: found {weights['actorder']!r}, can read 'weight' or 'static'")
+        inputs = group.get("input_activations")
+        targets = strings(group, "targets", path)
+        found.append((Matcher(targets), scheme_of(WeightArgs(weights, inputs, f"{path}.weights"))))
+    if not found:
+        raise ConfigError(f"{TOP}.config_groups: has no group")
+    return found

@@ -1,0 +1,85 @@
+"""compressed-tensors int-quantized: ``weight`` I8 [N, K], ``weight_scale`` [N, 1], activations per token at run time.
+
+vLLM takes it for linears and experts alike (channel scales and dynamic token activations only). transformers 5.23
+does not load it where experts are stored one by one (formats.md section 1.6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from tensorsurgeon.dtypes import I8, DType
+from tensorsurgeon.formats import ct_config
+from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.config_reading import modules_with, one_of
+from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
+from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_scheme
+from tensorsurgeon.quant.grid import Quantized, Scheme
+from tensorsurgeon.spec import SpecMap, TensorSpec
+
+LAYOUT = "int-quantized"
+
+
+@dataclass(frozen=True, slots=True)
+class CtInt:
+    """W8A8: one symmetric scale per output channel, activations quantized per token while running."""
+
+    name: ClassVar[str] = "ct_int"
+    quant_method: ClassVar[str] = "compressed-tensors"
+    options: ClassVar[tuple[str, ...]] = ()
+
+    def default_scheme(self) -> Scheme:
+        return Scheme(num_bits=8, rule="compressed-tensors")
+
+    def resolve_scheme(self, scheme: Scheme, weight_dtype: DType) -> Scheme:
+        return with_scale_dtype(scheme, weight_dtype)
+
+    def check(self, weight: TensorSpec, scheme: Scheme) -> None:
+        check_matrix(weight, self.name)
+        check_scheme(weight, scheme, self.name)
+        check_group_size(weight, scheme, self.name, allowed=(-1,))
+
+    def tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
+        rows, columns = weight.shape
+        return (
+            TensorSpec("weight", I8, (rows, columns)),
+            TensorSpec("weight_scale", scheme.scale_dtype or weight.dtype, (rows, 1)),
+        )
+
+    def can_chunk_rows(self, scheme: Scheme) -> bool:
+        return True
+
+    def pack(self, quantized: Quantized, scheme: Scheme) -> tuple[np.ndarray, ...]:
+        return quantized.codes, stored_scale(quantized.scale, scale_dtype_of(scheme))
+
+    def weight_shape(self, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
+        rows, columns = tensors["weight"].shape
+        return rows, columns
+
+    def unpack(self, arrays: Mapping[str, np.ndarray], scheme: Scheme) -> Quantized:
+        return Quantized(arrays["weight"], loaded_scale(arrays["weight_scale"]))
+
+    def config_files(self, model: QuantizedModel) -> ConfigFiles:
+        return ct_config.write_config(
+            model,
+            self.options,
+            LAYOUT,
+            weights=lambda scheme: ct_config.args(8, "int", "channel"),
+            inputs=lambda scheme: ct_config.dynamic_args(8, "int"),
+        )
+
+    def read_config(self, config: Mapping[str, Any], specs: SpecMap) -> dict[str, Scheme]:
+        stored = modules_with(specs, "weight", (I8,))
+
+        def scheme_of(weights: ct_config.WeightArgs) -> Scheme:
+            one_of(weights.args, "num_bits", (8,), weights.path)
+            one_of(weights.args, "type", ("int",), weights.path)
+            one_of(weights.args, "strategy", ("channel",), weights.path, default="channel")
+            one_of(weights.args, "symmetric", (True,), weights.path, default=True)
+            return Scheme(num_bits=8, rule="compressed-tensors")
+
+        return ct_config.read_config(config, specs, LAYOUT, stored, scheme_of)

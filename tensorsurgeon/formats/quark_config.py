@@ -1,0 +1,160 @@
+"""AMD Quark's ``quantization_config``: written so that vLLM reads it, read from any Quark version's dialect.
+
+vLLM needs ``export`` (with ``kv_cache_group`` and ``pack_method``), ``layer_type_quant_config`` and
+``global_quant_config``, and takes ``exclude`` as exact names or ``re:`` expressions; the globs that Quark's own API
+takes (``*visual*``) match nothing there. So the exclusions are spelled out.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from tensorsurgeon.errors import ConfigError
+from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.config_reading import TOP, schemes_of, section, strings
+from tensorsurgeon.formats.coverage import Coverage, cover
+from tensorsurgeon.quant.grid import Scheme
+from tensorsurgeon.spec import SpecMap
+
+DIALECT: Final = "0.13"
+"""The Quark version whose config is written; its readers look at the keys, not at the number."""
+
+MTP_EXCLUDED: Final = "re:^mtp.*"
+
+
+def tensor_config(dtype: str, qscheme: str, **changed: Any) -> dict[str, Any]:
+    """One ``QTensorConfig`` as Quark 0.13 writes it, nulls included, with ``changed`` in place of the defaults."""
+    config: dict[str, Any] = {
+        "dtype": dtype,
+        "is_dynamic": False,
+        "qscheme": qscheme,
+        "ch_axis": None,
+        "group_size": None,
+        "block_size": None,
+        "symmetric": True,
+        "round_method": "half_even",
+        "scale_type": "float",
+        "scale_format": None,
+        "scale_calculation_mode": None,
+        "mx_element_dtype": None,
+        "observer_cls": "PerChannelMinMaxObserver",
+        "is_scale_quant": False,
+        "zero_point_type": "int32",
+    }
+    return {**config, **changed}
+
+
+def write_config(
+    model: QuantizedModel,
+    known_options: tuple[str, ...],
+    weight_config: Callable[[Scheme], dict[str, Any]],
+    input_config: dict[str, Any] | None,
+    format_name: str,
+    pack_method: str = "order",
+) -> ConfigFiles:
+    """The config of a checkpoint whose modules all have one scheme; SpecError if they have several."""
+    coverage = cover(model, known_options)
+    scheme = coverage.only_scheme(format_name)
+    return ConfigFiles(
+        {
+            "quant_method": "quark",
+            "version": DIALECT,
+            "quant_mode": "eager_mode",
+            "algo_config": None,
+            "softmax_quant_spec": None,
+            "layer_type_quant_config": {},
+            "layer_quant_config": {},
+            "kv_cache_quant_config": {},
+            "kv_cache_post_rope": False,
+            "global_quant_config": {
+                "bias": None,
+                "input_tensors": input_config,
+                "output_tensors": None,
+                "target_device": None,
+                "weight": weight_config(scheme),
+            },
+            "exclude": exclude(coverage),
+            "export": {
+                "kv_cache_group": [],
+                "min_kv_scale": 0.0,
+                "pack_method": pack_method,
+                "weight_format": "real_quantized",
+                "weight_merge_groups": None,
+            },
+        }
+    )
+
+
+def exclude(coverage: Coverage) -> list[str]:
+    """Every unquantized module by name; expert lists by the layer's name, an unquantized MTP head by one expression.
+
+    vLLM drops plain names under ``mtp.`` when it maps the main model's names, so only an expression reaches the MTP
+    model; and it leaves a layer's experts alone if an entry equals or lies under ``<layer>.mlp.experts``.
+    """
+    return [*coverage.left_out(), *([MTP_EXCLUDED] if coverage.float_mtp else [])]
+
+
+def read_config(
+    config: Mapping[str, Any],
+    specs: SpecMap,
+    stored: list[str],
+    scheme_of: Callable[[Mapping[str, Any], str], Scheme],
+) -> dict[str, Scheme]:
+    """Module -> scheme; ``scheme_of`` reads one weight entry and is told its path for messages."""
+    whole = section(config, "global_quant_config")
+    general = _weight_scheme(whole, f"{TOP}.global_quant_config", scheme_of)
+    if config.get("layer_type_quant_config"):
+        raise ConfigError(f"{TOP}.layer_type_quant_config: schemes by layer type cannot be read from tensors alone")
+    special = {
+        pattern: _weight_scheme(entry, f"{TOP}.layer_quant_config.{pattern}", scheme_of)
+        for pattern, entry in (config.get("layer_quant_config") or {}).items()
+    }
+    excluded = Excluded(strings(config, "exclude"))
+
+    def scheme_for(module: str) -> Scheme | None:
+        if module in excluded:
+            return None
+        for pattern, scheme in special.items():
+            if fnmatch.fnmatchcase(module, pattern):
+                return scheme
+        return general
+
+    return schemes_of(stored, specs, scheme_for, scale_name="weight_scale", unquantized_key="exclude")
+
+
+def _weight_scheme(
+    entry: Mapping[str, Any], path: str, scheme_of: Callable[[Mapping[str, Any], str], Scheme]
+) -> Scheme:
+    weight = entry.get("weight")
+    if isinstance(weight, list):
+        if len(weight) != 1:
+            raise ConfigError(f"{path}.weight: weights quantized in {len(weight)} stages cannot be read")
+        weight = weight[0]
+    if not isinstance(weight, Mapping):
+        raise ConfigError(f"{path}.weight: expected a mapping, found {weight!r}")
+    if weight.get("is_dynamic"):
+        raise ConfigError(f"{path}.weight.is_dynamic: weights quantized while running are not in the file")
+    return scheme_of(weight, f"{path}.weight")
+
+
+class Excluded:
+    """Quark's exclusion list: exact names, ``re:`` expressions, globs, and expert lists by their layer."""
+
+    def __init__(self, entries: tuple[str, ...]) -> None:
+        self.exact = frozenset(entries)
+        expressions = [e.removeprefix("re:") for e in entries if e.startswith("re:")]
+        expressions += [fnmatch.translate(e) for e in entries if "*" in e and not e.startswith("re:")]
+        self.expressions = [re.compile(e) for e in expressions]
+
+    def __contains__(self, module: str) -> bool:
+        at = module.find(".experts.")
+        return (
+            module in self.exact
+            or (at >= 0 and module[: at + len(".experts")] in self.exact)
+            or any(e.match(module) for e in self.expressions)
+        )
+
+

@@ -1,0 +1,85 @@
+"""AMD Quark INT8: ``weight`` I8 [N, K] and ``weight_scale`` F32 [N], activations per token at run time.
+
+The scale is a vector. Quark 0.11 and 0.13 write it so, and vLLM's experts take nothing else: an [N, 1] scale
+cannot be copied into their parameters (formats.md section 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from tensorsurgeon.dtypes import BF16, F32, I8, DType
+from tensorsurgeon.formats import quark_config
+from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.config_reading import modules_with, one_of
+from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
+from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_scheme
+from tensorsurgeon.quant.grid import Quantized, Scheme
+from tensorsurgeon.spec import SpecMap, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class QuarkInt8:
+    """W8A8: one symmetric scale per output channel, activations quantized per token while running."""
+
+    name: ClassVar[str] = "quark_int8"
+    quant_method: ClassVar[str] = "quark"
+    options: ClassVar[tuple[str, ...]] = ()
+
+    def default_scheme(self) -> Scheme:
+        return Scheme(num_bits=8, rule="quark")
+
+    def resolve_scheme(self, scheme: Scheme, weight_dtype: DType) -> Scheme:
+        return with_scale_dtype(scheme, F32)
+
+    def check(self, weight: TensorSpec, scheme: Scheme) -> None:
+        check_matrix(weight, self.name)
+        check_scheme(weight, scheme, self.name, scale_dtypes=(F32, BF16))
+        check_group_size(weight, scheme, self.name, allowed=(-1,))
+
+    def tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
+        rows, columns = weight.shape
+        return (
+            TensorSpec("weight", I8, (rows, columns)),
+            TensorSpec("weight_scale", scheme.scale_dtype or F32, (rows,)),
+        )
+
+    def can_chunk_rows(self, scheme: Scheme) -> bool:
+        return True
+
+    def pack(self, quantized: Quantized, scheme: Scheme) -> tuple[np.ndarray, ...]:
+        scale = stored_scale(quantized.scale, scale_dtype_of(scheme), (len(quantized.codes),))
+        return quantized.codes, scale
+
+    def weight_shape(self, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
+        rows, columns = tensors["weight"].shape
+        return rows, columns
+
+    def unpack(self, arrays: Mapping[str, np.ndarray], scheme: Scheme) -> Quantized:
+        """Also from [N, 1] scales, and with the zero points of 0 that Quark's in-memory exporter adds."""
+        codes = arrays["weight"]
+        return Quantized(codes, loaded_scale(arrays["weight_scale"], (len(codes), 1)))
+
+    def config_files(self, model: QuantizedModel) -> ConfigFiles:
+        inputs = quark_config.tensor_config("int8", "per_channel", ch_axis=1, is_dynamic=True)
+        return quark_config.write_config(model, self.options, _weight_config, inputs, self.name)
+
+    def read_config(self, config: Mapping[str, Any], specs: SpecMap) -> dict[str, Scheme]:
+        stored = modules_with(specs, "weight", (I8,))
+
+        def scheme_of(weight: Mapping[str, Any], path: str) -> Scheme:
+            one_of(weight, "dtype", ("int8",), path)
+            one_of(weight, "qscheme", ("per_channel",), path)
+            one_of(weight, "symmetric", (True,), path)
+            one_of(weight, "ch_axis", (0,), path, default=0)
+            return Scheme(num_bits=8, rule="quark")
+
+        return quark_config.read_config(config, specs, stored, scheme_of)
+
+
+def _weight_config(scheme: Scheme) -> dict[str, Any]:
+    return quark_config.tensor_config("int8", "per_channel", ch_axis=0)
