@@ -1,0 +1,1 @@
+"""tensorsurgeon: checkpoint surgery, streamed from shard to shard."""

@@ -1,0 +1,135 @@
+"""The small files of the output: config.json and its kin, derived from the tensors that are written.
+
+The model's config is edited, never rewritten: unknown keys stay, in their order.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from tensorsurgeon.checkpoint import Checkpoint
+from tensorsurgeon.dtypes import WEIGHT_DTYPES
+from tensorsurgeon.errors import PlanError
+from tensorsurgeon.formats.base import Format, QuantizedModel
+from tensorsurgeon.quant.grid import Scheme
+from tensorsurgeon.spec import SpecMap
+from tensorsurgeon.transform import Transform
+from tensorsurgeon.units import Resolved
+
+CONFIG_NAME = "config.json"
+# Written by some tools beside config.json, with the same content; stale as soon as config.json changes.
+QUANTIZATION_FILES = ("quantize_config.json", "quantization_config.json", "quant_config.json", "hf_quant_config.json")
+
+
+class OutputFiles(NamedTuple):
+    """``contents``: files made by the plan; ``copied``: side files of the source that travel along unchanged."""
+
+    contents: dict[str, bytes]
+    copied: tuple[str, ...]
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """A step that writes quantized modules."""
+
+    @property
+    def layout(self) -> Format: ...
+
+    @property
+    def scheme(self) -> Scheme: ...
+
+    @property
+    def activations(self) -> str | None: ...
+
+
+@runtime_checkable
+class ConfigEditor(Protocol):
+    """A step that changes config.json (dequantizing removes the quantization)."""
+
+    def edit_config(self, config: dict[str, Any]) -> dict[str, Any]: ...
+
+
+def quantized_modules(steps: Sequence[Transform], resolved: Resolved) -> dict[str, tuple[Quantizer, Scheme]]:
+    """Modules whose written tensors a quantizing step made, by their final names, in file order."""
+    makers = [step if isinstance(step, Quantizer) else None for step in steps]
+    if not any(makers):
+        return {}
+    modules: dict[str, tuple[Quantizer, Scheme]] = {}
+    for name, pieces in resolved.contents.items():
+        if not pieces or pieces[0].origin >= 0:
+            continue
+        maker = makers[resolved.tasks[resolved.made[-1 - pieces[0].origin][0]].step]
+        if maker is not None:
+            modules.setdefault(name.rpartition(".")[0], (maker, maker.scheme))
+    return modules
+
+
+def unquantized_linears(specs: SpecMap, quantized: Mapping[str, Any]) -> list[str]:
+    """Modules with a float weight that an engine could take for a linear, and stacked experts, in file order."""
+    found: dict[str, None] = {}
+    for name, spec in specs.items():
+        if spec.dtype not in WEIGHT_DTYPES:
+            continue
+        module, _, last = name.rpartition(".")
+        if len(spec.shape) == 2 and last == "weight":
+            part = module.rpartition(".")[2]
+            if module not in quantized and "embed" not in part and "norm" not in part:
+                found[module] = None
+        elif len(spec.shape) == 3 and module.endswith(".experts"):
+            found[module] = None
+    return list(found)
+
+
+def output_files(
+    steps: Sequence[Transform], source: Checkpoint, specs: SpecMap, quantized: Mapping[str, tuple[Quantizer, Scheme]]
+) -> OutputFiles:
+    """config.json as the written tensors demand it, extra files of the format, and the side files that stay."""
+    contents: dict[str, bytes] = {}
+    config: dict[str, Any] = copy.deepcopy(dict(source.config))
+    for step in steps:
+        if isinstance(step, ConfigEditor):
+            config = step.edit_config(config)
+    if quantized:
+        if config.get("quantization_config"):
+            method = config["quantization_config"].get("quant_method", "an unknown method")
+            raise PlanError(
+                f"config.json says that the source is already quantized ({method}); quantize the original instead, "
+                "or dequantize this one first"
+            )
+        files = _quantization_files(specs, quantized)
+        config["quantization_config"] = files.quantization_config
+        contents.update({name: _as_json(content) for name, content in files.extra_files.items()})
+    if source.config_text is not None or quantized:
+        unchanged = source.config_text is not None and config == source.config
+        contents[CONFIG_NAME] = source.config_text if unchanged and source.config_text else _as_json(config)
+    stale = set(QUANTIZATION_FILES) if config != source.config else set()
+    copied = tuple(name for name in source.side_files if name not in contents and name not in stale)
+    return OutputFiles(contents, copied)
+
+
+def _quantization_files(specs: SpecMap, quantized: Mapping[str, tuple[Quantizer, Scheme]]) -> Any:
+    makers = {id(maker): maker for maker, _ in quantized.values()}
+    layouts = {maker.layout.name: maker.layout for maker in makers.values()}
+    methods = {layout.quant_method for layout in layouts.values()}
+    if len(methods) > 1:
+        raise PlanError(
+            f"steps write {' and '.join(sorted(layouts))}, but a checkpoint has one quantization_config and no engine "
+            "reads two methods from it; use one format family"
+        )
+    activations = {maker.activations for maker in makers.values()}
+    model = QuantizedModel(
+        modules={module: scheme for module, (_, scheme) in quantized.items()},
+        unquantized=unquantized_linears(specs, quantized),
+        specs=specs,
+        options={} if activations == {None} else {"activations": sorted(map(str, activations))},
+    )
+    if len(layouts) > 1:
+        raise PlanError(f"steps write {' and '.join(sorted(layouts))}; one format per checkpoint is supported")
+    return next(iter(layouts.values())).config_files(model)
+
+
+def _as_json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,137 @@
+"""Every error the package raises on purpose, in one tree.
+
+SurgeonError
+├─ RecipeError        the transform or its parameters are wrong; nothing was read
+├─ CheckpointError    the source is wrong; nothing was written
+│  ├─ HeaderError, IndexMismatchError, MissingTensorError, ConfigError
+├─ PlanError          the two do not fit; nothing was written
+│  ├─ NoMatchError, NameCollisionError, SpecError, BudgetError, TargetError, NotReversibleError, EngineError
+├─ ExecutionError     the run stopped; what is on disk can be resumed
+│  ├─ PlanViolationError, NumericError, SinkError, SourceError, Interrupted
+├─ JournalError       the journal of a stopped run cannot be continued
+└─ VerifyError        a finished checkpoint is not what it says it is
+
+``exit_code`` is what the command line returns; each class has its own, so that scripts can tell them apart.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class SurgeonError(Exception):
+    """Base of all deliberate errors: a message for a stranger, and where it happened."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, where: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" if self.where else self.message
+
+
+class RecipeError(SurgeonError):
+    exit_code = 10
+
+
+class CheckpointError(SurgeonError):
+    exit_code = 20
+
+
+class HeaderError(CheckpointError):
+    exit_code = 21
+
+
+class IndexMismatchError(CheckpointError):
+    exit_code = 22
+
+
+class MissingTensorError(CheckpointError):
+    exit_code = 23
+
+
+class ConfigError(CheckpointError):
+    exit_code = 24
+
+
+class PlanError(SurgeonError):
+    exit_code = 30
+
+
+class NoMatchError(PlanError):
+    exit_code = 31
+
+
+class NameCollisionError(PlanError):
+    exit_code = 32
+
+
+class SpecError(PlanError):
+    exit_code = 33
+
+
+class BudgetError(PlanError):
+    exit_code = 34
+
+
+class TargetError(PlanError):
+    exit_code = 35
+
+
+class NotReversibleError(PlanError):
+    exit_code = 36
+
+
+class EngineError(PlanError):
+    exit_code = 37
+
+
+class ExecutionError(SurgeonError):
+    exit_code = 40
+
+
+class PlanViolationError(ExecutionError):
+    exit_code = 41
+
+
+class NumericError(ExecutionError):
+    exit_code = 42
+
+
+class SinkError(ExecutionError):
+    exit_code = 43
+
+
+class SourceError(ExecutionError):
+    exit_code = 44
+
+
+class Interrupted(ExecutionError):
+    exit_code = 130
+
+
+class JournalError(SurgeonError):
+    exit_code = 50
+
+
+class VerifyError(SurgeonError):
+    exit_code = 60
+
+
+def near_matches(word: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The known words closest to a misspelt one, best first; empty if none is close."""
+    return difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """A clause for the end of a message: the near matches, or all choices where they are few."""
+    near = near_matches(word, known)
+    if near:
+        return f"; did you mean {' or '.join(repr(n) for n in near)}?"
+    if len(known) <= 40:
+        return f"; known: {', '.join(sorted(known))}"
+    return ""

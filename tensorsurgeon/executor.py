@@ -1,0 +1,237 @@
+"""Run a plan: units on threads within a memory budget, digests, and a journal written behind durable data.
+
+Threads serve, for reading, writing, copying and the compiled kernels all let go of the interpreter. Nothing here
+decides what is written: workers, memory cap and order change no byte.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from tensorsurgeon.arrays import Workspace, empty, workspace_of_thread
+from tensorsurgeon.checks import check_produced
+from tensorsurgeon.errors import Interrupted
+from tensorsurgeon.journal import Journal
+from tensorsurgeon.plan import Plan, Unit
+from tensorsurgeon.sink import Sink
+from tensorsurgeon.source import Source
+from tensorsurgeon.spec import Region
+from tensorsurgeon.transform import Array, Transform
+from tensorsurgeon.units import Pieces, Task
+
+# Data is made durable and journalled in batches: a sync per unit would cost more than the unit.
+COMMIT_BYTES = 256 << 20
+_DIGEST_BUFFER = 1 << 20
+
+
+class UnitResult(NamedTuple):
+    unit: int
+    digests: list[str]
+    nbytes: int
+
+
+class Progress(NamedTuple):
+    """Told after each unit; ``nbytes`` are the bytes it wrote."""
+
+    nbytes: int
+
+
+def run_units(
+    plan: Plan,
+    source: Source,
+    sink: Sink,
+    journal: Journal,
+    *,
+    done: dict[int, list[str]],
+    workers: int,
+    max_ram_bytes: int,
+    stop: threading.Event,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> dict[int, list[str]]:
+    """Run every unit that is not done; returns the digests of all units.
+
+    The first error stops the others in order, after what is finished was journalled. ``stop`` does the same from
+    outside and ends in Interrupted.
+    """
+    run = _Run(plan, source, sink, journal, max_ram_bytes, stop, progress)
+    todo = [number for number in range(len(plan.units)) if number not in done]
+    run.go(todo, workers)
+    return {**done, **run.digests}
+
+
+class _Run:
+    def __init__(
+        self,
+        plan: Plan,
+        source: Source,
+        sink: Sink,
+        journal: Journal,
+        max_ram_bytes: int,
+        stop: threading.Event,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self.plan = plan
+        self.source = source
+        self.sink = sink
+        self.journal = journal
+        self.budget = max_ram_bytes
+        self.stop = stop
+        self.progress = progress
+        self.digests: dict[int, list[str]] = {}
+        self._queue: list[int] = []
+        self._next = 0
+        self._in_flight = 0
+        self._admission = threading.Condition()
+        self._finished: list[UnitResult] = []
+        self._uncommitted = 0
+        self._commit_lock = threading.Lock()
+        self._failed = threading.Event()
+
+    def go(self, todo: Sequence[int], workers: int) -> None:
+        self._queue = list(todo)
+        with ThreadPoolExecutor(workers, thread_name_prefix="surgeon") as pool:
+            futures = [pool.submit(self._work) for _ in range(workers)]
+            try:
+                wait(futures)
+            except BaseException:
+                # A second Ctrl-C while waiting: let the workers end their unit all the same.
+                self.stop.set()
+                wait(futures)
+                raise
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        self._commit()
+        if errors:
+            raise errors[0]
+        if self.stop.is_set() and len(self.digests) < len(todo):
+            raise Interrupted(f"stopped after {len(self.digests)} of {len(todo)} units; what is done is kept")
+
+    def _work(self) -> None:
+        with workspace_of_thread() as workspace:
+            while (number := self._admit()) is not None:
+                unit = self.plan.units[number]
+                try:
+                    digests = run_unit(unit, self.plan, self.source, self.sink, workspace)
+                except BaseException:
+                    self._failed.set()
+                    raise
+                finally:
+                    with self._admission:
+                        self._in_flight -= unit.peak_bytes
+                        self._admission.notify_all()
+                self._finish(UnitResult(number, digests, unit.written_bytes))
+
+    def _admit(self) -> int | None:
+        """The next unit, as soon as it fits the budget beside those under way; None when there is no more to do."""
+        with self._admission:
+            while not (self._failed.is_set() or self.stop.is_set() or self._next == len(self._queue)):
+                number = self._queue[self._next]
+                peak = self.plan.units[number].peak_bytes
+                if not self._in_flight or self._in_flight + peak <= self.budget:
+                    self._next += 1
+                    self._in_flight += peak
+                    return number
+                self._admission.wait()
+            self._admission.notify_all()
+            return None
+
+    def _finish(self, result: UnitResult) -> None:
+        with self._admission:
+            self._finished.append(result)
+            self.digests[result.unit] = result.digests
+            self._uncommitted += result.nbytes
+            due = self._uncommitted >= COMMIT_BYTES
+        self.progress(Progress(result.nbytes))
+        # One worker syncs while the others go on; if one already does, the next batch is simply larger.
+        if due and self._commit_lock.acquire(blocking=False):
+            try:
+                self._commit_locked()
+            finally:
+                self._commit_lock.release()
+
+    def _commit(self) -> None:
+        with self._commit_lock:
+            self._commit_locked()
+
+    def _commit_locked(self) -> None:
+        with self._admission:
+            batch, self._finished = self._finished, []
+            self._uncommitted = 0
+        if batch:
+            self.sink.sync()
+            self.journal.append((result.unit, result.digests) for result in batch)
+
+
+def run_unit(unit: Unit, plan: Plan, source: Source, sink: Sink, workspace: Workspace) -> list[str]:
+    """Read, apply, compare, write at the offset; the digest of each range written, in the unit's order."""
+    workspace.reset()
+    made: dict[int, Array] = {}
+    for task in unit.tasks:
+        arrays = _apply(task, plan.steps, source, plan, made)
+        for origin, array in zip(task.outputs, arrays, strict=True):
+            made[origin] = array
+    digests = []
+    for write in unit.writes:
+        data = _bytes_of(made[write.origin])[write.start : write.start + write.nbytes]
+        sink.write(write.shard, write.offset, data)
+        digests.append(xxhash.xxh3_64_hexdigest(data))
+    for copy in unit.copies:
+        sink.copy(source, *copy)
+        digests.append(_digest_of_source(source, copy.source_shard, copy.source_offset, copy.nbytes))
+    return digests
+
+
+def _bytes_of(array: Array) -> memoryview:
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
+
+
+def _apply(task: Task, steps: Sequence[Transform], source: Source, plan: Plan, made: dict[int, Array]) -> Sequence[Array]:
+    inputs = [
+        _gather(region, pieces, source, plan, made) for region, pieces in zip(task.rewrite.inputs, task.inputs, strict=True)
+    ]
+    arrays = steps[task.step].apply(task.rewrite, inputs)
+    check_produced(task.rewrite, arrays)
+    return arrays
+
+
+def _gather(region: Region, pieces: Pieces, source: Source, plan: Plan, made: dict[int, Array]) -> Array:
+    """The array of an input region: read from the source, taken from an earlier task, or put together from both."""
+    dtype = region.spec.dtype.numpy
+    assert dtype is not None  # ops refuse elements narrower than a byte when they plan
+    shape = region.shape
+    if len(pieces) == 1 and pieces[0].origin < 0:
+        _, start, nbytes = pieces[0]
+        flat = made[pieces[0].origin].reshape(-1).view(np.uint8)[start : start + nbytes]
+        return flat.view(dtype).reshape(shape)
+    array = empty(shape, dtype)
+    if array.size:
+        view = memoryview(array.reshape(-1).view(np.uint8))
+        position = 0
+        for origin, start, nbytes in pieces:
+            part = view[position : position + nbytes]
+            if origin < 0:
+                part[:] = _bytes_of(made[origin])[start : start + nbytes]
+            else:
+                where = plan.source.locations[origin]
+                source.read_into(where.shard, where.offset + start, part)
+            position += nbytes
+    # An op that wrote into its input would change what the next task reads.
+    array.flags.writeable = False
+    return array
+
+
+def _digest_of_source(source: Source, shard: int, offset: int, nbytes: int) -> str:
+    """The digest of bytes that were copied inside the kernel, from the source, whose pages are warm by now."""
+    digest = xxhash.xxh3_64()
+    buffer = empty((min(_DIGEST_BUFFER, nbytes),), np.uint8)
+    view = memoryview(buffer)
+    for start in range(0, nbytes, _DIGEST_BUFFER):
+        part = view[: min(_DIGEST_BUFFER, nbytes - start)]
+        source.read_into(shard, offset + start, part)
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,140 @@
+"""What a run has finished, so that a killed one continues.
+
+``TARGET/.surgeon/run.json`` names the run; ``journal.jsonl`` gets one line per finished unit, appended only after the
+unit's bytes are durable, with a digest for each range of bytes that the unit wrote. On resume a unit counts as done
+only if the bytes on disk still have those digests.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tensorsurgeon.checkpoint import STATE_FOLDER
+from tensorsurgeon.errors import JournalError, TargetError
+
+_RUN = "run.json"
+_LINES = "journal.jsonl"
+_LOCK = "lock"
+
+
+def state_folder(target: Path) -> Path:
+    return target / STATE_FOLDER
+
+
+class Journal:
+    """The open journal of one run; holds the lock that keeps a second run out of the target."""
+
+    def __init__(self, target: Path, lock_fd: int) -> None:
+        self.folder = state_folder(target)
+        self._lock_fd = lock_fd
+        self._fd = os.open(self.folder / _LINES, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    @classmethod
+    def start(cls, target: Path, identity: dict[str, Any]) -> Journal:
+        """Begin a new run in ``target``, which is empty or does not exist."""
+        folder = state_folder(target)
+        folder.mkdir(parents=True)
+        lock = _lock(folder)
+        partial = folder / (_RUN + ".partial")
+        with open(partial, "w") as file:
+            json.dump(identity, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, folder / _RUN)
+        return cls(target, lock)
+
+    @classmethod
+    def resume(cls, target: Path, fingerprint: str) -> tuple[Journal, dict[int, list[str]]]:
+        """Continue the run in ``target``: the journal and the digests of each unit it says is done.
+
+        Raises JournalError if the run was another one: its source, recipe, package version or shard size differ.
+        """
+        folder = state_folder(target)
+        lock = _lock(folder)
+        try:
+            identity = _read_identity(folder)
+            if identity.get("fingerprint") != fingerprint:
+                raise JournalError(
+                    "the run that was stopped here had another source, recipe, package version or shard size; "
+                    "run exactly the command that was stopped, or start over with --overwrite",
+                    where=str(target),
+                )
+            done = _read_lines(folder / _LINES)
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(target, lock), done
+
+    def append(self, units: Iterable[tuple[int, list[str]]]) -> None:
+        """Record units whose bytes are durable; durable itself when this returns."""
+        text = "".join(json.dumps({"unit": unit, "digests": digests}) + "\n" for unit, digests in units)
+        os.write(self._fd, text.encode())
+        os.fsync(self._fd)
+
+    def remove(self) -> None:
+        """The run is finished and its record written: leave nothing behind."""
+        self.close()
+        shutil.rmtree(self.folder)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            os.close(self._lock_fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def has_unfinished_run(target: Path) -> bool:
+    return (state_folder(target) / _RUN).exists()
+
+
+def _lock(folder: Path) -> int:
+    fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise TargetError("another surgeon is writing here; wait for it or stop it", where=str(folder.parent)) from error
+    return fd
+
+
+def _read_identity(folder: Path) -> dict[str, Any]:
+    try:
+        identity = json.loads((folder / _RUN).read_text())
+    except (OSError, ValueError) as error:
+        raise JournalError(f"{_RUN} cannot be read ({error}); start over with --overwrite", where=str(folder)) from error
+    if not isinstance(identity, dict):
+        raise JournalError(f"{_RUN} is damaged; start over with --overwrite", where=str(folder))
+    return identity
+
+
+def _read_lines(path: Path) -> dict[int, list[str]]:
+    done: dict[int, list[str]] = {}
+    if not path.exists():
+        return done
+    lines = path.read_bytes().split(b"\n")
+    # The last line has no newline after it if the machine died while it was written: it does not count.
+    whole = lines[:-1]
+    for line in whole:
+        try:
+            entry = json.loads(line)
+            done[int(entry["unit"])] = [str(d) for d in entry["digests"]]
+        except (ValueError, KeyError, TypeError):
+            # Appends are whole or torn, so that damage elsewhere means that this unit is simply done again.
+            continue
+    if lines[-1]:
+        with open(path, "r+b") as file:
+            file.truncate(sum(len(line) + 1 for line in whole))
+    return done

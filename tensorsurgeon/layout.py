@@ -1,0 +1,73 @@
+"""Where each output tensor lies: shards, headers, offsets and the index, before anything is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from tensorsurgeon.header import alignment_rank, build_header
+from tensorsurgeon.spec import TensorSpec
+
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+INDEX_NAME = "model.safetensors.index.json"
+
+
+class Placement(NamedTuple):
+    """The place of one tensor: which shard, and its first byte in that file."""
+
+    shard: int
+    offset: int
+
+
+class OutputShard(NamedTuple):
+    """One file to be written: its final name, its first bytes, its size and its tensors in file order."""
+
+    name: str
+    header: bytes
+    file_bytes: int
+    specs: tuple[TensorSpec, ...]
+
+
+class Layout(NamedTuple):
+    shards: tuple[OutputShard, ...]
+    placements: dict[str, Placement]
+    # None when there is a single shard, which needs no index.
+    index: bytes | None
+    total_bytes: int
+
+
+def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str], max_shard_bytes: int) -> Layout:
+    """Cut tensors into shards of at most ``max_shard_bytes`` of data, in order, with the Hub's file names.
+
+    A tensor larger than the limit gets a shard of its own. Within a shard wide elements come first (see
+    ``alignment_rank``), otherwise the order is kept.
+    """
+    groups: list[list[TensorSpec]] = [[]]
+    filled = total = 0
+    for spec in specs:
+        nbytes = spec.nbytes
+        if groups[-1] and filled + nbytes > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(spec)
+        filled += nbytes
+        total += nbytes
+    shards = []
+    placements: dict[str, Placement] = {}
+    for number, group in enumerate(groups):
+        group.sort(key=lambda spec: alignment_rank(spec.dtype))
+        header, offsets = build_header(group, metadata)
+        for spec, offset in zip(group, offsets, strict=True):
+            placements[spec.name] = Placement(number, offset)
+        file_bytes = len(header) + sum(spec.nbytes for spec in group)
+        shards.append(OutputShard(_shard_name(number, len(groups)), header, file_bytes, tuple(group)))
+    index = None
+    if len(shards) > 1:
+        weight_map = {spec.name: shards[placements[spec.name].shard].name for spec in specs}
+        index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode() + b"\n"
+    return Layout(tuple(shards), placements, index, total)
+
+
+def _shard_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"

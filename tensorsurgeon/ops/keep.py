@@ -1,0 +1,25 @@
+"""Keep some tensors and leave out all others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tensorsurgeon.names import Selector
+from tensorsurgeon.spec import Region, SpecMap
+from tensorsurgeon.transform import Array, Rewrite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """Keep the tensors that ``where`` selects and drop every other one."""
+
+    where: tuple[str, ...]
+    exclude: tuple[str, ...] = ()
+
+    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
+        kept = Selector(self.where, self.exclude).select(specs)
+        return tuple(Rewrite((Region(spec),), (), True) for name, spec in specs.items() if name not in kept)
+
+    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
+        return ()

@@ -1,0 +1,135 @@
+"""Quantize linears: numbers by a backend, names and packing by a format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from tensorsurgeon.dtypes import WEIGHT_DTYPES, dtype_named
+from tensorsurgeon.errors import NumericError, RecipeError, SpecError
+from tensorsurgeon.formats.base import Format
+from tensorsurgeon.formats.registry import format_class
+from tensorsurgeon.names import Selector
+from tensorsurgeon.quant.backend import choose_backend
+from tensorsurgeon.quant.grid import RULES, Rule, Scheme
+from tensorsurgeon.spec import Region, SpecMap, TensorSpec
+from tensorsurgeon.transform import Array, Rewrite
+
+# A large weight goes piece by piece where the format allows it; fixed, so that no machine changes a unit.
+_CHUNK_BYTES = 16 << 20
+_CHUNK_ROWS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Quantize every weight that ``where`` selects and ``exclude`` does not, and write it in ``format``.
+
+    Whatever is not given (``num_bits``, ``group_size``, ``symmetric``, ``rule``) is the format's default. ``rule``
+    names the tool whose scales and rounding are matched to the bit. ``min_features``: weights with fewer outputs or
+    inputs than this stay as they are. ``activations`` is what the config tells the engine to do with inputs.
+    """
+
+    where: tuple[str, ...]
+    format: str
+    exclude: tuple[str, ...] = ()
+    method: Literal["rtn"] = "rtn"
+    num_bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    rule: Rule | None = None
+    scale_dtype: str | None = None
+    clip_search: bool = False
+    activations: str | None = None
+    # Which backend makes the numbers changes no bit of them, so it is no part of the recipe's identity.
+    backend: str = field(default="auto", repr=False)
+
+    def __post_init__(self) -> None:
+        if self.num_bits is not None and not 2 <= self.num_bits <= 8:
+            raise RecipeError(f"quantize: num_bits must be 2 to 8, found {self.num_bits}")
+        if self.group_size is not None and self.group_size != -1 and self.group_size < 1:
+            raise RecipeError(f"quantize: group_size must be positive, or -1 for one group per row, found {self.group_size}")
+        if self.rule is not None and self.rule not in RULES:
+            raise RecipeError(f"quantize: unknown rule {self.rule!r}; known: {', '.join(RULES)}")
+
+    @cached_property
+    def layout(self) -> Format:
+        return format_class(self.format.replace("-", "_"))()
+
+    @cached_property
+    def scheme(self) -> Scheme:
+        """The format's default scheme with what this step says on top."""
+        default = self.layout.default_scheme()
+        given: dict[str, Any] = {
+            "num_bits": self.num_bits,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "rule": self.rule,
+            "scale_dtype": None if self.scale_dtype is None else dtype_named(self.scale_dtype),
+            "clip_search": self.clip_search or None,
+        }
+        from dataclasses import replace
+
+        return replace(default, **{k: v for k, v in given.items() if v is not None})
+
+    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
+        selector = Selector(self.where, self.exclude)
+        chosen = selector.select(specs)
+        self._refuse_fused_experts(specs)
+        rewrites: list[Rewrite] = []
+        for name in chosen:
+            weight = specs[name]
+            self._check(weight)
+            rewrites.extend(self._rewrites(weight))
+        return tuple(rewrites)
+
+    def _check(self, weight: TensorSpec) -> None:
+        if weight.dtype not in WEIGHT_DTYPES:
+            hint = "; dequantize it first" if not weight.dtype.is_float or weight.dtype.bits < 16 else ""
+            raise SpecError(f"{weight.name}: cannot quantize {weight.dtype.name}; BF16, F16 or F32 is needed{hint}")
+        if len(weight.shape) != 2:
+            raise SpecError(
+                f"{weight.name}: cannot quantize a tensor of shape {list(weight.shape)}; a linear weight [out, in] is "
+                "needed. Exclude it, or split stacked experts first"
+            )
+        self.layout.check(weight, self.scheme)
+
+    def _refuse_fused_experts(self, specs: SpecMap) -> None:
+        """Stacked experts have no ``.weight`` that a pattern would match, and would silently stay unquantized."""
+        fused = [name for name, spec in specs.items() if len(spec.shape) == 3 and ".experts." in name]
+        if not fused:
+            return
+        allowed = Selector(tuple(f"maybe:{p.removeprefix('maybe:')}" for p in self.exclude)).select(fused) if self.exclude else {}
+        for name in fused:
+            if name not in allowed:
+                raise SpecError(
+                    f"{name}: {list(specs[name].shape)} are stacked experts, which no engine reads quantized; put "
+                    "split-experts before quantize, or exclude this tensor to leave it as it is"
+                )
+
+    def _rewrites(self, weight: TensorSpec) -> list[Rewrite]:
+        stem = weight.module
+        outputs = [
+            spec._replace(name=f"{stem}.{spec.name}" if stem else spec.name)
+            for spec in self.layout.tensors(weight, self.scheme)
+        ]
+        if weight.nbytes <= _CHUNK_BYTES or not self.layout.can_chunk_rows(self.scheme):
+            return [Rewrite((Region(weight),), tuple(map(Region, outputs)))]
+        rows = weight.shape[0]
+        step = max(_CHUNK_ROWS, _CHUNK_BYTES // weight.row_bytes // _CHUNK_ROWS * _CHUNK_ROWS)
+        rewrites = []
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            parts = tuple(Region(o, start * o.rows // rows, stop * o.rows // rows) for o in outputs)
+            rewrites.append(Rewrite((Region(weight, start, stop),), parts))
+        return rewrites
+
+    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
+        region = rewrite.inputs[0]
+        backend = choose_backend(self.backend, self.scheme, region.spec.dtype)
+        try:
+            quantized = backend.quantize(inputs[0], self.scheme)
+            return self.layout.pack(quantized, self.scheme)
+        except NumericError as error:
+            raise NumericError(f"{region}: {error.message}") from error

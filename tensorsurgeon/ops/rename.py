@@ -1,0 +1,34 @@
+"""Give tensors other names; their bytes stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tensorsurgeon.names import Selector, fill
+from tensorsurgeon.spec import Region, SpecMap
+from tensorsurgeon.transform import Array, Moves, Rewrite, move_arrays, turned_around
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rename:
+    """Rename every tensor that ``where`` selects to ``to``, a template over the fields of the pattern."""
+
+    where: tuple[str, ...]
+    to: str
+    exclude: tuple[str, ...] = ()
+
+    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
+        rewrites = []
+        for name, fields in Selector(self.where, self.exclude).select(specs).items():
+            spec = specs[name]
+            target = spec._replace(name=fill(self.to, fields))
+            if target.name != name:
+                rewrites.append(Rewrite((Region(spec),), (Region(target),), True))
+        return tuple(rewrites)
+
+    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
+        return move_arrays(rewrite, inputs)
+
+    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
+        return turned_around(rewrites)

@@ -1,0 +1,44 @@
+"""Change the shape of tensors; their bytes stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from tensorsurgeon.errors import SpecError
+from tensorsurgeon.names import Selector
+from tensorsurgeon.spec import Region, SpecMap
+from tensorsurgeon.transform import Array, Moves, Rewrite, move_arrays, turned_around
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reshape:
+    """Give the tensors that ``where`` selects another ``shape``; one size may be -1."""
+
+    where: tuple[str, ...]
+    shape: tuple[int, ...]
+    exclude: tuple[str, ...] = ()
+
+    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
+        rewrites = []
+        for name in Selector(self.where, self.exclude).select(specs):
+            spec = specs[name]
+            target = spec._replace(shape=_resolved(name, spec.shape, self.shape))
+            rewrites.append(Rewrite((Region(spec),), (Region(target),), True))
+        return tuple(rewrites)
+
+    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
+        return move_arrays(rewrite, inputs)
+
+    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
+        return turned_around(rewrites)
+
+
+def _resolved(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...]:
+    numel = prod(old)
+    known = prod(n for n in new if n != -1)
+    free = new.count(-1)
+    if free > 1 or any(n < -1 for n in new) or (free and (known == 0 or numel % known)) or (not free and known != numel):
+        raise SpecError(f"{name}: shape {list(old)} has {numel} elements and cannot become {list(new)}")
+    return tuple(numel // known if n == -1 else n for n in new)

@@ -1,0 +1,105 @@
+"""Cut tensors into named parts along an axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from tensorsurgeon.errors import RecipeError, SpecError
+from tensorsurgeon.names import Selector, fill
+from tensorsurgeon.ops.columns import join_columns, split_columns
+from tensorsurgeon.spec import Region, SpecMap, TensorSpec
+from tensorsurgeon.transform import Array, Moves, Rewrite, turned_around
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Cut each tensor that ``where`` selects into the parts named by ``into``, along ``axis``.
+
+    ``sizes`` gives the size of each part along the axis; without it the parts are equal. ``experts.gate_up_proj``
+    [E, 2I, H] into gate and up is a split along axis 1. Along every axis but the last this moves bytes only.
+    """
+
+    where: tuple[str, ...]
+    into: tuple[str, ...]
+    axis: int = 0
+    sizes: tuple[int, ...] | None = None
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.into) < 2:
+            raise RecipeError("split: into needs at least two names")
+        if self.sizes is not None and len(self.sizes) != len(self.into):
+            raise RecipeError(f"split: {len(self.sizes)} sizes for {len(self.into)} names")
+
+    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
+        rewrites: list[Rewrite] = []
+        for name, fields in Selector(self.where, self.exclude).select(specs).items():
+            spec = specs[name]
+            rank = len(spec.shape)
+            axis = self.axis + rank if self.axis < 0 else self.axis
+            if not 0 <= axis < rank:
+                raise SpecError(f"{name}: shape {list(spec.shape)} has no axis {self.axis}")
+            sizes = part_sizes(spec, axis, len(self.into), self.sizes)
+            parts = [
+                TensorSpec(fill(to, fields), spec.dtype, (*spec.shape[:axis], size, *spec.shape[axis + 1 :]))
+                for to, size in zip(self.into, sizes, strict=True)
+            ]
+            if axis == rank - 1 and rank > 1:
+                rewrites.append(Rewrite((Region(spec),), tuple(map(Region, parts))))
+            else:
+                rewrites.extend(_row_moves(spec, parts, axis))
+        return tuple(rewrites)
+
+    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
+        return split_columns(rewrite, inputs)
+
+    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves | _JoinColumns:
+        if all(r.moves_bytes for r in rewrites):
+            return turned_around(rewrites)
+        return _JoinColumns(rewrites, self)
+
+
+@dataclass(frozen=True, slots=True)
+class _JoinColumns:
+    """Undo a split along the last axis."""
+
+    done: tuple[Rewrite, ...]
+    op: Split
+
+    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
+        return tuple(Rewrite(r.outputs, r.inputs, r.moves_bytes) for r in self.done)
+
+    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
+        return join_columns(rewrite, inputs)
+
+    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Split:
+        return self.op
+
+
+def part_sizes(spec: TensorSpec, axis: int, count: int, sizes: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Sizes of the parts along an axis; SpecError if they do not add up."""
+    size = spec.shape[axis]
+    if sizes is None:
+        if size % count:
+            raise SpecError(f"{spec.name}: axis {axis} of {list(spec.shape)} does not divide into {count} equal parts; give sizes")
+        return (size // count,) * count
+    if sum(sizes) != size:
+        raise SpecError(f"{spec.name}: sizes {list(sizes)} add up to {sum(sizes)}, but axis {axis} of {list(spec.shape)} has {size}")
+    return sizes
+
+
+def _row_moves(spec: TensorSpec, parts: Sequence[TensorSpec], axis: int) -> Iterator[Rewrite]:
+    """One byte move per outer index and part: rows of the whole become rows of the part."""
+    inner = prod(spec.shape[axis + 1 : -1]) if axis < len(spec.shape) - 1 else 1
+    outer = prod(spec.shape[:axis])
+    rows = spec.shape[axis] * inner
+    start = 0
+    for part in parts:
+        size = part.shape[axis] * inner
+        for index in range(outer):
+            source = Region(spec, index * rows + start, index * rows + start + size)
+            target = Region(part) if outer == 1 else Region(part, index * size, (index + 1) * size)
+            yield Rewrite((source,), (target,), True)
+        start += size

@@ -1,0 +1,44 @@
+"""Remove axes of size one; the bytes stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tensorsurgeon.errors import SpecError
+from tensorsurgeon.names import Selector
+from tensorsurgeon.spec import Region, SpecMap
+from tensorsurgeon.transform import Array, Moves, Rewrite, move_arrays, turned_around
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Squeeze:
+    """Remove axis ``axis`` of size one from the tensors that ``where`` selects (scales [N, 1] become [N]).
+
+    ``if_unit`` leaves tensors alone that do not have such an axis, instead of refusing them.
+    """
+
+    where: tuple[str, ...]
+    axis: int = -1
+    exclude: tuple[str, ...] = ()
+    if_unit: bool = False
+
+    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
+        rewrites = []
+        for name in Selector(self.where, self.exclude).select(specs):
+            spec = specs[name]
+            rank = len(spec.shape)
+            axis = self.axis + rank if self.axis < 0 else self.axis
+            if not 0 <= axis < rank or spec.shape[axis] != 1 or (self.if_unit and rank < 2):
+                if self.if_unit:
+                    continue
+                raise SpecError(f"{name}: shape {list(spec.shape)} has no axis {self.axis} of size 1 to squeeze")
+            target = spec._replace(shape=spec.shape[:axis] + spec.shape[axis + 1 :])
+            rewrites.append(Rewrite((Region(spec),), (Region(target),), True))
+        return tuple(rewrites)
+
+    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
+        return move_arrays(rewrite, inputs)
+
+    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
+        return turned_around(rewrites)

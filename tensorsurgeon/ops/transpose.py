@@ -1,0 +1,73 @@
+"""Permute the axes of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tensorsurgeon.arrays import empty
+from tensorsurgeon.errors import SpecError
+from tensorsurgeon.names import Selector
+from tensorsurgeon.spec import Region, SpecMap
+from tensorsurgeon.transform import Array, Rewrite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transpose:
+    """Permute the axes of the tensors that ``where`` selects; without ``axes`` the last two change places."""
+
+    where: tuple[str, ...]
+    axes: tuple[int, ...] | None = None
+    exclude: tuple[str, ...] = ()
+
+    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
+        rewrites = []
+        for name in Selector(self.where, self.exclude).select(specs):
+            spec = specs[name]
+            axes = self._axes(name, len(spec.shape))
+            if spec.dtype.numpy is None:
+                raise SpecError(f"{name}: {spec.dtype.name} is narrower than a byte and cannot be transposed")
+            target = spec._replace(shape=tuple(spec.shape[a] for a in axes))
+            rewrites.append(Rewrite((Region(spec),), (Region(target),)))
+        return tuple(rewrites)
+
+    def _axes(self, name: str, rank: int) -> tuple[int, ...]:
+        if self.axes is None:
+            if rank < 2:
+                raise SpecError(f"{name}: a tensor of {rank} axes cannot be transposed")
+            return (*range(rank - 2), rank - 1, rank - 2)
+        if sorted(self.axes) != list(range(rank)):
+            raise SpecError(f"{name}: axes {list(self.axes)} are no permutation of the {rank} axes")
+        return self.axes
+
+    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
+        (array,) = inputs
+        result = empty(rewrite.outputs[0].shape, array.dtype)
+        np.copyto(result, array.transpose(self._axes(rewrite.inputs[0].spec.name, array.ndim)))
+        return (result,)
+
+    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Transpose | _TransposeBack:
+        return _TransposeBack(rewrites, self)
+
+
+@dataclass(frozen=True, slots=True)
+class _TransposeBack:
+    """Undo the transposition of exactly the tensors that were transposed."""
+
+    done: tuple[Rewrite, ...]
+    op: Transpose
+
+    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
+        return tuple(Rewrite(r.outputs, r.inputs) for r in self.done)
+
+    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
+        (array,) = inputs
+        axes = self.op._axes(rewrite.inputs[0].spec.name, array.ndim)
+        result = empty(rewrite.outputs[0].shape, array.dtype)
+        np.copyto(result, array.transpose(tuple(int(a) for a in np.argsort(axes))))
+        return (result,)
+
+    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Transpose:
+        return self.op

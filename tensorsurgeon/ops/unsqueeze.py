@@ -1,0 +1,38 @@
+"""Insert axes of size one; the bytes stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tensorsurgeon.errors import SpecError
+from tensorsurgeon.names import Selector
+from tensorsurgeon.spec import Region, SpecMap
+from tensorsurgeon.transform import Array, Moves, Rewrite, move_arrays, turned_around
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unsqueeze:
+    """Insert an axis of size one at ``axis`` into the tensors that ``where`` selects (scales [N] become [N, 1])."""
+
+    where: tuple[str, ...]
+    axis: int = -1
+    exclude: tuple[str, ...] = ()
+
+    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
+        rewrites = []
+        for name in Selector(self.where, self.exclude).select(specs):
+            spec = specs[name]
+            rank = len(spec.shape)
+            axis = self.axis + rank + 1 if self.axis < 0 else self.axis
+            if not 0 <= axis <= rank:
+                raise SpecError(f"{name}: shape {list(spec.shape)} has no place {self.axis} for a new axis")
+            target = spec._replace(shape=(*spec.shape[:axis], 1, *spec.shape[axis:]))
+            rewrites.append(Rewrite((Region(spec),), (Region(target),), True))
+        return tuple(rewrites)
+
+    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
+        return move_arrays(rewrite, inputs)
+
+    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
+        return turned_around(rewrites)

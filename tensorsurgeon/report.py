@@ -1,0 +1,153 @@
+"""What plans and runs look like to a reader, as text and as plain data for ``--json``."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from tensorsurgeon.plan import Plan
+from tensorsurgeon.sizes import show_size
+from tensorsurgeon.spec import TensorSpec
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def grouped_name(name: str) -> str:
+    """A name with its numbers masked, so that a thousand experts are one line: ``layers.*.experts.*.up_proj``."""
+    return _NUMBER.sub("*", name)
+
+
+def group_specs(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
+    """Tensors that differ only in their numbers, as one entry each: pattern, count, dtype, shape, bytes."""
+    groups: dict[tuple[str, str, tuple[int, ...]], list[int]] = defaultdict(lambda: [0, 0])
+    for spec in specs:
+        entry = groups[(grouped_name(spec.name), spec.dtype.name, spec.shape)]
+        entry[0] += 1
+        entry[1] += spec.nbytes
+    return [
+        {"pattern": pattern, "count": count, "dtype": dtype, "shape": list(shape), "bytes": nbytes}
+        for (pattern, dtype, shape), (count, nbytes) in groups.items()
+    ]
+
+
+def table(rows: list[list[str]], right: set[int] = frozenset()) -> str:  # type: ignore[assignment]
+    """Rows in aligned columns; the columns numbered in ``right`` are aligned to the right."""
+    if not rows:
+        return ""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = (
+        "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def plan_as_data(plan: Plan) -> dict[str, Any]:
+    """Everything ``surgeon plan`` says, as plain data."""
+    from tensorsurgeon.configs import unquantized_linears
+
+    kept = unquantized_linears(plan.specs, plan.quantized)
+    inputs = {spec.name for spec in plan.source.specs.values()}
+    read = {r.spec.name for rewrites in plan.rewrites for rw in rewrites for r in rw.inputs}
+    return {
+        "source": {
+            "path": str(plan.source.root),
+            "tensors": len(plan.source.specs),
+            "bytes": plan.source.weight_bytes,
+            "shards": len(plan.source.shards),
+        },
+        "output": {
+            "tensors": len(plan.specs),
+            "bytes": plan.output_bytes,
+            "shards": [{"name": s.name, "bytes": s.file_bytes, "tensors": len(s.specs)} for s in plan.layout.shards],
+        },
+        "quantized_linears": len(plan.quantized),
+        "unquantized_linears": len(kept),
+        "quantized": _counted(plan.quantized),
+        "unquantized": _counted(kept),
+        "passed_through": len(inputs - read),
+        "copied_bytes": plan.copied_bytes,
+        "units": len(plan.units),
+        "peak_unit_bytes": plan.peak_unit_bytes,
+        "disk_bytes": plan.disk_bytes,
+        "steps": [
+            {"op": type(step).__name__.lower(), "read": c["read"], "made": c["made"], "recipe": repr(step)}
+            for step, c in zip(plan.steps, plan.step_counts(), strict=True)
+        ],
+        "dropped": _dropped(plan),
+        "files_written": sorted(plan.files.contents),
+        "files_copied": list(plan.files.copied),
+        "left_behind": list(plan.source.left_behind),
+        "oddities": list(plan.source.oddities),
+        "tensors": group_specs(plan.specs.values()),
+        "one_way_steps": one_way_steps(plan),
+    }
+
+
+def _counted(modules: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(map(grouped_name, modules)))
+
+
+def _dropped(plan: Plan) -> dict[str, int]:
+    names = (
+        region.spec.name
+        for rewrites in plan.rewrites
+        for rewrite in rewrites
+        if not rewrite.outputs
+        for region in rewrite.inputs
+    )
+    return _counted(names)
+
+
+def one_way_steps(plan: Plan) -> list[str]:
+    """Steps that have no inverse."""
+    from tensorsurgeon.transform import Reversible
+
+    return [type(step).__name__.lower() for step in plan.steps if not isinstance(step, Reversible)]
+
+
+def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
+    """The plan for a reader: what happens to which tensors, how large the result is, what it takes."""
+    data = plan_as_data(plan)
+    lines = [
+        f"source  {data['source']['path']}: {data['source']['tensors']} tensors, "
+        f"{show_size(data['source']['bytes'])} in {data['source']['shards']} shards",
+        "steps   " + ", ".join(f"{s['op']} {s['read']} -> {s['made']}" for s in data["steps"] if s["read"]),
+    ]
+    if plan.quantized:
+        total = data["quantized_linears"] + data["unquantized_linears"]
+        lines += ["", f"quantized: {data['quantized_linears']} of {total} linears"]
+        lines.append(table([["  " + name, f"x {count}"] for name, count in data["quantized"].items()]))
+        lines += ["not quantized:"]
+        lines.append(table([["  " + name, f"x {count}"] for name, count in data["unquantized"].items()]))
+    if data["dropped"]:
+        lines += ["", "dropped:", table([["  " + name, f"x {count}"] for name, count in data["dropped"].items()])]
+    lines += ["", "output tensors:"]
+    lines.append(
+        table(
+            [
+                ["  " + t["pattern"], f"x {t['count']}", t["dtype"], str(t["shape"]), show_size(t["bytes"])]
+                for t in data["tensors"]
+            ],
+            right={4},
+        )
+    )
+    shards = data["output"]["shards"]
+    room = "" if free_bytes is None else f" ({show_size(free_bytes)} free)"
+    lines += [
+        "",
+        f"output  {data['output']['tensors']} tensors, {show_size(data['output']['bytes'])} in {len(shards)} shards, "
+        f"{show_size(data['copied_bytes'])} of it copied unchanged ({data['passed_through']} tensors)",
+        f"disk    {show_size(data['disk_bytes'])} needed{room}",
+        f"memory  {show_size(data['peak_unit_bytes'])} for the largest of {data['units']} units, per worker",
+        f"files   written: {', '.join(data['files_written']) or 'none'}; copied: {len(data['files_copied'])}",
+    ]
+    if data["one_way_steps"]:
+        lines.append(f"one-way {', '.join(data['one_way_steps'])}: these steps cannot be undone")
+    for name in data["left_behind"]:
+        lines.append(f"note    {name} stays behind: it holds other weights than this checkpoint's")
+    for oddity in data["oddities"]:
+        lines.append(f"note    {oddity}")
+    return "\n".join(lines)

@@ -1,0 +1,177 @@
+"""From rewrites to work: which bytes are copied, which arrays are made, and what must go together.
+
+Byte moves are resolved here and vanish: every tensor is a list of pieces, each a range of bytes of an *origin*,
+which is a source tensor or an array that some task makes. Splitting a fused tensor, renaming it and stacking it
+again leaves pieces of the source, which the kernel copies; only tasks that compute something remain. Tasks that
+feed each other form a unit.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from tensorsurgeon.errors import PlanError
+from tensorsurgeon.spec import Region, SpecMap
+from tensorsurgeon.transform import Rewrite, Transform, advance
+
+
+class Piece(NamedTuple):
+    """A range of bytes of an origin: source tensor ``origin`` if it is >= 0, else array ``-1 - origin`` of a task."""
+
+    origin: int
+    start: int
+    nbytes: int
+
+
+Pieces = tuple[Piece, ...]
+
+
+class Task(NamedTuple):
+    """One rewrite that computes; ``outputs`` are the origins of its arrays, one per output region."""
+
+    step: int
+    rewrite: Rewrite
+    inputs: tuple[Pieces, ...]
+    outputs: tuple[int, ...]
+
+
+class Resolved(NamedTuple):
+    """All steps taken: the final tensors as pieces, the tasks, and the rewrites of each step."""
+
+    specs: SpecMap
+    contents: dict[str, Pieces]
+    tasks: list[Task]
+    # made[k] is the task and the output position that origin -1 - k stands for.
+    made: list[tuple[int, int]]
+    rewrites: list[tuple[Rewrite, ...]]
+
+
+def resolve(steps: Sequence[Transform], source: SpecMap) -> Resolved:
+    """Plan every step in turn and express the result in bytes of the source and arrays of tasks."""
+    specs = source
+    contents: dict[str, Pieces] = {
+        spec.name: (Piece(i, 0, spec.nbytes),) if spec.nbytes else () for i, spec in enumerate(source.values())
+    }
+    tasks: list[Task] = []
+    made: list[tuple[int, int]] = []
+    rewrites_of_steps = []
+    for number, step in enumerate(steps):
+        rewrites = step.plan(specs)
+        rewrites_of_steps.append(rewrites)
+        specs_after = advance(specs, rewrites)
+        _check_inputs(specs, rewrites)
+        whole: dict[str, Pieces] = {}
+        partial: dict[str, list[tuple[int, Pieces]]] = defaultdict(list)
+        consumed: set[str] = set()
+        for rewrite in rewrites:
+            inputs = []
+            for region in rewrite.inputs:
+                consumed.add(region.spec.name)
+                inputs.append(_cut(contents[region.spec.name], region))
+            if rewrite.moves_bytes:
+                filled = _move(rewrite, inputs)
+            else:
+                origins = tuple(range(-1 - len(made), -1 - len(made) - len(rewrite.outputs), -1))
+                made.extend((len(tasks), k) for k in range(len(origins)))
+                tasks.append(Task(number, rewrite, tuple(inputs), origins))
+                filled = [
+                    (Piece(origin, 0, nbytes),) if nbytes else ()
+                    for origin, nbytes in zip(origins, (r.byte_range[1] for r in rewrite.outputs), strict=True)
+                ]
+            for region, pieces in zip(rewrite.outputs, filled, strict=True):
+                if region.start is None:
+                    whole[region.spec.name] = pieces
+                else:
+                    partial[region.spec.name].append((region.byte_range[0], pieces))
+        for name in consumed:
+            del contents[name]
+        contents.update(whole)
+        for name, parts in partial.items():
+            parts.sort(key=lambda part: part[0])
+            contents[name] = _joined([p for _, pieces in parts for p in pieces])
+        specs = specs_after
+    return Resolved(specs, contents, tasks, made, rewrites_of_steps)
+
+
+def _check_inputs(specs: SpecMap, rewrites: Sequence[Rewrite]) -> None:
+    for rewrite in rewrites:
+        for region in rewrite.inputs:
+            if specs.get(region.spec.name) != region.spec:
+                raise PlanError(f"{region.spec}: a step plans to read this tensor, but it is {specs.get(region.spec.name)}")
+
+
+def _cut(pieces: Pieces, region: Region) -> Pieces:
+    """The pieces that hold a region of the tensor made of ``pieces``."""
+    if region.start is None:
+        return pieces
+    begin, nbytes = region.byte_range
+    return _slice(pieces, begin, nbytes)
+
+
+def _slice(pieces: Sequence[Piece], begin: int, nbytes: int) -> Pieces:
+    if len(pieces) == 1:
+        origin, start, _ = pieces[0]
+        return (Piece(origin, start + begin, nbytes),) if nbytes else ()
+    # A fused tensor that was cut once has hundreds of pieces, and is cut hundreds of times again.
+    ends = list(accumulate(p.nbytes for p in pieces))
+    result = []
+    for number in range(bisect_right(ends, begin), len(pieces)):
+        origin, start, length = pieces[number]
+        position = ends[number] - length
+        if position >= begin + nbytes:
+            break
+        low, high = max(begin, position), min(begin + nbytes, position + length)
+        result.append(Piece(origin, start + low - position, high - low))
+    return tuple(result)
+
+
+def _move(rewrite: Rewrite, inputs: Sequence[Pieces]) -> list[Pieces]:
+    if len(inputs) == 1 and len(rewrite.outputs) == 1:
+        return [inputs[0]]
+    pieces = [p for piece in inputs for p in piece]
+    result = []
+    position = 0
+    for region in rewrite.outputs:
+        nbytes = region.byte_range[1]
+        result.append(_slice(pieces, position, nbytes) if pieces else ())
+        position += nbytes
+    return result
+
+
+def _joined(pieces: Sequence[Piece]) -> Pieces:
+    """Neighbours that follow each other in one origin become one piece: splitting and fusing again is one copy."""
+    result: list[Piece] = []
+    for piece in pieces:
+        if result:
+            origin, start, nbytes = result[-1]
+            if origin == piece.origin and start + nbytes == piece.start:
+                result[-1] = Piece(origin, start, nbytes + piece.nbytes)
+                continue
+        result.append(piece)
+    return tuple(result)
+
+
+def units_of(tasks: Sequence[Task], made: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Tasks that feed each other, grouped: connected components, each in order, ordered by first task."""
+    parent = list(range(len(tasks)))
+
+    def root(task: int) -> int:
+        while parent[task] != task:
+            parent[task] = parent[parent[task]]
+            task = parent[task]
+        return task
+
+    for number, task in enumerate(tasks):
+        for pieces in task.inputs:
+            for piece in pieces:
+                if piece.origin < 0:
+                    a, b = root(made[-1 - piece.origin][0]), root(number)
+                    parent[max(a, b)] = min(a, b)
+    groups: dict[int, list[int]] = defaultdict(list)
+    for number in range(len(tasks)):
+        groups[root(number)].append(number)
+    return [groups[key] for key in sorted(groups)]
