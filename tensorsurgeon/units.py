@@ -66,12 +66,9 @@ def resolve(steps: Sequence[Transform], source: SpecMap) -> Resolved:
         _check_inputs(specs, rewrites)
         whole: dict[str, Pieces] = {}
         partial: dict[str, list[tuple[int, Pieces]]] = defaultdict(list)
-        consumed: set[str] = set()
+        ends: dict[str, list[int]] = {}
         for rewrite in rewrites:
-            inputs = []
-            for region in rewrite.inputs:
-                consumed.add(region.spec.name)
-                inputs.append(_cut(contents[region.spec.name], region))
+            inputs = [_cut(contents[region.spec.name], region, ends) for region in rewrite.inputs]
             if rewrite.moves_bytes:
                 filled = _move(rewrite, inputs)
             else:
@@ -87,7 +84,7 @@ def resolve(steps: Sequence[Transform], source: SpecMap) -> Resolved:
                     whole[region.spec.name] = pieces
                 else:
                     partial[region.spec.name].append((region.byte_range[0], pieces))
-        for name in consumed:
+        for name in {region.spec.name for rewrite in rewrites for region in rewrite.inputs}:
             del contents[name]
         contents.update(whole)
         for name, parts in partial.items():
@@ -104,20 +101,25 @@ def _check_inputs(specs: SpecMap, rewrites: Sequence[Rewrite]) -> None:
                 raise PlanError(f"{region.spec}: a step plans to read this tensor, but it is {specs.get(region.spec.name)}")
 
 
-def _cut(pieces: Pieces, region: Region) -> Pieces:
-    """The pieces that hold a region of the tensor made of ``pieces``."""
+def _cut(pieces: Pieces, region: Region, ends: dict[str, list[int]]) -> Pieces:
+    """The pieces that hold a region of the tensor made of ``pieces``.
+
+    ``ends`` keeps where the pieces of a tensor end: one that was cut into hundreds is cut hundreds of times again.
+    """
     if region.start is None:
         return pieces
     begin, nbytes = region.byte_range
-    return _slice(pieces, begin, nbytes)
-
-
-def _slice(pieces: Sequence[Piece], begin: int, nbytes: int) -> Pieces:
     if len(pieces) == 1:
         origin, start, _ = pieces[0]
         return (Piece(origin, start + begin, nbytes),) if nbytes else ()
-    # A fused tensor that was cut once has hundreds of pieces, and is cut hundreds of times again.
-    ends = list(accumulate(p.nbytes for p in pieces))
+    name = region.spec.name
+    known = ends.get(name)
+    if known is None:
+        known = ends[name] = list(accumulate(p.nbytes for p in pieces))
+    return _slice(pieces, known, begin, nbytes)
+
+
+def _slice(pieces: Sequence[Piece], ends: Sequence[int], begin: int, nbytes: int) -> Pieces:
     result = []
     for number in range(bisect_right(ends, begin), len(pieces)):
         origin, start, length = pieces[number]
@@ -133,11 +135,12 @@ def _move(rewrite: Rewrite, inputs: Sequence[Pieces]) -> list[Pieces]:
     if len(inputs) == 1 and len(rewrite.outputs) == 1:
         return [inputs[0]]
     pieces = [p for piece in inputs for p in piece]
+    ends = list(accumulate(p.nbytes for p in pieces))
     result = []
     position = 0
     for region in rewrite.outputs:
         nbytes = region.byte_range[1]
-        result.append(_slice(pieces, position, nbytes) if pieces else ())
+        result.append(_slice(pieces, ends, position, nbytes))
         position += nbytes
     return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from tensorsurgeon.dtypes import WEIGHT_DTYPES, dtype_named
 from tensorsurgeon.errors import NumericError, RecipeError, SpecError
@@ -13,9 +13,17 @@ from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.registry import format_class
 from tensorsurgeon.names import Selector
 from tensorsurgeon.quant.backend import choose_backend
-from tensorsurgeon.quant.grid import RULES, Rule, Scheme
+from tensorsurgeon.quant.grid import RULES, Quantized, Rule, Scheme
 from tensorsurgeon.spec import Region, SpecMap, TensorSpec
 from tensorsurgeon.transform import Array, Rewrite
+
+class CodesProvider(Protocol):
+    """Hands over codes that calibration chose; None for a module that is to be rounded to nearest instead."""
+
+    def quantized(self, module: str, start: int, stop: int) -> Quantized | None:
+        """The codes of rows ``start`` to ``stop`` of a module, by the name it has when it is quantized."""
+        ...
+
 
 # A large weight goes piece by piece where the format allows it; fixed, so that no machine changes a unit.
 _CHUNK_BYTES = 16 << 20
@@ -34,7 +42,7 @@ class Quantize:
     where: tuple[str, ...]
     format: str
     exclude: tuple[str, ...] = ()
-    method: Literal["rtn"] = "rtn"
+    method: Literal["rtn", "imatrix", "gptq"] = "rtn"
     num_bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
@@ -44,6 +52,7 @@ class Quantize:
     activations: str | None = None
     # Which backend makes the numbers changes no bit of them, so it is no part of the recipe's identity.
     backend: str = field(default="auto", repr=False)
+    provider: CodesProvider | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_bits is not None and not 2 <= self.num_bits <= 8:
@@ -127,9 +136,15 @@ class Quantize:
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         region = rewrite.inputs[0]
-        backend = choose_backend(self.backend, self.scheme, region.spec.dtype)
         try:
-            quantized = backend.quantize(inputs[0], self.scheme)
-            return self.layout.pack(quantized, self.scheme)
+            return self.layout.pack(self._quantized(region, inputs[0]), self.scheme)
         except NumericError as error:
             raise NumericError(f"{region}: {error.message}") from error
+
+    def _quantized(self, region: Region, weight: Array) -> Quantized:
+        if self.provider is not None:
+            start, stop = (0, region.spec.rows) if region.start is None or region.stop is None else (region.start, region.stop)
+            found = self.provider.quantized(region.spec.module, start, stop)
+            if found is not None:
+                return found
+        return choose_backend(self.backend, self.scheme, region.spec.dtype).quantize(weight, self.scheme)

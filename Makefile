@@ -1,0 +1,51 @@
+# Each target does all of its own set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+FIXTURE := fixtures/tiny-qwen3_5-moe
+# On a machine whose pip does not know a CPU build of torch:
+#   make PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" test
+PIP_FLAGS ?=
+
+.PHONY: demo test test-slow lint types wheel engines bench setup clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev,calibrate]'
+	touch $@
+
+demo: $(STAMP)
+	rm -rf .demo && mkdir .demo
+	$(BIN)/surgeon plan quark-w8a8-int8 $(FIXTURE)
+	$(BIN)/surgeon apply quark-w8a8-int8 $(FIXTURE) .demo/tiny-INT8
+	$(BIN)/surgeon verify .demo/tiny-INT8 --against $(FIXTURE)
+	-$(BIN)/surgeon diff $(FIXTURE) .demo/tiny-INT8
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "not engine and not slow and not gpu"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+engines: $(STAMP)
+	$(BIN)/python -m pytest -m engine -rs
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+wheel: $(STAMP)
+	rm -rf dist && $(BIN)/python -m build --wheel --outdir dist .
+	bash tests/wheel.sh dist/*.whl
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/bench_apply.py
+
+clean:
+	rm -rf $(VENV) .venvs .demo .bench dist

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Install the built wheel in a fresh environment and run the command from outside the checkout.
+set -euo pipefail
+wheel=$(realpath "$1")
+root=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+python3 -m venv "$work/venv"
+"$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check ${PIP_FLAGS:-} -c "$root/constraints.txt" "$wheel"
+cd "$work"
+venv/bin/surgeon --version
+venv/bin/surgeon transforms --json >transforms.json
+for file in "$root"/transforms/*.yaml; do
+    name=$(basename "$file" .yaml)
+    grep -q "\"$name\"" transforms.json || { echo "the wheel lacks the transform $name" >&2; exit 1; }
+done
+venv/bin/surgeon apply quark-w8a8-int8 "$root/fixtures/tiny-qwen3_5-moe" out
+venv/bin/surgeon verify out --against "$root/fixtures/tiny-qwen3_5-moe"
+echo "wheel ok: $(basename "$wheel")"
