@@ -1,0 +1,1 @@
+"""On-disk layouts of quantized weights: one file each, under one protocol."""

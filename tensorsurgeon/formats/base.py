@@ -29,7 +29,8 @@ class QuantizedModel:
     ``unquantized``: every module left with a float weight that an engine could take for a linear (2-D, no
     embedding, no norm), in file order.
     ``specs``: all written tensors; ``specs.config`` is the model's config.
-    ``options``: what the transform says about the config and nothing in the tensors can tell (activations, say).
+    ``options``: what the transform says about the config and nothing in the tensors can tell: ``activations``, one
+    of the format's, or a list with one.
     """
 
     modules: Mapping[str, Scheme]
@@ -51,8 +52,8 @@ class Format(Protocol):
 
     name: ClassVar[str]
     quant_method: ClassVar[str]
-    options: ClassVar[tuple[str, ...]] = ()
-    """Keys that ``QuantizedModel.options`` may have."""
+    activations: ClassVar[tuple[str, ...]]
+    """What its config can tell engines to do with inputs (``dynamic``, ``none``), the default first."""
 
     def default_scheme(self) -> Scheme:
         """What ``quantize`` uses where the transform says nothing."""

@@ -114,7 +114,5 @@ def schemes_of(
     for module in float_matrices(specs):
         if module not in schemes and scheme_for(module) is not None:
             found = specs[module + ".weight"]
-            raise ConfigError(
-                f"{TOP}.{unquantized_key}: nothing keeps {module} out, but it is stored unquantized ({found})"
-            )
+            raise ConfigError(f"{TOP}.{unquantized_key}: nothing keeps {module} out, but it is stored unquantized ({found})")
     return schemes

@@ -64,11 +64,20 @@ class Coverage(NamedTuple):
         return [*self.float_linears, *self.float_experts, *(["lm_head"] if self.tied_head else [])]
 
 
-def cover(model: QuantizedModel, known_options: tuple[str, ...] = ()) -> Coverage:
-    """Fold a written checkpoint; SpecError if engines would find parts of one kernel treated differently."""
+def activations_of(model: QuantizedModel, format_name: str, allowed: tuple[str, ...]) -> str:
+    """What the config is to say of activations; RecipeError for an option or value that the format does not have."""
     for key in model.options:
-        if key not in known_options:
-            raise RecipeError(f"this format has no option {key!r}{did_you_mean(key, known_options)}")
+        if key != "activations":
+            raise RecipeError(f"{format_name} has no option {key!r}{did_you_mean(key, ['activations'])}")
+    given = model.options.get("activations", allowed[0])
+    values = [given] if isinstance(given, str) else list(given)
+    if len(values) != 1 or values[0] not in allowed:
+        raise RecipeError(f"{format_name} takes activations {' or '.join(allowed)}, found {' and '.join(map(str, values))}")
+    return str(values[0])
+
+
+def cover(model: QuantizedModel) -> Coverage:
+    """Fold a written checkpoint; SpecError if engines would find parts of one kernel treated differently."""
     if not model.modules:
         raise SpecError("no module is quantized, so there is nothing a quantization_config could say")
     linears, experts, leaves = _fold_quantized(model)
@@ -121,13 +130,13 @@ def _fold_unquantized(model: QuantizedModel, experts: dict[str, Scheme]) -> tupl
     linears: list[str] = []
     lists: dict[str, str] = {}
     for module in model.unquantized:
-        prefix = experts_of(module)
+        prefix = module if module.endswith(".experts") else experts_of(module)
         if prefix is None:
             linears.append(module)
         else:
             lists.setdefault(prefix, module)
     for spec in model.specs.values():
-        # Fused experts are parameters, not modules, so nobody lists them; engines ask for their layer all the same.
+        # Fused experts are parameters of their layer, which engines ask for all the same.
         if len(spec.shape) == 3 and (prefix := fused_experts(spec.name)) is not None:
             lists.setdefault(prefix, spec.name)
     for prefix, name in lists.items():

@@ -31,15 +31,14 @@ class WeightArgs(NamedTuple):
     """One group's ``weights`` as read, with the path to name in messages."""
 
     args: Mapping[str, Any]
-    inputs: Mapping[str, Any] | None
     path: str
 
 
-def args(num_bits: int, type: str, strategy: str, **changed: Any) -> dict[str, Any]:
+def args(num_bits: int, kind: str, strategy: str, **changed: Any) -> dict[str, Any]:
     """``QuantizationArgs`` with every key that compressed-tensors 0.15 knows."""
     written: dict[str, Any] = {
         "num_bits": num_bits,
-        "type": type,
+        "type": kind,
         "symmetric": True,
         "strategy": strategy,
         "group_size": None,
@@ -52,20 +51,19 @@ def args(num_bits: int, type: str, strategy: str, **changed: Any) -> dict[str, A
     return {**written, **changed}
 
 
-def dynamic_args(num_bits: int, type: str, strategy: str = "token", **changed: Any) -> dict[str, Any]:
+def dynamic_args(num_bits: int, kind: str, strategy: str = "token", **changed: Any) -> dict[str, Any]:
     """``QuantizationArgs`` of activations that are quantized while running, which nothing observes."""
-    return args(num_bits, type, strategy, dynamic=True, observer=None, **changed)
+    return args(num_bits, kind, strategy, dynamic=True, observer=None, **changed)
 
 
 def write_config(
     model: QuantizedModel,
-    known_options: tuple[str, ...],
     layout: str,
     weights: Callable[[Scheme], dict[str, Any]],
     inputs: Callable[[Scheme], dict[str, Any] | None],
 ) -> ConfigFiles:
     """The config of a checkpoint in one ``layout`` (``pack-quantized``): one group for each scheme."""
-    coverage = cover(model, known_options)
+    coverage = cover(model)
     groups = {
         f"group_{number}": {
             "targets": targets,
@@ -139,9 +137,18 @@ def read_groups(
         # "group" and "dynamic" once reordered columns behind a weight_g_idx; no current reader takes it.
         if weights.get("actorder") in ("group", "dynamic", True):
             raise ConfigError(f"{path}.weights.actorder: found {weights['actorder']!r}, can read 'weight' or 'static'")
-        inputs = group.get("input_activations")
-        targets = strings(group, "targets", path)
-        found.append((Matcher(targets), scheme_of(WeightArgs(weights, inputs, f"{path}.weights"))))
+        found.append((Matcher(strings(group, "targets", path)), scheme_of(WeightArgs(weights, f"{path}.weights"))))
     if not found:
         raise ConfigError(f"{TOP}.config_groups: has no group")
     return found
+
+
+def check_zero_points(schemes: Mapping[str, Scheme], specs: SpecMap) -> None:
+    """ConfigError where a module has zero points though its scheme is symmetric, or none though it is not."""
+    for module, scheme in schemes.items():
+        if (f"{module}.weight_zero_point" in specs) is scheme.symmetric:
+            found = "but the checkpoint has" if scheme.symmetric else "but the checkpoint lacks"
+            raise ConfigError(
+                f"{TOP}.config_groups: {module} is {'' if scheme.symmetric else 'not '}symmetric, {found} "
+                f"{module}.weight_zero_point"
+            )

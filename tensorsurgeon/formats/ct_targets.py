@@ -93,9 +93,7 @@ def target_lists(coverage: Coverage) -> dict[Scheme, list[str]]:
     return targets
 
 
-def _check_disjoint(
-    groups: Mapping[Scheme, Sequence[str]], targets: Mapping[Scheme, list[str]], coverage: Coverage
-) -> None:
+def _check_disjoint(groups: Mapping[Scheme, Sequence[str]], targets: Mapping[Scheme, list[str]], coverage: Coverage) -> None:
     matchers = {scheme: Matcher(entries) for scheme, entries in targets.items()}
     ignored = Matcher(ignore_list(coverage))
     for scheme, modules in groups.items():

@@ -49,14 +49,13 @@ def tensor_config(dtype: str, qscheme: str, **changed: Any) -> dict[str, Any]:
 
 def write_config(
     model: QuantizedModel,
-    known_options: tuple[str, ...],
     weight_config: Callable[[Scheme], dict[str, Any]],
     input_config: dict[str, Any] | None,
     format_name: str,
     pack_method: str = "order",
 ) -> ConfigFiles:
     """The config of a checkpoint whose modules all have one scheme; SpecError if they have several."""
-    coverage = cover(model, known_options)
+    coverage = cover(model)
     scheme = coverage.only_scheme(format_name)
     return ConfigFiles(
         {
@@ -125,9 +124,7 @@ def read_config(
     return schemes_of(stored, specs, scheme_for, scale_name="weight_scale", unquantized_key="exclude")
 
 
-def _weight_scheme(
-    entry: Mapping[str, Any], path: str, scheme_of: Callable[[Mapping[str, Any], str], Scheme]
-) -> Scheme:
+def _weight_scheme(entry: Mapping[str, Any], path: str, scheme_of: Callable[[Mapping[str, Any], str], Scheme]) -> Scheme:
     weight = entry.get("weight")
     if isinstance(weight, list):
         if len(weight) != 1:
@@ -156,5 +153,3 @@ class Excluded:
             or (at >= 0 and module[: at + len(".experts")] in self.exact)
             or any(e.match(module) for e in self.expressions)
         )
-
-

@@ -16,6 +16,7 @@ from tensorsurgeon.dtypes import BF16, F32, I8, DType
 from tensorsurgeon.formats import quark_config
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
 from tensorsurgeon.formats.config_reading import modules_with, one_of
+from tensorsurgeon.formats.coverage import activations_of
 from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_scheme
 from tensorsurgeon.quant.grid import Quantized, Scheme
@@ -28,20 +29,24 @@ class QuarkInt8:
 
     name: ClassVar[str] = "quark_int8"
     quant_method: ClassVar[str] = "quark"
-    options: ClassVar[tuple[str, ...]] = ()
+    activations: ClassVar[tuple[str, ...]] = ("dynamic",)
 
     def default_scheme(self) -> Scheme:
+        """One symmetric scale per channel, by Quark's rule."""
         return Scheme(num_bits=8, rule="quark")
 
     def resolve_scheme(self, scheme: Scheme, weight_dtype: DType) -> Scheme:
+        """Scales are stored as F32, as Quark does from file to file."""
         return with_scale_dtype(scheme, F32)
 
     def check(self, weight: TensorSpec, scheme: Scheme) -> None:
+        """Any float matrix with one scale per row."""
         check_matrix(weight, self.name)
         check_scheme(weight, scheme, self.name, scale_dtypes=(F32, BF16))
         check_group_size(weight, scheme, self.name, allowed=(-1,))
 
     def tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
+        """``weight`` and ``weight_scale`` [N]."""
         rows, columns = weight.shape
         return (
             TensorSpec("weight", I8, (rows, columns)),
@@ -49,13 +54,16 @@ class QuarkInt8:
         )
 
     def can_chunk_rows(self, scheme: Scheme) -> bool:
+        """Yes: a row has its codes and its scale."""
         return True
 
     def pack(self, quantized: Quantized, scheme: Scheme) -> tuple[np.ndarray, ...]:
+        """The codes as they are."""
         scale = stored_scale(quantized.scale, scale_dtype_of(scheme), (len(quantized.codes),))
         return quantized.codes, scale
 
     def weight_shape(self, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
+        """That of ``weight``."""
         rows, columns = tensors["weight"].shape
         return rows, columns
 
@@ -65,10 +73,13 @@ class QuarkInt8:
         return Quantized(codes, loaded_scale(arrays["weight_scale"], (len(codes), 1)))
 
     def config_files(self, model: QuantizedModel) -> ConfigFiles:
+        """One scheme, activations per token while running."""
+        activations_of(model, self.name, self.activations)
         inputs = quark_config.tensor_config("int8", "per_channel", ch_axis=1, is_dynamic=True)
-        return quark_config.write_config(model, self.options, _weight_config, inputs, self.name)
+        return quark_config.write_config(model, _weight_config, inputs, self.name)
 
     def read_config(self, config: Mapping[str, Any], specs: SpecMap) -> dict[str, Scheme]:
+        """Modules with an I8 ``weight``."""
         stored = modules_with(specs, "weight", (I8,))
 
         def scheme_of(weight: Mapping[str, Any], path: str) -> Scheme:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Final
 
 from tensorsurgeon.dtypes import WEIGHT_DTYPES, DType
 from tensorsurgeon.errors import SpecError
 from tensorsurgeon.quant.grid import Scheme
 from tensorsurgeon.spec import TensorSpec
+
+BLOCK: Final = (128, 128)
+"""Rows x columns under one scale of block FP8; the only size that vLLM, SGLang and transformers have kernels for."""
+
+
+def blocks_of(rows: int, columns: int, block: tuple[int, int]) -> tuple[int, int]:
+    """Scales of a weight in blocks, those cut off at the edges included."""
+    return -(-rows // block[0]), -(-columns // block[1])
 
 
 def check_matrix(weight: TensorSpec, format_name: str) -> tuple[int, int]:
@@ -28,14 +37,14 @@ def check_scheme(
     scheme: Scheme,
     format_name: str,
     *,
-    type: str = "int",
+    kind: str = "int",
     num_bits: Collection[int] = (8,),
     symmetric: Collection[bool] = (True,),
     scale_dtypes: Collection[DType] = WEIGHT_DTYPES,
     blocks: Collection[tuple[int, int] | None] = (None,),
 ) -> None:
     """SpecError where the scheme has a value that ``format_name`` has no way to store."""
-    _one_of(weight, format_name, "type", scheme.type, (type,))
+    _one_of(weight, format_name, "type", scheme.type, (kind,))
     _one_of(weight, format_name, "num_bits", scheme.num_bits, num_bits)
     _one_of(weight, format_name, "symmetric", scheme.symmetric, symmetric)
     _one_of(weight, format_name, "block", scheme.block, blocks)
@@ -45,9 +54,7 @@ def check_scheme(
         raise SpecError(f"{weight.name}: block {list(scheme.block)} excludes group_size {scheme.group_size}")
 
 
-def check_group_size(
-    weight: TensorSpec, scheme: Scheme, format_name: str, allowed: Collection[int] | None = None
-) -> None:
+def check_group_size(weight: TensorSpec, scheme: Scheme, format_name: str, allowed: Collection[int] | None = None) -> None:
     """SpecError unless ``group_size`` divides the inputs; ``allowed`` lists the sizes of layouts that fix them."""
     in_features, group_size = weight.shape[1], scheme.group_size
     if allowed is not None:
