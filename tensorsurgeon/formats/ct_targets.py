@@ -33,10 +33,12 @@ class Matcher:
         self.expressions = [re.compile(e.removeprefix("re:")) for e in entries if e.startswith("re:")]
 
     def matches(self, module: str) -> bool:
+        """Whether an entry names this module; class names do not count."""
         return module in self.exact or any(e.match(module) for e in self.expressions)
 
     @property
     def takes_all_linears(self) -> bool:
+        """Whether the class name of all linears is an entry."""
         return ALL_LINEARS in self.exact
 
 

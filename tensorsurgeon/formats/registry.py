@@ -10,6 +10,10 @@ from tensorsurgeon.formats.base import Format
 
 FORMATS: Final[dict[str, str]] = {
     "ct_int": "tensorsurgeon.formats.ct_int:CtInt",
+    "ct_packed": "tensorsurgeon.formats.ct_packed:CtPacked",
+    "ct_float": "tensorsurgeon.formats.ct_float:CtFloat",
+    "ct_nvfp4": "tensorsurgeon.formats.ct_fp4:CtNvfp4",
+    "ct_mxfp4": "tensorsurgeon.formats.ct_fp4:CtMxfp4",
     "quark_int8": "tensorsurgeon.formats.quark_int8:QuarkInt8",
 }
 
