@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tensorsurgeon.quant.compiled import kernel
 from tensorsurgeon.quant.scale_search import StoreScale, zero_rows
 
 # Columns per block of descent; a tile of them x 64 rows is 32 KB and stays in the L1 cache.
@@ -35,12 +35,11 @@ class Polish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Polished:
-    """``gain``: by how much tr(D H D^T), H damped, fell; ``rounds``: how many were run."""
+    """``row_gain``: F64 [N], by how much the diagonal of D H D^T (H undamped) fell; it may rise where damping pays."""
 
     codes: Tensor
     scale: Tensor
-    gain: float
-    rounds: int
+    row_gain: Tensor
 
 
 def polish(
@@ -73,11 +72,12 @@ def polish(
         scale=scale.T.contiguous(),
         zero_point=zero_rows(zero_point, (scale.shape[1], scale.shape[0])),
         group_size=group_size,
-        gain=np.zeros(weight.shape[0], np.float64),
+        gain=torch.zeros(weight.shape[0], dtype=torch.float64),
     )
     state.change = weight.T - (state.codes - _per_column(state.zero_point, group_size)) * _per_column(
         state.scale, group_size
     )
+    damping_before = _row_energy(state.change, damping)
     importance = hessian.diagonal() + damping
     blocks = _by_importance(_blocks(columns, group_size), importance)
     large_groups = group_size > _BLOCK
@@ -102,13 +102,12 @@ def polish(
                 np.float32(qmin),
                 np.float32(qmax),
                 options.sweeps,
-                state.gain,
+                state.gain.numpy(),
             )
     return Polished(
         codes=state.codes.T.contiguous(),
         scale=state.scale.T.contiguous(),
-        gain=float(state.gain.sum()),
-        rounds=options.rounds,
+        row_gain=state.gain - damping_before + _row_energy(state.change, damping),
     )
 
 
@@ -126,7 +125,7 @@ class _State:
     scale: Tensor
     zero_point: Tensor
     group_size: int
-    gain: NDArray[np.float64]
+    gain: Tensor
 
     def gradient(self, start: int, stop: int) -> Tensor:
         """Rows start..stop of (H + damping) D, [stop - start, N]: minus half the loss's slope."""
@@ -156,6 +155,11 @@ def _by_importance(blocks: list[tuple[int, int]], importance: Tensor) -> list[tu
     return sorted(blocks, key=lambda block: (-float(used[block[0] : block[1]].max()), block))
 
 
+def _row_energy(change: Tensor, damping: Tensor) -> Tensor:
+    """The damping's own part of each row's loss, sum_j damping_j D_j^2, F64 [N]."""
+    return (change.square() * damping[:, None]).sum(0).to(torch.float64)
+
+
 def _per_column(rows: Tensor, group_size: int) -> Tensor:
     return rows.repeat_interleave(group_size, 0)
 
@@ -183,13 +187,13 @@ def _refit_scales(
         fall = step * (2 * numerator - step * curvature)
         taken = fall > 0
         step = torch.where(taken, step, torch.zeros_like(step))
-        state.gain += torch.where(taken, fall, torch.zeros_like(fall)).numpy()
+        state.gain += torch.where(taken, fall, torch.zeros_like(fall))
         state.scale[group] = torch.where(taken, new, old)
         gradient.addcmul_(pull, step, value=-1)
         state.change[first:last].addcmul_(level, step, value=-1)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def _slopes(
     level: NDArray[np.float32],
     pull: NDArray[np.float32],
@@ -208,7 +212,7 @@ def _slopes(
             curvature[n] += level[k, n] * pull[k, n]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def _descend(
     gradient: NDArray[np.float32],
     damped: NDArray[np.float32],

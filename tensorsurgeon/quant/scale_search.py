@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from tensorsurgeon.errors import NumericError
+from tensorsurgeon.quant.compiled import kernel
 
 # Rounds F32 scales to what the format will store, F32 in and out.
 StoreScale = Callable[[Tensor], Tensor]
@@ -29,9 +29,9 @@ _TILE = 64
 class ScaleSearch:
     """Candidates are ``steps`` multiples of the base scale, evenly spaced from ``low`` to ``high``."""
 
-    low: float = 0.6
+    low: float = 0.4
     high: float = 1.05
-    steps: int = 19
+    steps: int = 14
 
     def ratios(self) -> list[float]:
         """All candidates, the nearest to 1 first: where candidates tie, the base scale is changed least."""
@@ -139,7 +139,7 @@ def check_grid(weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_s
             raise NumericError(f"{name} has entries that are not finite")
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def _best_candidate(
     weight: NDArray[np.float32],
     importance: NDArray[np.float32],
