@@ -16,7 +16,7 @@ from tensorsurgeon.errors import PlanError
 from tensorsurgeon.formats.base import Format, QuantizedModel
 from tensorsurgeon.quant.grid import Scheme
 from tensorsurgeon.spec import SpecMap
-from tensorsurgeon.transform import Transform
+from tensorsurgeon.transform import Rewrite, Transform
 from tensorsurgeon.units import Resolved
 
 CONFIG_NAME = "config.json"
@@ -38,8 +38,7 @@ class Quantizer(Protocol):
     @property
     def layout(self) -> Format: ...
 
-    @property
-    def scheme(self) -> Scheme: ...
+    def scheme_of(self, rewrite: Rewrite) -> Scheme: ...
 
     @property
     def activations(self) -> str | None: ...
@@ -61,9 +60,12 @@ def quantized_modules(steps: Sequence[Transform], resolved: Resolved) -> dict[st
     for name, pieces in resolved.contents.items():
         if not pieces or pieces[0].origin >= 0:
             continue
-        maker = makers[resolved.tasks[resolved.made[-1 - pieces[0].origin][0]].step]
+        task = resolved.tasks[resolved.made[-1 - pieces[0].origin][0]]
+        maker = makers[task.step]
         if maker is not None:
-            modules.setdefault(name.rpartition(".")[0], (maker, maker.scheme))
+            module = name.rpartition(".")[0]
+            if module not in modules:
+                modules[module] = (maker, maker.scheme_of(task.rewrite))
     return modules
 
 

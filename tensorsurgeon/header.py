@@ -174,8 +174,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
-    """The first bytes of a file that holds ``specs`` in this order, and each tensor's offset in the file.
+def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, list[int], int]:
+    """The first bytes of a file that holds ``specs`` in this order, each tensor's offset in it, and its size.
 
     Padded with spaces so that data starts at a multiple of 8, as the safetensors library writes it.
     """
@@ -195,7 +195,7 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> tu
     if len(raw) > MAX_HEADER_BYTES:
         raise HeaderError(f"a header of {len(raw)} bytes is more than readers accept; use a smaller --max-shard-size")
     data_start = 8 + len(raw)
-    return len(raw).to_bytes(8, "little") + raw, [data_start + b for b in begins]
+    return len(raw).to_bytes(8, "little") + raw, [data_start + b for b in begins], data_start + position
 
 
 def alignment_rank(dtype: DType) -> int:

@@ -192,13 +192,26 @@ def _plan_units(resolved: Resolved, source: Checkpoint, layout: Layout) -> tuple
 
 
 def _computing_units(resolved: Resolved, writes: list[list[Write]]) -> Iterator[Unit]:
-    for numbers in units_of(resolved.tasks, resolved.made):
-        tasks = tuple(resolved.tasks[n] for n in numbers)
-        peak = 0
-        for task in tasks:
-            peak += sum(r.byte_range[1] for r in task.rewrite.outputs)
-            peak += sum(p.nbytes for pieces in task.inputs for p in pieces if p.origin >= 0 or len(pieces) > 1)
-        yield Unit(tasks, tuple(w for n in numbers for w in writes[n]), (), peak)
+    tasks = resolved.tasks
+    for numbers in units_of(tasks, resolved.made):
+        if len(numbers) == 1:
+            (number,) = numbers
+            yield Unit((tasks[number],), tuple(writes[number]), (), _held_bytes(tasks[number]))
+        else:
+            members = tuple(tasks[n] for n in numbers)
+            yield Unit(members, tuple(w for n in numbers for w in writes[n]), (), sum(map(_held_bytes, members)))
+
+
+def _held_bytes(task: Task) -> int:
+    """Bytes of the arrays that a task adds: what it makes, and the inputs that are not another task's array."""
+    held = 0
+    for region in task.rewrite.outputs:
+        held += region.byte_range[1]
+    for pieces in task.inputs:
+        for piece in pieces:
+            if piece.origin >= 0 or len(pieces) > 1:
+                held += piece.nbytes
+    return held
 
 
 def _read_position(unit: Unit, locations: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -27,7 +27,7 @@ class TensorSpec(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes on disk; types narrower than a byte are packed without gaps."""
-        return prod(self.shape) * self.dtype.bits // 8
+        return prod(self[2]) * self[1].bits >> 3
 
     @property
     def rows(self) -> int:
@@ -74,10 +74,11 @@ class Region(NamedTuple):
     @property
     def byte_range(self) -> tuple[int, int]:
         """First byte and byte count within the tensor."""
-        if self.start is None or self.stop is None:
-            return 0, self.spec.nbytes
-        row_bytes = self.spec.row_bytes
-        return self.start * row_bytes, (self.stop - self.start) * row_bytes
+        spec, start, stop = self
+        if start is None or stop is None:
+            return 0, spec.nbytes
+        row_bytes = spec.row_bytes
+        return start * row_bytes, (stop - start) * row_bytes
 
     def __str__(self) -> str:
         return self.spec.name if self.start is None else f"{self.spec.name}[{self.start}:{self.stop}]"

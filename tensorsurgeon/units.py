@@ -160,6 +160,8 @@ def _joined(pieces: Sequence[Piece]) -> Pieces:
 
 def units_of(tasks: Sequence[Task], made: Sequence[tuple[int, int]]) -> list[list[int]]:
     """Tasks that feed each other, grouped: connected components, each in order, ordered by first task."""
+    if not any(piece.origin < 0 for task in tasks for pieces in task.inputs for piece in pieces):
+        return [[number] for number in range(len(tasks))]
     parent = list(range(len(tasks)))
 
     def root(task: int) -> int:

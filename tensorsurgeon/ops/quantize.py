@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
-from tensorsurgeon.dtypes import WEIGHT_DTYPES, dtype_named
+import numpy as np
+
+from tensorsurgeon.dtypes import WEIGHT_DTYPES, DType, dtype_named
 from tensorsurgeon.errors import NumericError, RecipeError, SpecError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.registry import format_class
 from tensorsurgeon.names import Selector
+from tensorsurgeon.ops.siblings import sibling_groups
 from tensorsurgeon.quant.backend import choose_backend
 from tensorsurgeon.quant.grid import RULES, Quantized, Rule, Scheme
 from tensorsurgeon.spec import Region, SpecMap, TensorSpec
 from tensorsurgeon.transform import Array, Rewrite
+
 
 class CodesProvider(Protocol):
     """Hands over codes that calibration chose; None for a module that is to be rounded to nearest instead."""
@@ -35,8 +39,7 @@ class Quantize:
     """Quantize every weight that ``where`` selects and ``exclude`` does not, and write it in ``format``.
 
     Whatever is not given (``num_bits``, ``group_size``, ``symmetric``, ``rule``) is the format's default. ``rule``
-    names the tool whose scales and rounding are matched to the bit. ``min_features``: weights with fewer outputs or
-    inputs than this stay as they are. ``activations`` is what the config tells the engine to do with inputs.
+    names the tool whose scales and rounding are matched to the bit. ``activations`` is what the config tells the engine to do with inputs.
     """
 
     where: tuple[str, ...]
@@ -68,8 +71,7 @@ class Quantize:
 
     @cached_property
     def scheme(self) -> Scheme:
-        """The format's default scheme with what this step says on top."""
-        default = self.layout.default_scheme()
+        """The format's default scheme with what this step says on top; how scales are stored depends on the weight."""
         given: dict[str, Any] = {
             "num_bits": self.num_bits,
             "group_size": self.group_size,
@@ -78,20 +80,32 @@ class Quantize:
             "scale_dtype": None if self.scale_dtype is None else dtype_named(self.scale_dtype),
             "clip_search": self.clip_search or None,
         }
-        from dataclasses import replace
+        return replace(self.layout.default_scheme(), **{k: v for k, v in given.items() if v is not None})
 
-        return replace(default, **{k: v for k, v in given.items() if v is not None})
+    def scheme_for(self, dtype: DType) -> Scheme:
+        """The scheme for weights of this dtype, one object per dtype."""
+        schemes = self._schemes
+        if dtype not in schemes:
+            schemes[dtype] = self.layout.resolve_scheme(self.scheme, dtype)
+        return schemes[dtype]
+
+    @cached_property
+    def _schemes(self) -> dict[DType, Scheme]:
+        return {}
+
+    def scheme_of(self, rewrite: Rewrite) -> Scheme:
+        """Under which scheme a rewrite's outputs were made."""
+        return self.scheme_for(rewrite.inputs[0].spec.dtype)
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         selector = Selector(self.where, self.exclude)
         chosen = selector.select(specs)
         self._refuse_fused_experts(specs)
-        rewrites: list[Rewrite] = []
         for name in chosen:
-            weight = specs[name]
-            self._check(weight)
-            rewrites.extend(self._rewrites(weight))
-        return tuple(rewrites)
+            self._check(specs[name])
+        if self.scheme.type == "nvfp4":
+            return tuple(self._together([specs[n] for n in group]) for group in sibling_groups(chosen))
+        return tuple(rewrite for name in chosen for rewrite in self._rewrites(specs[name]))
 
     def _check(self, weight: TensorSpec) -> None:
         if weight.dtype not in WEIGHT_DTYPES:
@@ -102,7 +116,7 @@ class Quantize:
                 f"{weight.name}: cannot quantize a tensor of shape {list(weight.shape)}; a linear weight [out, in] is "
                 "needed. Exclude it, or split stacked experts first"
             )
-        self.layout.check(weight, self.scheme)
+        self.layout.check(weight, self.scheme_for(weight.dtype))
 
     def _refuse_fused_experts(self, specs: SpecMap) -> None:
         """Stacked experts have no ``.weight`` that a pattern would match, and would silently stay unquantized."""
@@ -117,13 +131,18 @@ class Quantize:
                     "split-experts before quantize, or exclude this tensor to leave it as it is"
                 )
 
+    def _outputs(self, weight: TensorSpec) -> list[TensorSpec]:
+        prefix = weight.name.removesuffix("weight")
+        local = self.layout.tensors(weight, self.scheme_for(weight.dtype))
+        return [spec._replace(name=prefix + spec.name) for spec in local]
+
+    def _together(self, weights: Sequence[TensorSpec]) -> Rewrite:
+        """One rewrite for the parts of a module that engines fuse, which share one global scale."""
+        return Rewrite(tuple(map(Region, weights)), tuple(Region(spec) for weight in weights for spec in self._outputs(weight)))
+
     def _rewrites(self, weight: TensorSpec) -> list[Rewrite]:
-        stem = weight.module
-        outputs = [
-            spec._replace(name=f"{stem}.{spec.name}" if stem else spec.name)
-            for spec in self.layout.tensors(weight, self.scheme)
-        ]
-        if weight.nbytes <= _CHUNK_BYTES or not self.layout.can_chunk_rows(self.scheme):
+        outputs = self._outputs(weight)
+        if weight.nbytes <= _CHUNK_BYTES or not self.layout.can_chunk_rows(self.scheme_for(weight.dtype)):
             return [Rewrite((Region(weight),), tuple(map(Region, outputs)))]
         rows = weight.shape[0]
         step = max(_CHUNK_ROWS, _CHUNK_BYTES // weight.row_bytes // _CHUNK_ROWS * _CHUNK_ROWS)
@@ -135,16 +154,25 @@ class Quantize:
         return rewrites
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        region = rewrite.inputs[0]
-        try:
-            return self.layout.pack(self._quantized(region, inputs[0]), self.scheme)
-        except NumericError as error:
-            raise NumericError(f"{region}: {error.message}") from error
+        scheme = self.scheme_of(rewrite)
+        amax = largest_magnitude(inputs) if scheme.type == "nvfp4" else None
+        results: list[Array] = []
+        for region, weight in zip(rewrite.inputs, inputs, strict=True):
+            try:
+                results += self.layout.pack(self._quantized(region, weight, scheme, amax), scheme)
+            except NumericError as error:
+                raise NumericError(f"{region}: {error.message}") from error
+        return results
 
-    def _quantized(self, region: Region, weight: Array) -> Quantized:
+    def _quantized(self, region: Region, weight: Array, scheme: Scheme, global_amax: float | None) -> Quantized:
         if self.provider is not None:
             start, stop = (0, region.spec.rows) if region.start is None or region.stop is None else (region.start, region.stop)
             found = self.provider.quantized(region.spec.module, start, stop)
             if found is not None:
                 return found
-        return choose_backend(self.backend, self.scheme, region.spec.dtype).quantize(weight, self.scheme)
+        return choose_backend(self.backend, scheme, region.spec.dtype).quantize(weight, scheme, global_amax=global_amax)
+
+
+def largest_magnitude(weights: Sequence[Array]) -> float:
+    """The largest absolute value over several weights: what a shared global scale is made from."""
+    return max((float(np.abs(weight.astype(np.float32)).max(initial=0.0)) for weight in weights), default=0.0)
