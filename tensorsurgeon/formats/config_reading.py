@@ -88,13 +88,14 @@ def schemes_of(
     *,
     scale_name: str,
     unquantized_key: str,
+    float_by_tensors: bool = False,
 ) -> dict[str, Scheme]:
     """The scheme of each module in ``stored``, which own quantized tensors, once config and tensors agree.
 
     ``scheme_for``: what the config says of a module, None for "not quantized"; ``unquantized_key``: where it says
     so. ``scale_name``: the tensor beside each module whose dtype becomes the scheme's ``scale_dtype``.
     ConfigError if a stored module is not quantized by the config or has no scales, or a float matrix is quantized
-    by it.
+    by it. With ``float_by_tensors`` the last is no error: readers of that dialect look at the tensors.
     """
     schemes: dict[str, Scheme] = {}
     with_dtype: dict[tuple[int, DType], Scheme] = {}
@@ -111,7 +112,7 @@ def schemes_of(
         schemes[module] = with_dtype[key]
     if not schemes:
         raise ConfigError(f"{TOP}: no module of the checkpoint has the tensors that this config describes")
-    for module in float_matrices(specs):
+    for module in () if float_by_tensors else float_matrices(specs):
         if module not in schemes and scheme_for(module) is not None:
             found = specs[module + ".weight"]
             raise ConfigError(f"{TOP}.{unquantized_key}: nothing keeps {module} out, but it is stored unquantized ({found})")

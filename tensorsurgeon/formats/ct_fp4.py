@@ -10,7 +10,7 @@ Both pack two E2M1 codes per byte along the inputs, the first in the low nibble:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import ml_dtypes
@@ -136,7 +136,7 @@ class CtMxfp4:
     def check(self, weight: TensorSpec, scheme: Scheme) -> None:
         """Groups of this size must divide the inputs."""
         check_matrix(weight, self.name)
-        check_scheme(weight, scheme, self.name, kind="mxfp4", num_bits=(4,), scale_dtypes=(F8_E8M0, U8))
+        check_scheme(weight, scheme, self.name, kind="mxfp4", num_bits=(4,), scale_dtypes=(F8_E8M0,))
         check_group_size(weight, scheme, self.name, allowed=(32,))
 
     def tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
@@ -187,4 +187,7 @@ class CtMxfp4:
             one_of(args, "group_size", (32,), path)
             return Scheme(type="mxfp4", num_bits=4, group_size=32, rule="compressed-tensors")
 
-        return ct_config.read_config(config, specs, MXFP4_LAYOUT, stored, scheme_of)
+        schemes = ct_config.read_config(config, specs, MXFP4_LAYOUT, stored, scheme_of)
+        # The bytes are E8M0 whether the header calls them that or U8.
+        scheme = replace(next(iter(schemes.values())), scale_dtype=F8_E8M0)
+        return dict.fromkeys(schemes, scheme)

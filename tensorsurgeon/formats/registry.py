@@ -14,6 +14,7 @@ FORMATS: Final[dict[str, str]] = {
     "ct_float": "tensorsurgeon.formats.ct_float:CtFloat",
     "ct_nvfp4": "tensorsurgeon.formats.ct_fp4:CtNvfp4",
     "ct_mxfp4": "tensorsurgeon.formats.ct_fp4:CtMxfp4",
+    "gptq": "tensorsurgeon.formats.gptq:Gptq",
     "quark_int8": "tensorsurgeon.formats.quark_int8:QuarkInt8",
 }
 

@@ -1,0 +1,101 @@
+"""Codes, zero points and scales as GPTQ stores them: transposed, along the inputs, in 32-bit words.
+
+``qweight`` I32 [K b / 32, N]: code k of an output in bits of the word above its row, unsigned (code + 2**(b-1)).
+``qzeros`` I32 [G, N b / 32]: zero points along the outputs. GPTQ v1 stores them minus one, so that 0 wraps around.
+``scales`` [G, N]. Shared by GPTQ and AutoRound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from tensorsurgeon.dtypes import F16, I32
+from tensorsurgeon.errors import CheckpointError
+from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale
+from tensorsurgeon.quant.bitpack import (
+    pack_columns,
+    pack_transposed,
+    unpack_columns,
+    unpack_transposed,
+    words_per_row,
+)
+from tensorsurgeon.quant.grid import Quantized, Scheme
+from tensorsurgeon.spec import TensorSpec
+
+
+def gptq_tensors(weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
+    """``qweight``, ``qzeros``, ``scales`` of a weight [N, K]."""
+    rows, columns = weight.shape
+    groups = scheme.groups(columns)
+    return (
+        TensorSpec("qweight", I32, (words_per_row(columns, scheme.num_bits), rows)),
+        TensorSpec("qzeros", I32, (groups, words_per_row(rows, scheme.num_bits))),
+        TensorSpec("scales", scheme.scale_dtype or F16, (groups, rows)),
+    )
+
+
+def pack_gptq(quantized: Quantized, scheme: Scheme, zeros_minus_one: bool) -> tuple[np.ndarray, ...]:
+    """Arrays of ``gptq_tensors``; symmetric schemes store the constant zero point 2**(b-1)."""
+    bits, half = scheme.num_bits, 1 << (scheme.num_bits - 1)
+    zero_point = quantized.zero_point
+    if zero_point is None:
+        zero_point = np.zeros(quantized.scale.shape, np.int8)
+    return (
+        pack_columns(quantized.codes, bits, offset=half),
+        pack_transposed(zero_point, bits, offset=half - zeros_minus_one),
+        stored_scale(quantized.scale.T, scale_dtype_of(scheme)),
+    )
+
+
+def gptq_weight_shape(tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
+    """[N, K], from the scales for groups and from full words per channel."""
+    groups, rows = tensors["scales"].shape
+    if scheme.group_size != -1:
+        return rows, groups * scheme.group_size
+    return rows, tensors["qweight"].shape[0] * 32 // scheme.num_bits
+
+
+def unpack_gptq(arrays: Mapping[str, np.ndarray], scheme: Scheme, zeros_minus_one: bool) -> Quantized:
+    """The inverse of ``pack_gptq``; CheckpointError where a symmetric scheme has other zero points than 2**(b-1)."""
+    bits, half = scheme.num_bits, 1 << (scheme.num_bits - 1)
+    scales = arrays["scales"]
+    groups, rows = scales.shape
+    columns = groups * scheme.group_size if scheme.group_size != -1 else arrays["qweight"].shape[0] * 32 // bits
+    codes = unpack_columns(arrays["qweight"], bits, columns, offset=half)
+    zero_point = unpack_transposed(arrays["qzeros"], bits, rows, offset=half - zeros_minus_one)
+    scale = np.ascontiguousarray(loaded_scale(scales).T)
+    if scheme.symmetric:
+        require_symmetric(zero_point, half)
+        return Quantized(codes, scale)
+    return Quantized(codes, scale, zero_point)
+
+
+def require_symmetric(zero_point: np.ndarray, half: int) -> None:
+    """CheckpointError unless every zero point is 0 (stored as ``half``)."""
+    if zero_point.any():
+        odd = int(zero_point[zero_point != 0].flat[0])
+        raise CheckpointError(
+            f"the config says the weight is symmetric, whose zero points are all {half}, but one is {odd + half}; "
+            "the config is wrong, or the zero points follow another convention (GPTQ v1 or v2)"
+        )
+
+
+def check_group_index(g_idx: np.ndarray, scheme: Scheme) -> None:
+    """CheckpointError unless input k belongs to group ``k // group_size``: other orders need their own layout."""
+    columns = len(g_idx)
+    size = columns if scheme.group_size == -1 else scheme.group_size
+    expected = group_index(columns, size)
+    wrong = np.flatnonzero(g_idx != expected)
+    if wrong.size:
+        k = int(wrong[0])
+        raise CheckpointError(
+            f"g_idx puts input {k} into group {int(g_idx[k])} instead of {int(expected[k])}: the weight was quantized "
+            "with activation order (desc_act) and without static groups, which cannot be read"
+        )
+
+
+def group_index(in_features: int, group_size: int) -> np.ndarray:
+    """The trivial ``g_idx``: the group of every input."""
+    return np.arange(in_features, dtype=np.int32) // np.int32(group_size)
