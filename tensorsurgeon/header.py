@@ -100,11 +100,15 @@ def parse_header(raw: bytes, file_bytes: int, path: Path) -> ShardHeader:
         raise HeaderError(f"the header is not valid JSON: {error.msg} at byte {error.pos}") from error
     except RecursionError as error:
         raise HeaderError("the header's JSON is nested too deeply") from error
+    except ValueError as error:
+        # Python refuses to read numbers of more than some thousand digits.
+        raise HeaderError("the header contains a number that is no size") from error
     if not isinstance(document, dict):
         raise HeaderError(f"the header must be a JSON object, found {type(document).__name__}")
     metadata = _parse_metadata(document.pop(_METADATA, None))
     data_start = 8 + len(raw)
     found = [_parse_entry(name, value) for name, value in document.items()]
+    _check_text(document, metadata)
     found.sort(key=lambda item: (item[1], item[2]))
     position = 0
     entries = []
@@ -135,6 +139,15 @@ def _no_constant(word: str) -> None:
     raise HeaderError(f"the header contains {word}, which is no JSON number")
 
 
+def _check_text(names: Iterable[str], metadata: Mapping[str, str]) -> None:
+    """Escapes such as ``\\ud800`` are half a character: no reader takes them, and no file can be written with them."""
+    try:
+        "".join(names).encode()
+        "".join(part for pair in metadata.items() for part in pair).encode()
+    except UnicodeEncodeError as error:
+        raise HeaderError(f"a name or __metadata__ contains half a character ({error.object[error.start]!r})") from error
+
+
 def _parse_metadata(value: Any) -> dict[str, str]:
     if value is None:
         return {}
@@ -161,12 +174,25 @@ def _parse_entry(name: str, value: Any) -> tuple[TensorSpec, int, int]:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise HeaderError(f"{name}: data_offsets must be two sizes, found {_shown(offsets)}")
     begin, end = offsets
-    bits = prod(shape) * dtype.bits
+    bits = _bits(name, shape, dtype)
     if bits % 8 or end - begin != bits // 8:
         raise HeaderError(
-            f"{name}: {dtype.name}{shape} takes {bits / 8:g} bytes but data_offsets {offsets} hold {end - begin}"
+            f"{name}: {dtype.name}{_shown(shape)} takes {bits / 8:g} bytes but data_offsets {offsets} hold {end - begin}"
         )
     return TensorSpec(name, dtype, tuple(shape)), begin, end
+
+
+def _bits(name: str, shape: list[int], dtype: DType) -> int:
+    """Bits of a tensor; multiplied axis by axis, for a product of many large sizes would take hours.
+
+    The safetensors library counts in 64 bits and refuses what overflows on the way, even if a later axis is zero.
+    """
+    bits = dtype.bits
+    for size in shape:
+        bits *= size
+        if bits >= 1 << 63:
+            raise HeaderError(f"{name}: {dtype.name}{_shown(shape)} is larger than any file can be")
+    return bits
 
 
 def _shown(value: Any) -> str:
@@ -183,14 +209,21 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> tu
     position = 0
     begins = []
     quoted = json.encoder.encode_basestring
+    # A model has few forms of tensors and many tensors.
+    forms: dict[tuple[DType, tuple[int, ...]], tuple[str, int]] = {}
     for name, dtype, shape in specs:
         begins.append(position)
-        end = position + prod(shape) * dtype.bits // 8
-        parts.append(
-            f'{quoted(name)}:{{"dtype":"{dtype.name}","shape":[{",".join(map(str, shape))}],"data_offsets":[{position},{end}]}}'
-        )
+        form = forms.get((dtype, shape))
+        if form is None:
+            text = f'"dtype":"{dtype.name}","shape":[{",".join(map(str, shape))}]'
+            form = forms[(dtype, shape)] = text, prod(shape) * dtype.bits // 8
+        end = position + form[1]
+        parts.append(f'{quoted(name)}:{{{form[0]},"data_offsets":[{position},{end}]}}')
         position = end
-    raw = ("{" + ",".join(parts) + "}").encode()
+    try:
+        raw = ("{" + ",".join(parts) + "}").encode()
+    except UnicodeEncodeError as error:
+        raise HeaderError(f"a tensor name contains half a character ({error.object[error.start]!r})") from error
     raw += b" " * (-len(raw) % 8)
     if len(raw) > MAX_HEADER_BYTES:
         raise HeaderError(f"a header of {len(raw)} bytes is more than readers accept; use a smaller --max-shard-size")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from tensorsurgeon.errors import NoMatchError, RecipeError
@@ -37,6 +38,8 @@ class Pattern(NamedTuple):
         if not isinstance(text, str) or not text:
             raise RecipeError(f"a pattern must be a non-empty string, found {text!r}")
         body = text.removeprefix(_MAYBE)
+        if body in ("", _REGEX):
+            raise RecipeError(f"pattern {text!r} is empty")
         source = body.removeprefix(_REGEX) if body.startswith(_REGEX) else _template_regex(body)
         try:
             return cls(text, re.compile(source), body != text)
@@ -46,7 +49,7 @@ class Pattern(NamedTuple):
     def match(self, name: str) -> dict[str, str] | None:
         """The fields of a match with the whole name, or None."""
         found = self.regex.fullmatch(name)
-        return None if found is None else found.groupdict()
+        return None if found is None else _fields(found)
 
 
 def _template_regex(template: str) -> str:
@@ -75,6 +78,9 @@ class Selector:
     def __init__(self, where: Sequence[str], exclude: Sequence[str] = ()) -> None:
         if not where:
             raise RecipeError("a selector needs at least one pattern")
+        if isinstance(where, str) or isinstance(exclude, str):
+            # A string is a sequence of letters, each of which would pass for a pattern.
+            raise RecipeError(f"patterns are given as a tuple, such as ({where!r},)")
         self.where = tuple(map(Pattern.parse, where))
         self.exclude = tuple(map(Pattern.parse, exclude))
 
@@ -83,17 +89,25 @@ class Selector:
 
         Raises NoMatchError for a pattern, of either list, that matches no name and does not say ``maybe:``.
         """
+        return {name: _fields(found) for name, found in self._matches(names)}
+
+    def names(self, names: Iterable[str]) -> list[str]:
+        """Like ``select`` where the fields are of no interest."""
+        return [name for name, _ in self._matches(names)]
+
+    def _matches(self, names: Iterable[str]) -> list[tuple[str, re.Match[str]]]:
         names = list(names)
         self._check_matches(names)
-        excluded = _any_of(self.exclude)
-        chosen: dict[str, dict[str, str]] = {}
+        excluded = [e.fullmatch for e in _any_of(self.exclude)]
+        wanted = [pattern.regex.fullmatch for pattern in self.where]
+        chosen = []
         for name in names:
-            if any(e.fullmatch(name) for e in excluded):
-                continue
-            for pattern in self.where:
-                found = pattern.regex.fullmatch(name)
+            for match in wanted:
+                found = match(name)
                 if found is not None:
-                    chosen[name] = found.groupdict()
+                    # Few names are wanted and then excluded, so that this order saves most of the matching.
+                    if not any(e(name) for e in excluded):
+                        chosen.append((name, found))
                     break
         if not chosen and not all(p.may_be_absent for p in self.where):
             raise NoMatchError(
@@ -107,12 +121,24 @@ class Selector:
                 raise NoMatchError(no_match_message(pattern, names))
 
 
+def _fields(found: re.Match[str]) -> dict[str, str]:
+    """The named groups that took part in the match: an optional one that did not has no text to fill in."""
+    fields = found.groupdict()
+    return {k: v for k, v in fields.items() if v is not None} if None in fields.values() else fields
+
+
 def _any_of(patterns: Sequence[Pattern]) -> list[re.Pattern[str]]:
     """Few expressions for a long list: matching 200 patterns with 31,000 names one by one would take seconds."""
-    # A name group may occur once per expression; a pattern that refers back to its own stays alone.
-    alone = [p.regex for p in patterns if "(?P=" in p.regex.pattern]
-    sources = [re.sub(r"\(\?P<\w+>", "(?:", p.regex.pattern) for p in patterns if "(?P=" not in p.regex.pattern]
+    alone = [p.regex for p in patterns if not _can_be_joined(p)]
+    # A named group may occur once per expression.
+    sources = [re.sub(r"\(\?P<\w+>", "(?:", p.regex.pattern) for p in patterns if _can_be_joined(p)]
     return alone + ([re.compile("|".join(f"(?:{s})" for s in sources))] if sources else [])
+
+
+def _can_be_joined(pattern: Pattern) -> bool:
+    """Whether an expression means the same among others: no flags, and no reference to a group by name or number."""
+    regex = pattern.regex
+    return regex.flags == re.UNICODE and not re.search(r"\(\?P=|\(\?\(|\\[1-9]", regex.pattern)
 
 
 def _listed(patterns: Sequence[Pattern]) -> str:
@@ -134,23 +160,34 @@ def no_match_message(pattern: Pattern, names: Sequence[str]) -> str:
 
 def fill(template: str, fields: Mapping[str, str]) -> str:
     """Put matched fields into an output template; unknown fields are RecipeErrors."""
-
-    def value(field: re.Match[str]) -> str:
-        name = field.group(1)
-        if name not in fields:
-            known = ", ".join(f"{{{k}}}" for k in fields) or "none"
-            raise RecipeError(f"template {template!r} uses {{{name}}}, which the pattern does not define (fields: {known})")
-        return fields[name]
-
-    return _FIELD.sub(value, template)
+    try:
+        return _format_string(template).format_map(fields)
+    except KeyError as error:
+        known = ", ".join(f"{{{k}}}" for k in fields) or "none"
+        raise RecipeError(
+            f"template {template!r} uses {{{error.args[0]}}}, which the pattern does not define (fields: {known})"
+        ) from error
 
 
-_NUMBER = re.compile(r"(\d+)")
+@cache
+def _format_string(template: str) -> str:
+    """A checked template as Python's own format string; a run fills the same few templates 60,000 times."""
+    literal = _FIELD.sub("", template)
+    if "{" in literal or "}" in literal:
+        raise RecipeError(f"template {template!r}: braces must hold a field such as {{path}}")
+    return _FIELD.sub(r"{\1}", template)
 
 
-def natural_key(name: str) -> tuple[str | int, ...]:
-    """Sort key under which ``layers.2`` comes before ``layers.10``, whatever shard a tensor lay in."""
+# At most 18 digits at once: Python refuses to convert numbers of thousands of digits.
+_NUMBER = re.compile(r"([0-9]{1,18})")
+
+
+def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
+    """Sort key under which ``layers.2`` comes before ``layers.10``, whatever shard a tensor lay in.
+
+    The name itself comes last, for ``layers.2`` and ``layers.02`` differ in nothing else.
+    """
     # split() alternates text and digits, so that equal positions always compare equal types.
     parts: list[str | int] = list(_NUMBER.split(name))
     parts[1::2] = map(int, parts[1::2])
-    return tuple(parts)
+    return tuple(parts), name
