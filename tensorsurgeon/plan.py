@@ -110,13 +110,14 @@ class Plan:
         return digest.hexdigest()
 
     def step_counts(self) -> list[Counter[str]]:
-        """For each step: tensors read and made, and how many rewrites move bytes."""
-        counts = []
-        for rewrites in self.rewrites:
-            made = {r.spec.name for rewrite in rewrites for r in rewrite.outputs}
-            read = {r.spec.name for rewrite in rewrites for r in rewrite.inputs}
-            counts.append(Counter(read=len(read), made=len(made), moves=sum(r.moves_bytes for r in rewrites)))
-        return counts
+        """For each step: how many tensors it reads and makes."""
+        return [
+            Counter(
+                read=len({region[0][0] for rewrite in rewrites for region in rewrite[0]}),
+                made=len({region[0][0] for rewrite in rewrites for region in rewrite[1]}),
+            )
+            for rewrites in self.rewrites
+        ]
 
     def check_budget(self, max_ram_bytes: int) -> None:
         """Raise BudgetError if one unit alone does not fit the memory cap."""
@@ -206,7 +207,7 @@ def _held_bytes(task: Task) -> int:
     """Bytes of the arrays that a task adds: what it makes, and the inputs that are not another task's array."""
     held = 0
     for region in task.rewrite.outputs:
-        held += region.byte_range[1]
+        held += region[0].nbytes if region[1] is None else region.byte_range[1]
     for pieces in task.inputs:
         for piece in pieces:
             if piece.origin >= 0 or len(pieces) > 1:

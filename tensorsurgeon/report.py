@@ -59,7 +59,7 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
     kept = unquantized_linears(plan.specs, plan.quantized)
     counted = [module for module in kept if not module.startswith("mtp.") and not module.endswith((".mlp.gate", ".experts"))]
     inputs = {spec.name for spec in plan.source.specs.values()}
-    read = {r.spec.name for rewrites in plan.rewrites for rw in rewrites for r in rw.inputs}
+    read = {region[0][0] for rewrites in plan.rewrites for rewrite in rewrites for region in rewrite[0]}
     return {
         "source": {
             "path": str(plan.source.root),

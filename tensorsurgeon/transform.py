@@ -142,26 +142,26 @@ def advance(specs: SpecMap, rewrites: Sequence[Rewrite]) -> SpecMap:
     owner: dict[str, TensorSpec] = {}
     consumed: set[str] = set()
     tiles = _Tiles()
-    for rewrite in rewrites:
-        anchor = rewrite.inputs[0].spec.name
-        for region in rewrite.inputs:
-            consumed.add(region.spec.name)
-            if region.start is not None:
-                tiles.read(region)
+    for inputs, outputs, _ in rewrites:
+        anchor = inputs[0][0][0]
+        for region in inputs:
+            consumed.add(region[0][0])
+            if region[1] is None:
+                tiles.whole.add(region[0][0])
             else:
-                tiles.whole.add(region.spec.name)
-        for region in rewrite.outputs:
-            spec = region.spec
-            known = owner.get(spec.name)
+                tiles.read(region)
+        for region in outputs:
+            spec, start, _ = region
+            known = owner.get(spec[0])
             if known is None:
-                owner[spec.name] = spec
-                anchored[anchor][spec.name] = spec
-            elif known != spec or region.start is None:
+                owner[spec[0]] = spec
+                anchored[anchor][spec[0]] = spec
+            elif start is None or known != spec:
                 raise NameCollisionError(
                     f"{spec.name}: two rewrites make a tensor of this name ({known} and {spec}, the latter from "
                     f"{anchor}); make the templates tell them apart"
                 )
-            if region.start is not None:
+            if start is not None:
                 tiles.write(region)
     tiles.check()
     result = SpecMap(config=specs.config)

@@ -68,23 +68,31 @@ def resolve(steps: Sequence[Transform], source: SpecMap) -> Resolved:
         partial: dict[str, list[tuple[int, Pieces]]] = defaultdict(list)
         ends: dict[str, list[int]] = {}
         for rewrite in rewrites:
-            inputs = [_cut(contents[region.spec.name], region, ends) for region in rewrite.inputs]
-            if rewrite.moves_bytes:
+            regions, outputs, moves = rewrite
+            inputs = [
+                contents[region[0][0]] if region[1] is None else _cut(contents[region[0][0]], region, ends) for region in regions
+            ]
+            if moves and len(inputs) == 1 and len(outputs) == 1 and outputs[0][1] is None:
+                # By far the commonest rewrite: one tensor or slice under a new name.
+                whole[outputs[0][0][0]] = inputs[0]
+                continue
+            if moves:
                 filled = _move(rewrite, inputs)
             else:
-                origins = tuple(range(-1 - len(made), -1 - len(made) - len(rewrite.outputs), -1))
-                made.extend((len(tasks), k) for k in range(len(origins)))
-                tasks.append(Task(number, rewrite, tuple(inputs), origins))
-                filled = [
-                    (Piece(origin, 0, nbytes),) if nbytes else ()
-                    for origin, nbytes in zip(origins, (r.byte_range[1] for r in rewrite.outputs), strict=True)
-                ]
-            for region, pieces in zip(rewrite.outputs, filled, strict=True):
-                if region.start is None:
-                    whole[region.spec.name] = pieces
+                first = -1 - len(made)
+                number_of_task = len(tasks)
+                filled = []
+                for position, region in enumerate(outputs):
+                    made.append((number_of_task, position))
+                    nbytes = region[0].nbytes if region[1] is None else region.byte_range[1]
+                    filled.append((Piece(first - position, 0, nbytes),) if nbytes else ())
+                tasks.append(Task(number, rewrite, tuple(inputs), tuple(range(first, first - len(outputs), -1))))
+            for region, pieces in zip(outputs, filled, strict=True):
+                if region[1] is None:
+                    whole[region[0][0]] = pieces
                 else:
-                    partial[region.spec.name].append((region.byte_range[0], pieces))
-        for name in {region.spec.name for rewrite in rewrites for region in rewrite.inputs}:
+                    partial[region[0][0]].append((region.byte_range[0], pieces))
+        for name in {region[0][0] for rewrite in rewrites for region in rewrite[0]}:
             del contents[name]
         contents.update(whole)
         for name, parts in partial.items():
@@ -96,8 +104,10 @@ def resolve(steps: Sequence[Transform], source: SpecMap) -> Resolved:
 
 def _check_inputs(specs: SpecMap, rewrites: Sequence[Rewrite]) -> None:
     for rewrite in rewrites:
-        for region in rewrite.inputs:
-            if specs.get(region.spec.name) != region.spec:
+        for region in rewrite[0]:
+            spec = region[0]
+            found = specs.get(spec[0])
+            if found is not spec and found != spec:
                 raise PlanError(f"{region.spec}: a step plans to read this tensor, but it is {specs.get(region.spec.name)}")
 
 
@@ -106,8 +116,6 @@ def _cut(pieces: Pieces, region: Region, ends: dict[str, list[int]]) -> Pieces:
 
     ``ends`` keeps where the pieces of a tensor end: one that was cut into hundreds is cut hundreds of times again.
     """
-    if region.start is None:
-        return pieces
     begin, nbytes = region.byte_range
     if len(pieces) == 1:
         origin, start, _ = pieces[0]

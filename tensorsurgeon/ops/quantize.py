@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -98,16 +98,27 @@ class Quantize:
         return self.scheme_for(rewrite.inputs[0].spec.dtype)
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        selector = Selector(self.where, self.exclude)
-        chosen = selector.select(specs)
+        chosen = Selector(self.where, self.exclude).names(specs)
         self._refuse_fused_experts(specs)
+        local: dict[tuple[DType, tuple[int, ...]], tuple[TensorSpec, ...]] = {}
         for name in chosen:
-            self._check(specs[name])
+            form = specs[name][1:]
+            if form not in local:
+                local[form] = self._local_tensors(specs[name])
         if self.scheme.type == "nvfp4":
-            return tuple(self._together([specs[n] for n in group]) for group in sibling_groups(chosen))
-        return tuple(rewrite for name in chosen for rewrite in self._rewrites(specs[name]))
+            return tuple(_together([specs[n] for n in group], local) for group in sibling_groups(chosen))
+        rewrites: list[Rewrite] = []
+        for name in chosen:
+            weight = specs[name]
+            outputs = _outputs(weight, local)
+            if weight.nbytes > _CHUNK_BYTES and self.layout.can_chunk_rows(self.scheme_for(weight.dtype)):
+                rewrites.extend(_chunks(weight, outputs))
+            else:
+                rewrites.append(Rewrite((Region(weight),), tuple([Region(spec) for spec in outputs])))
+        return tuple(rewrites)
 
-    def _check(self, weight: TensorSpec) -> None:
+    def _local_tensors(self, weight: TensorSpec) -> tuple[TensorSpec, ...]:
+        """What is written for weights of this dtype and shape, by local name; SpecError if they cannot be quantized."""
         if weight.dtype not in WEIGHT_DTYPES:
             hint = "; dequantize it first" if not weight.dtype.is_float or weight.dtype.bits < 16 else ""
             raise SpecError(f"{weight.name}: cannot quantize {weight.dtype.name}; BF16, F16 or F32 is needed{hint}")
@@ -117,6 +128,7 @@ class Quantize:
                 "needed. Exclude it, or split stacked experts first"
             )
         self.layout.check(weight, self.scheme_for(weight.dtype))
+        return self.layout.tensors(weight, self.scheme_for(weight.dtype))
 
     def _refuse_fused_experts(self, specs: SpecMap) -> None:
         """Stacked experts have no ``.weight`` that a pattern would match, and would silently stay unquantized."""
@@ -130,28 +142,6 @@ class Quantize:
                     f"{name}: {list(specs[name].shape)} are stacked experts, which no engine reads quantized; put "
                     "split-experts before quantize, or exclude this tensor to leave it as it is"
                 )
-
-    def _outputs(self, weight: TensorSpec) -> list[TensorSpec]:
-        prefix = weight.name.removesuffix("weight")
-        local = self.layout.tensors(weight, self.scheme_for(weight.dtype))
-        return [spec._replace(name=prefix + spec.name) for spec in local]
-
-    def _together(self, weights: Sequence[TensorSpec]) -> Rewrite:
-        """One rewrite for the parts of a module that engines fuse, which share one global scale."""
-        return Rewrite(tuple(map(Region, weights)), tuple(Region(spec) for weight in weights for spec in self._outputs(weight)))
-
-    def _rewrites(self, weight: TensorSpec) -> list[Rewrite]:
-        outputs = self._outputs(weight)
-        if weight.nbytes <= _CHUNK_BYTES or not self.layout.can_chunk_rows(self.scheme_for(weight.dtype)):
-            return [Rewrite((Region(weight),), tuple(map(Region, outputs)))]
-        rows = weight.shape[0]
-        step = max(_CHUNK_ROWS, _CHUNK_BYTES // weight.row_bytes // _CHUNK_ROWS * _CHUNK_ROWS)
-        rewrites = []
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            parts = tuple(Region(o, start * o.rows // rows, stop * o.rows // rows) for o in outputs)
-            rewrites.append(Rewrite((Region(weight, start, stop),), parts))
-        return rewrites
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         scheme = self.scheme_of(rewrite)
@@ -171,6 +161,28 @@ class Quantize:
             if found is not None:
                 return found
         return choose_backend(self.backend, scheme, region.spec.dtype).quantize(weight, scheme, global_amax=global_amax)
+
+
+def _outputs(weight: TensorSpec, local: Mapping[tuple[DType, tuple[int, ...]], tuple[TensorSpec, ...]]) -> list[TensorSpec]:
+    prefix = weight.name.removesuffix("weight")
+    return [TensorSpec(prefix + name, dtype, shape) for name, dtype, shape in local[weight[1:]]]
+
+
+def _together(
+    weights: Sequence[TensorSpec], local: Mapping[tuple[DType, tuple[int, ...]], tuple[TensorSpec, ...]]
+) -> Rewrite:
+    """One rewrite for the parts of a module that engines fuse, which share one global scale."""
+    return Rewrite(tuple(map(Region, weights)), tuple(Region(spec) for weight in weights for spec in _outputs(weight, local)))
+
+
+def _chunks(weight: TensorSpec, outputs: Sequence[TensorSpec]) -> Iterator[Rewrite]:
+    """A large weight row block by row block, where rows of the weight are rows of every output."""
+    rows = weight.shape[0]
+    step = max(_CHUNK_ROWS, _CHUNK_BYTES // weight.row_bytes // _CHUNK_ROWS * _CHUNK_ROWS)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        parts = tuple(Region(o, start * o.rows // rows, stop * o.rows // rows) for o in outputs)
+        yield Rewrite((Region(weight, start, stop),), parts)
 
 
 def largest_magnitude(weights: Sequence[Array]) -> float:

@@ -33,7 +33,8 @@ class Unstack:
             shape = spec.shape[1:]
             rows = prod(spec.shape[1:-1])
             for index in range(spec.shape[0]):
-                target = TensorSpec(fill(self.into, {**fields, "index": str(index)}), spec.dtype, shape)
+                fields["index"] = str(index)
+                target = TensorSpec(fill(self.into, fields), spec.dtype, shape)
                 source = Region(spec, index * rows, (index + 1) * rows)
                 rewrites.append(Rewrite((source,), (Region(target),), True))
         return tuple(rewrites)
