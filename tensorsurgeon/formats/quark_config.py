@@ -124,7 +124,12 @@ def read_config(
     return schemes_of(stored, specs, scheme_for, scale_name="weight_scale", unquantized_key="exclude")
 
 
-def _weight_scheme(entry: Mapping[str, Any], path: str, scheme_of: Callable[[Mapping[str, Any], str], Scheme]) -> Scheme:
+def weight_entry(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the config says of weights in general; ConfigError if that is not one mapping."""
+    return _weight(section(config, "global_quant_config"), f"{TOP}.global_quant_config")
+
+
+def _weight(entry: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     weight = entry.get("weight")
     if isinstance(weight, list):
         if len(weight) != 1:
@@ -134,7 +139,11 @@ def _weight_scheme(entry: Mapping[str, Any], path: str, scheme_of: Callable[[Map
         raise ConfigError(f"{path}.weight: expected a mapping, found {weight!r}")
     if weight.get("is_dynamic"):
         raise ConfigError(f"{path}.weight.is_dynamic: weights quantized while running are not in the file")
-    return scheme_of(weight, f"{path}.weight")
+    return weight
+
+
+def _weight_scheme(entry: Mapping[str, Any], path: str, scheme_of: Callable[[Mapping[str, Any], str], Scheme]) -> Scheme:
+    return scheme_of(_weight(entry, path), f"{path}.weight")
 
 
 class Excluded:
