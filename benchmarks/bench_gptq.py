@@ -3,8 +3,8 @@
     python benchmarks/bench_gptq.py --llmcompressor .venvs/llmcompressor/bin/python [--threads 2] [--runs 7]
 
 Input: 4,096 correlated tokens with 8 loud channels, weights with 4 loud columns, int4 in groups of 128, damping 0.01,
-static activation order, scales in F16, Hessians given. Errors are tr(D H D^T) / tr(W H W^T) in F64 on the calibration tokens and on
-8,192 fresh ones. llm-compressor runs in its own interpreter, which makes the same input from the same seeds; only the
+static activation order, scales in F16, Hessians given. Errors are tr(D H D^T) / tr(W H W^T) in F64 on the calibration
+tokens and on 8,192 fresh ones. llm-compressor runs in its own interpreter, which makes the same input from the same seeds; only the
 calls are timed. Both sides get the base scale amax / 7.5.
 """
 
@@ -70,9 +70,7 @@ def serve_llmcompressor() -> None:
     from compressed_tensors.quantization import QuantizationArgs
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
-    scheme = QuantizationArgs(
-        num_bits=4, type="int", symmetric=True, strategy="group", group_size=GROUP_SIZE, actorder="static"
-    )
+    scheme = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=GROUP_SIZE, actorder="static")
     case: tuple[Tensor, Tensor, Tensor] | None = None
     dequantized = torch.empty(0)
     for line in sys.stdin:

@@ -162,9 +162,7 @@ def gptq(
             damp_percent=options.damp_percent,
         )  # fmt: skip
     added = factor.diagonal - hessian.diagonal()
-    codes, loss = _quantize_columns(
-        weight, factor, added, scale, zero_point, qmin, qmax, group_size, options.block_size
-    )
+    codes, loss = _quantize_columns(weight, factor, added, scale, zero_point, qmin, qmax, group_size, options.block_size)
     if options.polish is not None:
         polished = polish(
             weight, hessian, codes, scale, zero_point, damping=added, qmin=qmin, qmax=qmax, group_size=group_size,

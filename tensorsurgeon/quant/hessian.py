@@ -77,7 +77,7 @@ class HessianAccumulator:
 class DiagonalAccumulator:
     """Sums ``x^2`` per input column: the Hessian's diagonal, and the importance that ``imatrix`` methods use.
 
-    F64 sums over the same fixed chunks as ``HessianAccumulator``; in_features floats instead of their square.
+    Summed in F64, token by token; in_features floats instead of their square.
     """
 
     def __init__(self, in_features: int) -> None:
@@ -89,7 +89,7 @@ class DiagonalAccumulator:
         """Take inputs of any float dtype, [..., in_features]."""
         rows = _token_rows(inputs, self.in_features)
         self.tokens += rows.shape[0]
-        # One token after another in F64, so batch boundaries cannot show; a cumulative sum in NumPy keeps that order.
+        # One token after another in F64: batch boundaries cannot show.
         for start in range(0, rows.shape[0], CHUNK_TOKENS):
             squares = rows[start : start + CHUNK_TOKENS].to(torch.float64).square_().contiguous().numpy()
             _add_rows(self._sum.numpy(), squares)
@@ -261,9 +261,7 @@ def _factor_in_place(matrix: Tensor) -> bool:
 
 
 @kernel
-def _factor_panel(
-    panel: NDArray[np.float32], inverse: NDArray[np.float32], diagonal: NDArray[np.float32], floor: float
-) -> bool:
+def _factor_panel(panel: NDArray[np.float32], inverse: NDArray[np.float32], diagonal: NDArray[np.float32], floor: float) -> bool:
     """Cholesky factor of one diagonal block, in place (zero above the diagonal), and the inverse of that factor."""
     size = panel.shape[0]
     upper = np.zeros((size, size), np.float64)

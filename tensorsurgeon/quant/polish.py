@@ -71,15 +71,14 @@ def polish(
         hessian=hessian.contiguous(),
         damping=damping,
         change=torch.empty(0),
-        codes=codes.T.contiguous(),
-        scale=scale.T.contiguous(),
+        # Clones: the transpose of a single row or column is contiguous as it is, and both are written to.
+        codes=codes.T.clone(memory_format=torch.contiguous_format),
+        scale=scale.T.clone(memory_format=torch.contiguous_format),
         zero_point=zero_rows(zero_point, (scale.shape[1], scale.shape[0])),
         group_size=group_size,
         gain=torch.zeros(weight.shape[0], dtype=torch.float64),
     )
-    state.change = weight.T - (state.codes - _per_column(state.zero_point, group_size)) * _per_column(
-        state.scale, group_size
-    )
+    state.change = weight.T - (state.codes - _per_column(state.zero_point, group_size)) * _per_column(state.scale, group_size)
     damping_before = _row_energy(state.change, damping)
     importance = hessian.diagonal() + damping
     blocks = _by_importance(_blocks(columns, group_size), importance)
@@ -132,9 +131,7 @@ class _State:
 
     def gradient(self, start: int, stop: int) -> Tensor:
         """Rows start..stop of (H + damping) D, [stop - start, N]: minus half the loss's slope."""
-        return (self.hessian[start:stop] @ self.change).addcmul_(
-            self.damping[start:stop, None], self.change[start:stop]
-        )
+        return (self.hessian[start:stop] @ self.change).addcmul_(self.damping[start:stop, None], self.change[start:stop])
 
     def damped(self, start: int, stop: int) -> Tensor:
         """The diagonal block start..stop of the damped Hessian."""
@@ -167,9 +164,7 @@ def _per_column(rows: Tensor, group_size: int) -> Tensor:
     return rows.repeat_interleave(group_size, 0)
 
 
-def _refit_scales(
-    state: _State, start: int, stop: int, gradient: Tensor, damped: Tensor, store_scale: StoreScale
-) -> None:
+def _refit_scales(state: _State, start: int, stop: int, gradient: Tensor, damped: Tensor, store_scale: StoreScale) -> None:
     """Move the scale of each group in start..stop to its best stored value; gradient and change follow.
 
     A scale that would change sign, vanish, or not fit the stored type stays as it is.

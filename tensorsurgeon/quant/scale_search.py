@@ -1,8 +1,8 @@
 """Search each group's scale for the least squared rounding error, each input column weighted by what errors there cost.
 
 Before GPTQ the weights are ``FlippedFactor.column_cost``; with the Hessian's diagonal this is the ``imatrix`` method of
-rounding to nearest, and without weights the clipping search that needs no data. A smaller scale clips the largest weights of a group and
-rounds all others finer. The zero point does not move: min and max shrink alike, and it is a ratio of them.
+rounding to nearest, and without weights the clipping search that needs no data. A smaller scale clips the largest weights
+of a group and rounds all others finer. The zero point does not move: min and max shrink alike, and it is a ratio of them.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def zero_rows(zero_point: Tensor | None, shape: tuple[int, ...] | torch.Size) ->
 
 def check_grid(weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> None:
     """Raise NumericError unless weight, scale and zero point are finite and fit each other."""
-    if weight.ndim != 2 or weight.dtype != torch.float32:
-        raise NumericError(f"weight must be an F32 matrix, found {weight.dtype} {tuple(weight.shape)}")
+    if weight.ndim != 2 or weight.dtype != torch.float32 or weight.device.type != "cpu":
+        raise NumericError(f"weight must be an F32 matrix on the CPU, found {weight.dtype} {tuple(weight.shape)} on {weight.device}")
     rows, columns = weight.shape
     width = columns if group_size == -1 else group_size
     if width < 1 or columns % width:

@@ -254,11 +254,12 @@ def test_columns_without_input_are_rounded_to_nearest_not_zeroed() -> None:
     result = gptq(weight, hessian_of(tokens), scale=base_scale(weight, 64), options=PLAIN, **grid(4, 64))
     nearest = round_to_nearest(weight, f16(base_scale(weight, 64)), None, qmin=-8, qmax=7)
     assert torch.equal(result.codes[:, dead], nearest[:, dead])
-    polished = gptq(
-        weight, hessian_of(tokens), scale=base_scale(weight, 64), options=GptqOptions(polish=Polish()), **grid(4, 64)
-    )
+    polished = gptq(weight, hessian_of(tokens), scale=base_scale(weight, 64), options=GptqOptions(polish=Polish()), **grid(4, 64))
     off = (polished.dequantize() - weight)[:, dead].abs()
-    assert (off <= 0.51 * polished.scale.abs()[:, dead // 64] + (weight[:, dead].abs() - 7 * polished.scale[:, dead // 64]).clamp(min=0)).all()
+    assert (
+        off
+        <= 0.51 * polished.scale.abs()[:, dead // 64] + (weight[:, dead].abs() - 7 * polished.scale[:, dead // 64]).clamp(min=0)
+    ).all()
 
 
 @pytest.mark.parametrize("damp_percent", [0.0, 0.01])
@@ -280,7 +281,9 @@ def test_one_token_repeated_is_a_hessian_of_rank_one() -> None:
     weight = random_weight(64, 256, 1)
     token = torch.randn(1, 256, generator=seeded(4))
     hessian = hessian_of(token.expand(500, -1))
-    result = gptq(weight, hessian, scale=base_scale(weight, 64), options=GptqOptions(damp_percent=0.0, polish=Polish()), **grid(4, 64))
+    result = gptq(
+        weight, hessian, scale=base_scale(weight, 64), options=GptqOptions(damp_percent=0.0, polish=Polish()), **grid(4, 64)
+    )
     assert result.damp_percent > 0
     assert torch.isfinite(result.dequantize()).all()
     assert result.relative_loss is not None
@@ -292,7 +295,11 @@ def test_knowing_that_tokens_are_few_lowers_the_error_on_fresh_ones() -> None:
     fresh = hessian_of(correlated_tokens(512, 4096, 4))
     options = GptqOptions(polish=Polish())
     unknown, known = (
-        error(weight, gptq(weight, hessian_of(few), scale=base_scale(weight, 128), options=options, tokens=t, **grid()).dequantize(), fresh)
+        error(
+            weight,
+            gptq(weight, hessian_of(few), scale=base_scale(weight, 128), options=options, tokens=t, **grid()).dequantize(),
+            fresh,
+        )
         for t in (None, 128)
     )
     assert known < 0.85 * unknown
