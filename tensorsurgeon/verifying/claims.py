@@ -1,0 +1,161 @@
+"""What a ``quantization_config`` claims about each module, in the few facts that decide how its bytes are read."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from tensorsurgeon.dtypes import I8, DType
+from tensorsurgeon.formats.fused_modules import EXPERTS, FUSED, fused_name
+
+Layout = Literal["plain", "ct-packed", "nvfp4", "mxfp4", "gptq", "awq", "quark-packed"]
+TOP: Final = "quantization_config"
+# vLLM and AutoAWQ pack the outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight into the nibbles of a word.
+INTERLEAVED: Final = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """How one module is said to be stored.
+
+    ``layout``: which tensors there are. ``plain`` is one element per weight in ``weight`` (``code_dtype``).
+    ``group_size``: inputs per scale, -1 for one per output channel, 0 for one per tensor; ``block`` excludes it.
+    ``scale_name``: the local name of the scales; ``vector_scale``: per-channel scales are [N] instead of [N, 1].
+    ``zero_offset``: what is missing from stored zero points (1 in GPTQ v1). ``interleaved``: AWQ's nibble order.
+    ``transposed``: Quark packs outputs of a transposed weight [K, N / 8] (groups), or inputs [N, K / 8] (channels).
+    ``unsigned``: Quark's uint4. ``static_inputs``: activations have a scale in the file too.
+    """
+
+    layout: Layout
+    num_bits: int
+    group_size: int = -1
+    symmetric: bool = True
+    block: tuple[int, int] | None = None
+    code_dtype: DType = I8
+    scale_name: str = "weight_scale"
+    vector_scale: bool = False
+    zero_offset: int = 0
+    interleaved: bool = False
+    transposed: bool = False
+    unsigned: bool = False
+    static_inputs: bool = False
+    desc_act: bool = False
+
+    def describe(self) -> str:
+        """The claim in the words of the field: ``int 4 bits, group_size 32``."""
+        kind = "int"
+        if self.layout in ("nvfp4", "mxfp4"):
+            return self.layout
+        if self.layout == "plain" and self.code_dtype.is_float:
+            kind = "fp8"
+        shape = (
+            f"block {self.block[0]}x{self.block[1]}"
+            if self.block
+            else {-1: "per channel", 0: "per tensor"}.get(self.group_size, f"group_size {self.group_size}")
+        )
+        return f"{kind} {self.num_bits} bits, {shape}{'' if self.symmetric else ', asymmetric'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a list that names modules; ``how`` says by what rule its readers match it."""
+
+    key: str
+    text: str
+    how: Literal["exact", "match", "search", "glob", "substring", "affix"]
+    _regex: re.Pattern[str] | None = field(default=None, compare=False)
+
+    @classmethod
+    def parse(cls, key: str, text: str, how: Literal["exact", "match", "search", "glob", "substring", "affix"]) -> Entry:
+        """Raises re.error for an expression that does not compile."""
+        if how in ("match", "search"):
+            return cls(key, text, how, re.compile(text.removeprefix("re:")))
+        if how == "glob":
+            return cls(key, text, how, re.compile(fnmatch.translate(text)))
+        return cls(key, text, how)
+
+    @property
+    def is_expression(self) -> bool:
+        return self.how in ("match", "search", "glob", "substring")
+
+    def matches(self, module: str) -> bool:
+        if self._regex is not None:
+            return (self._regex.search if self.how == "search" else self._regex.match)(module) is not None
+        if self.how == "substring":
+            return self.text in module
+        if self.how == "affix":
+            return module == self.text or module.startswith(self.text + ".") or module.endswith("." + self.text)
+        return module == self.text
+
+
+class Claims:
+    """The whole config: ``of`` a module gives its claim, or None for a module that stays unquantized."""
+
+    def __init__(
+        self,
+        label: str,
+        of: Callable[[str], Claim | None],
+        entries: Iterable[Entry],
+        kept_out_by: str,
+    ) -> None:
+        self.label = label
+        self._of = of
+        self.entries = tuple(entries)
+        self.kept_out_by = f"{TOP}.{kept_out_by}"
+        self._known: dict[str, Claim | None] = {}
+
+    def of(self, module: str) -> Claim | None:
+        if module not in self._known:
+            self._known[module] = self._of(module)
+        return self._known[module]
+
+
+class EntryList:
+    """Entries ready to be asked about many names: exact ones by hash, the others one by one."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.entries = tuple(entries)
+        self._exact = frozenset(e.text for e in self.entries if e.how == "exact")
+        self._others = tuple(e for e in self.entries if e.how != "exact")
+
+    def matches(self, module: str) -> bool:
+        return module in self._exact or any(e.matches(module) for e in self._others)
+
+
+def names_of(modules: Iterable[str], stacked: Iterable[str]) -> set[str]:
+    """Every name that an entry may rightly match: modules, their parents, fused modules, experts of stacked tensors.
+
+    ``stacked``: prefixes (``x.mlp.experts``) whose experts lie in one 3-D tensor; engines ask for expert 0 of them.
+    ``lm_head`` always counts: with tied embeddings engines make one of which the file has no tensor.
+    """
+    names = {"lm_head"}
+    for module in modules:
+        names.add(module)
+        fused = fused_name(module)
+        if fused is not None:
+            names.add(fused)
+        while module := module.rpartition(".")[0]:
+            if module in names:
+                break
+            names.add(module)
+    for prefix in stacked:
+        names.add(prefix)
+        names.update(f"{prefix}.0.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj", *FUSED))
+    return names
+
+
+def experts_parent(module: str) -> str | None:
+    """``x.mlp.experts`` of ``x.mlp.experts.3.up_proj`` or of a stacked ``x.mlp.experts.gate_up_proj``."""
+    at = module.find(EXPERTS)
+    return module[: at + len(EXPERTS) - 1] if at >= 0 else None
+
+
+def integer_of(config: Mapping[str, Any], key: str, default: int | None = None) -> int | None:
+    """An integer value; ``default`` where absent or null; None for anything else."""
+    value = config.get(key)
+    if value is None:
+        return default
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -1,0 +1,117 @@
+"""Carry out a pairing: stream both checkpoints and say where they differ."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import xxhash
+
+from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.verifying import fidelity
+from tensorsurgeon.verifying.against import Pair, Part, SameBytes, SameWeight
+from tensorsurgeon.verifying.claims import Claim
+from tensorsurgeon.verifying.described import Module
+from tensorsurgeon.verifying.fidelity import Fidelity
+from tensorsurgeon.verifying.findings import Findings
+from tensorsurgeon.verifying.reading import CHUNK_BYTES, Reader
+from tensorsurgeon.verifying.readings import other_readings
+from tensorsurgeon.verifying.weights import CodedWeight, FloatWeight, Weight
+
+
+def compare_pairs(source: Reader, target: Reader, pairs: Iterable[Pair], findings: Findings, workers: int) -> tuple[list[Fidelity], int]:
+    """Every pair compared: the fidelity of stored weights, and the bytes that were found equal."""
+
+    def compare(pair: Pair) -> Fidelity | int:
+        if isinstance(pair, SameBytes):
+            return _same_bytes(source, target, pair, findings)
+        return _same_weight(source, target, pair, findings)
+
+    # In the order of the source's bytes, so that disks read forwards.
+    ordered = sorted(pairs, key=lambda pair: source.location(_first_tensor(pair)))
+    with ThreadPoolExecutor(workers) as pool:
+        results = list(pool.map(compare, ordered))
+    return [r for r in results if isinstance(r, Fidelity)], sum(r for r in results if isinstance(r, int))
+
+
+def _first_tensor(pair: Pair) -> str:
+    return pair.source.name if isinstance(pair.source, Part) else next(iter(pair.source.tensors.values())).name
+
+
+def _range(reader: Reader, part: Part) -> tuple[int, int]:
+    """First byte and bytes of a part; a part of -1 rows is the whole tensor."""
+    spec = reader.specs[part.name]
+    return (0, spec.nbytes) if part.rows < 0 else (part.first * spec.row_bytes, part.rows * spec.row_bytes)
+
+
+def _same_bytes(source: Reader, target: Reader, pair: SameBytes, findings: Findings) -> int:
+    (first, nbytes), (second, _) = _range(source, pair.source), _range(target, pair.target)
+    for start in range(0, nbytes, CHUNK_BYTES):
+        count = min(CHUNK_BYTES, nbytes - start)
+        one = source.bytes_of(pair.source.name, first + start, count)
+        other = target.bytes_of(pair.target.name, second + start, count)
+        if not np.array_equal(one, other):
+            spec = target.specs[pair.target.name]
+            at = start + int(np.flatnonzero(one != other)[0])
+            element = (second + at) * 8 // spec.dtype.bits
+            position = [int(i) for i in np.unravel_index(element, spec.shape)] if spec.shape else []
+            origin = "" if pair.source.name == pair.target.name else f" ({pair.source.name}, row {pair.source.first} on)"
+            findings.fault(
+                "bytes", pair.target.name,
+                f"differs from the source{origin} from element {position} on; it should pass through byte for byte",
+            )  # fmt: skip
+            return 0
+    return nbytes
+
+
+def _same_weight(source: Reader, target: Reader, pair: SameWeight, findings: Findings) -> Fidelity:
+    claim = pair.target.claim if isinstance(pair.target, Module) else None
+    original = _weight(source, pair.source, pair.shape)
+    result = fidelity.compare(pair.name, original, _weight(target, pair.target, pair.shape), claim)
+    if not result.is_sound:
+        better = other_readings(target, pair.target, original) if isinstance(pair.target, Module) else ""
+        findings.fault("fidelity", pair.name, _complaint(result, claim) + better)
+    return result
+
+
+def _complaint(result: Fidelity, claim: Claim | None) -> str:
+    stored = "a cast of the source" if claim is None else claim.describe()
+    if result.not_finite:
+        return f"{result.not_finite} rows read as NaN or infinity, row {result.first_bad_row} first"
+    if result.snr_db < result.floor_db:
+        return f"has {result.snr_db:.1f} dB against the source, where {stored} gives more than {result.floor_db:g} dB: these are other weights, or they are read wrongly"
+    return f"{result.bad_rows} rows, row {result.first_bad_row} first, have an error larger than the weights themselves, which rounding never makes ({result.snr_db:.1f} dB over all rows)"
+
+
+def _weight(reader: Reader, side: Part | Module, shape: tuple[int, int]) -> Weight:
+    if isinstance(side, Module):
+        return CodedWeight(reader, side.name, side.claim, side.shape)
+    return FloatWeight(reader, side.name, shape, side.first)
+
+
+def pair_by_content(source: Reader, target: Reader, lost: list[TensorSpec], new: list[TensorSpec], findings: Findings) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Renamed tensors, found by their bytes among what names left unexplained; what then remains of both."""
+    sizes = {spec.nbytes for spec in lost} & {spec.nbytes for spec in new}
+    by_digest: dict[tuple[str, int, str], list[TensorSpec]] = defaultdict(list)
+    for spec in new:
+        if spec.nbytes in sizes and spec.nbytes:
+            by_digest[spec.dtype.name, spec.nbytes, _digest(target, spec)].append(spec)
+    still_lost, explained = [], set()
+    for spec in lost:
+        found = by_digest.get((spec.dtype.name, spec.nbytes, _digest(source, spec))) if spec.nbytes in sizes and spec.nbytes else None
+        if found:
+            other = found.pop(0) if len(found) > 1 else found[0]
+            explained.add(other.name)
+            findings.note("renamed", spec.name, f"is {other.name} here, byte for byte")
+        else:
+            still_lost.append(spec)
+    return still_lost, [spec for spec in new if spec.name not in explained]
+
+
+def _digest(reader: Reader, spec: TensorSpec) -> str:
+    digest = xxhash.xxh3_128()
+    for start in range(0, spec.nbytes, CHUNK_BYTES):
+        digest.update(reader.bytes_of(spec.name, start, min(CHUNK_BYTES, spec.nbytes - start)))
+    return digest.hexdigest()

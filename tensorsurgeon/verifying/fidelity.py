@@ -1,0 +1,81 @@
+"""How well does a stored weight stand for its source? Signal to noise in dB, row by row, and what it may be at worst.
+
+SNR = 10 log10(sum w^2 / sum (w - q)^2), w the source, q what readers compute from the codes.
+
+The floors are far below what rounding gives and far above what wrong bytes give. Rounding to nearest on a grid that
+has zero never makes an error larger than the weight itself, so no row of it can be under 0 dB; weights of another
+tensor, shuffled nibbles or a lost zero point give -3 dB and less. Real weights rounded at 4 bits have 15 to 25 dB
+(rows of thousands of inputs under one scale lie at the lower end), at 8 bits 35 to 50 dB, FP8 about 31 dB: 5 dB and
+20 dB for a whole tensor leave room for calibrated codes, which trade weight error for output error. Below 4 bits the
+floor falls to 0 dB, which only rounding with clipped outliers approaches.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from tensorsurgeon.verifying.claims import Claim
+from tensorsurgeon.verifying.weights import Weight
+
+FLOOR_DB: Final = {2: 0.0, 3: 2.0, 4: 5.0, 5: 9.0, 6: 13.0, 7: 17.0, 8: 20.0}
+# BF16 has 8 significant bits: rounding alone costs about 51 dB.
+CAST_FLOOR_DB: Final = 40.0
+# Twice the energy of the row itself: out of reach for rounding, with room for scales rounded to F16 or BF16.
+_ROW_NOISE: Final = 2.0
+_CHUNK_ELEMENTS: Final = 1 << 20
+
+
+class Fidelity(NamedTuple):
+    """One weight compared: ``snr_db`` is infinite where every value is the source's. ``bad_rows`` are noisier than
+    rounding can make them; ``not_finite`` counts rows with NaN or infinity in what readers compute."""
+
+    name: str
+    num_bits: int
+    snr_db: float
+    floor_db: float
+    bad_rows: int
+    first_bad_row: int
+    not_finite: int
+
+    @property
+    def is_sound(self) -> bool:
+        return self.snr_db >= self.floor_db and not self.bad_rows and not self.not_finite
+
+
+def floor_of(claim: Claim | None) -> float:
+    """The least SNR of a weight stored so; None is a float weight."""
+    return CAST_FLOOR_DB if claim is None else FLOOR_DB[claim.num_bits]
+
+
+def compare(name: str, source: Weight, stored: Weight, claim: Claim | None) -> Fidelity:
+    """Stream both weights by rows; shapes must be equal."""
+    rows, columns = source.shape
+    step = max(8, _CHUNK_ELEMENTS // columns // 8 * 8)
+    signal_sum = noise_sum = 0.0
+    bad_rows, first_bad, not_finite = 0, -1, 0
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        weight = source.rows(start, stop)
+        noise = stored.rows(start, stop)
+        np.subtract(weight, noise, out=noise)
+        # In float32 by row, which is a sum of thousands at most, then in float64.
+        signal = np.einsum("ij,ij->i", weight, weight).astype(np.float64)
+        error = np.einsum("ij,ij->i", noise, noise).astype(np.float64)
+        finite = np.isfinite(error)
+        not_finite += int(np.count_nonzero(~finite))
+        wrong = ~finite | (error > _ROW_NOISE * signal)
+        if wrong.any():
+            if first_bad < 0:
+                first_bad = start + int(np.flatnonzero(wrong)[0])
+            bad_rows += int(np.count_nonzero(wrong))
+        signal_sum += float(signal.sum())
+        noise_sum += float(error[finite].sum())
+    return Fidelity(name, 16 if claim is None else claim.num_bits, _decibels(signal_sum, noise_sum), floor_of(claim), bad_rows, first_bad, not_finite)
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise == 0:
+        return float("inf")
+    return -float("inf") if signal == 0 else 10 * float(np.log10(signal / noise))

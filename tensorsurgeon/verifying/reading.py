@@ -1,0 +1,74 @@
+"""Bytes of a checkpoint in bounded pieces: whole small tensors, rows of large ones, ranges of any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from tensorsurgeon.checkpoint import Checkpoint, Location
+from tensorsurgeon.errors import CheckpointError
+from tensorsurgeon.source import Source
+from tensorsurgeon.spec import TensorSpec
+
+CHUNK_BYTES = 4 << 20
+
+
+class Reader:
+    """Tensors of one checkpoint by name; safe to use from many threads.
+
+    ``progress`` is told how many bytes were read.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, progress: Callable[[int], None] = lambda _: None) -> None:
+        self.checkpoint = checkpoint
+        self.specs = checkpoint.specs
+        self._progress = progress
+        self._locations: dict[str, Location] = dict(zip(checkpoint.specs, checkpoint.locations, strict=True))
+        self._source = Source(checkpoint)
+
+    def location(self, name: str) -> Location:
+        return self._locations[name]
+
+    def bytes_of(self, name: str, start: int, nbytes: int) -> np.ndarray:
+        """uint8 [nbytes] from byte ``start`` of a tensor."""
+        shard, offset = self._locations[name]
+        return self.shard_bytes(shard, offset + start, nbytes)
+
+    def shard_bytes(self, shard: int, offset: int, nbytes: int) -> np.ndarray:
+        """uint8 [nbytes] of a file; SourceError if it ends before."""
+        data = np.empty(nbytes, np.uint8)
+        if nbytes:
+            self._source.read_into(shard, offset, memoryview(data))
+        self._progress(nbytes)
+        return data
+
+    def array(self, name: str) -> np.ndarray:
+        """A whole tensor, in its own dtype and shape."""
+        spec = self.specs[name]
+        return self.bytes_of(name, 0, spec.nbytes).view(_numpy(spec)).reshape(spec.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of a tensor seen as [-1, last axis]: [stop - start, last axis]."""
+        spec = self.specs[name]
+        row = spec.row_bytes
+        data = self.bytes_of(name, start * row, (stop - start) * row)
+        return data.view(_numpy(spec)).reshape(stop - start, prod(spec.shape[-1:]) if len(spec.shape) > 1 else 1)
+
+    def close(self) -> None:
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _numpy(spec: TensorSpec) -> np.dtype:
+    if spec.dtype.numpy is None:
+        raise CheckpointError(f"{spec}: elements narrower than a byte have no array form")
+    return spec.dtype.numpy

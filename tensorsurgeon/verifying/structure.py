@@ -1,0 +1,150 @@
+"""Do headers, index and files agree with each other, and does the record know the bytes?"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from tensorsurgeon.checkpoint import RECORD_NAME, STATE_FOLDER, Checkpoint, open_checkpoint
+from tensorsurgeon.errors import CheckpointError, HeaderError, SurgeonError
+from tensorsurgeon.header import read_header
+from tensorsurgeon.layout import INDEX_NAME
+from tensorsurgeon.record import Range, read_record, recorded_ranges
+from tensorsurgeon.verifying.findings import Findings
+from tensorsurgeon.verifying.reading import CHUNK_BYTES, Reader
+
+
+def open_for_judgement(path: Path, findings: Findings) -> Checkpoint | None:
+    """The checkpoint with what is odd about it as findings; None, and faults, where it cannot be read at all.
+
+    Raises CheckpointError for a path that is no checkpoint: there is nothing to judge.
+    """
+    try:
+        checkpoint = open_checkpoint(path, tolerant=True)
+    except SurgeonError as error:
+        if type(error) is CheckpointError:
+            raise
+        _fault_unreadable(path, error, findings)
+        return None
+    _check_files(checkpoint, path, findings)
+    return checkpoint
+
+
+def _fault_unreadable(path: Path, error: SurgeonError, findings: Findings) -> None:
+    """One broken shard stops the reader; the others are looked at all the same."""
+    broken = set()
+    for shard in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        try:
+            read_header(shard)
+        except HeaderError as other:
+            broken.add(str(shard))
+            findings.fault("header", shard.name, other.message)
+    if error.where not in broken:
+        where = Path(error.where).name if error.where else path.name
+        findings.fault("index" if where == INDEX_NAME else "files", where, error.message)
+
+
+def _check_files(checkpoint: Checkpoint, path: Path, findings: Findings) -> None:
+    root = checkpoint.root
+    if path.is_file():
+        return
+    if (root / STATE_FOLDER).is_dir():
+        findings.fault("unfinished", STATE_FOLDER, "an unfinished run of surgeon lies here; finish it with --resume, or remove it")
+    for oddity in checkpoint.oddities:
+        where, _, message = oddity.partition(": ")
+        if oddity.startswith("the index says total_size"):
+            _judge_total_size(checkpoint, oddity, findings)
+        elif message:
+            findings.fault("index", where, message)
+        else:
+            findings.fault("index", INDEX_NAME, oddity)
+    for name in checkpoint.left_behind:
+        if name.endswith(".partial"):
+            findings.fault("leftover", name, "a part of an unfinished run; remove it, or finish the run with --resume")
+        else:
+            findings.note("other-weights", name, "holds weights that are no part of this checkpoint")
+    if checkpoint.config_text is None:
+        findings.note("no-config", "config.json", "is missing, so nothing says how the tensors are to be read")
+
+
+def _judge_total_size(checkpoint: Checkpoint, oddity: str, findings: Findings) -> None:
+    """Two tools write another number than the tensors' bytes; any third number is a stale index."""
+    document = json.loads((checkpoint.root / INDEX_NAME).read_bytes())
+    total = document["metadata"]["total_size"]
+    files = sum(shard.file_bytes for shard in checkpoint.shards)
+    if total == 0 or total == files:
+        meaning = "nothing" if total == 0 else "the bytes of the files, headers included"
+        findings.note("total-size", INDEX_NAME, f"total_size {total} counts {meaning}; the tensors have {checkpoint.weight_bytes} bytes")
+    else:
+        findings.fault("total-size", INDEX_NAME, oddity)
+
+
+def check_digests(reader: Reader, findings: Findings, workers: int) -> int | None:
+    """Compare every byte range that ``surgeon.json`` knows; the bytes compared, or None without a record."""
+    checkpoint = reader.checkpoint
+    try:
+        record = read_record(checkpoint.root)
+    except SurgeonError as error:
+        findings.fault("record", RECORD_NAME, error.message)
+        return None
+    if record is None:
+        return None
+    numbers = {shard.path.name: number for number, shard in enumerate(checkpoint.shards)}
+    ranges: dict[str, list[Range]] = {}
+    for found in recorded_ranges(record):
+        ranges.setdefault(found.shard, []).append(found)
+    for name in numbers.keys() - ranges.keys():
+        findings.fault("record", name, f"{RECORD_NAME} does not know this shard; it was added or renamed after the run")
+    jobs: list[tuple[int, Range]] = []
+    for name, own in ranges.items():
+        number = numbers.get(name)
+        if number is None:
+            findings.fault("record", name, f"{RECORD_NAME} says that the run wrote this shard, but it is not here")
+        elif _tiles(own, checkpoint.shards[number].file_bytes, name, findings):
+            jobs += [(number, found) for found in own]
+    name_at = _names_by_offset(checkpoint)
+
+    def compare(job: tuple[int, Range]) -> int:
+        number, found = job
+        digest = xxhash.xxh3_64()
+        for start in range(found.offset, found.offset + found.nbytes, CHUNK_BYTES):
+            digest.update(reader.shard_bytes(number, start, min(CHUNK_BYTES, found.offset + found.nbytes - start)))
+        if digest.hexdigest() != found.digest:
+            stop = found.offset + found.nbytes
+            findings.fault(
+                "digest", name_at(number, found.offset),
+                f"bytes {found.offset} to {stop} of {found.shard} have the digest {digest.hexdigest()}, "
+                f"{RECORD_NAME} says {found.digest}; they changed after they were written",
+            )  # fmt: skip
+        return found.nbytes
+
+    with ThreadPoolExecutor(workers) as pool:
+        return sum(pool.map(compare, jobs))
+
+
+def _tiles(ranges: list[Range], file_bytes: int, name: str, findings: Findings) -> bool:
+    position = 0
+    for found in sorted(ranges, key=lambda r: r.offset):
+        if found.offset != position:
+            break
+        position += found.nbytes
+    if position == file_bytes:
+        return True
+    findings.fault("record", name, f"has {file_bytes} bytes, of which {RECORD_NAME} knows the first {position}; the file changed after the run")
+    return False
+
+
+def _names_by_offset(checkpoint: Checkpoint) -> Callable[[int, int], str]:
+    starts = [[entry.offset for entry in shard.entries] for shard in checkpoint.shards]
+
+    def name_at(shard: int, offset: int) -> str:
+        at = bisect_right(starts[shard], offset) - 1
+        header = checkpoint.shards[shard]
+        return header.entries[at].spec.name if at >= 0 else f"{header.path.name} (header)"
+
+    return name_at

@@ -1,0 +1,151 @@
+"""The whole judgement: structure, digests, description, values, and the source where one is given."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
+from tensorsurgeon.errors import SurgeonError
+from tensorsurgeon.record import read_record
+from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.verifying.against import dropped_by_record, pair_tensors
+from tensorsurgeon.verifying.comparing import compare_pairs, pair_by_content
+from tensorsurgeon.verifying.described import Described, check_config_copies, check_described
+from tensorsurgeon.verifying.dialects import quantization_of, read_claims
+from tensorsurgeon.verifying.fidelity import Fidelity
+from tensorsurgeon.verifying.findings import Fault, Findings, Note
+from tensorsurgeon.verifying.reading import Reader
+from tensorsurgeon.verifying.siblings import check_experts, check_global_scales, check_siblings
+from tensorsurgeon.verifying.structure import check_digests, open_for_judgement
+from tensorsurgeon.verifying.values import check_values
+
+Progress = Callable[[int], None]
+# Scales that calibration adds to float modules; a source never has them.
+_CALIBRATED = ("k_scale", "v_scale", "q_scale", "prob_scale")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What was found. ``quantization`` says what the config claims, None without one; ``schemes`` counts sound
+    quantized modules under each scheme. ``digested_bytes`` is None without a record; ``equal_bytes``, ``compared``
+    and ``source`` are of the comparison with a source, where there was one."""
+
+    path: Path
+    tensors: int
+    nbytes: int
+    quantization: str | None
+    schemes: dict[str, int]
+    digested_bytes: int | None
+    source: Path | None
+    equal_bytes: int
+    compared: tuple[Fidelity, ...]
+    faults: tuple[Fault, ...]
+    notes: tuple[Note, ...]
+
+    @property
+    def is_sound(self) -> bool:
+        return not self.faults
+
+
+def bytes_to_read(target: str | os.PathLike[str], against: str | os.PathLike[str] | None) -> int:
+    """About how many bytes ``verify`` will read; for a progress bar."""
+    total = 0
+    for path in (target, against):
+        if path is not None:
+            try:
+                total += open_checkpoint(path, tolerant=True).weight_bytes
+            except SurgeonError:
+                continue
+    return total * (1 if against is None else 2)
+
+
+def verify(
+    target: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    workers: int | None = None,
+    progress: Progress = lambda _: None,
+) -> Verification:
+    """Judge the checkpoint ``target``, and with ``against`` compare it with the source it was made from.
+
+    Every fault is collected; CheckpointError only where one of the two is no checkpoint at all. ``workers`` threads
+    each hold some tens of megabytes (one packed tensor, for layouts that are stored transposed).
+    """
+    count = workers or len(os.sched_getaffinity(0))
+    findings = Findings()
+    source = None if against is None else open_checkpoint(against)
+    checkpoint = open_for_judgement(Path(target), findings)
+    if checkpoint is None:
+        return _result(Path(target), None, None, Described({}, {}), None, source, 0, (), findings)
+    with ExitStack() as stack:
+        reader = stack.enter_context(Reader(checkpoint, progress))
+        digested = check_digests(reader, findings, count)
+        claims = read_claims(checkpoint.specs, findings)
+        # Where the config cannot be read, faults say so already, and judging modules by it would only repeat them.
+        readable = claims is not None or quantization_of(checkpoint.config) is None
+        described = check_described(reader, claims, findings, known_method=readable)
+        check_config_copies(checkpoint, findings)
+        check_siblings(checkpoint.specs, described, findings)
+        check_experts(checkpoint.specs, checkpoint.specs.config_value, findings)
+        global_scales = check_values(reader, described.modules.values(), findings, count)
+        check_global_scales(global_scales, findings)
+        equal, compared = 0, []
+        if source is not None:
+            original = stack.enter_context(Reader(source, progress))
+            compared, equal = _check_against(original, reader, described, findings, count)
+    label = None if claims is None else claims.label
+    return _result(Path(target), checkpoint, label, described, digested, source, equal, compared, findings)
+
+
+def _check_against(original: Reader, reader: Reader, described: Described, findings: Findings, workers: int) -> tuple[list[Fidelity], int]:
+    source = original.specs
+    own = Findings()
+    # The source's own faults are not those of the checkpoint; only its sound modules can be compared.
+    source_modules = check_described(original, read_claims(source, own), own, known_method=quantization_of(source.config) is not None)
+    pairing = pair_tensors(source, source_modules, reader.specs, described, findings)
+    compared, equal = compare_pairs(original, reader, pairing.pairs, findings, workers)
+    lost, new = pair_by_content(original, reader, pairing.lost, pairing.new, findings)
+    reasons = _reasons(reader, lost)
+    for spec in lost:
+        if spec.name in reasons:
+            findings.note("dropped", spec.name, f"left out by a {reasons[spec.name]} step of surgeon.json")
+        else:
+            findings.fault("lost", spec.name, f"the source has {spec.dtype.name}{list(spec.shape)}, and nothing here stands for it")
+    for spec in new:
+        if spec.name.rpartition(".")[2] in _CALIBRATED:
+            findings.note("new", spec.name, f"{spec.dtype.name}{list(spec.shape)} is not in the source")
+        else:
+            findings.fault("new", spec.name, f"{spec.dtype.name}{list(spec.shape)} comes from no tensor of the source")
+    return compared, equal
+
+
+def _reasons(reader: Reader, lost: list[TensorSpec]) -> dict[str, str]:
+    try:
+        return dropped_by_record(read_record(reader.checkpoint.root), lost)
+    except SurgeonError:
+        # A damaged record is a fault already.
+        return {}
+
+
+def _result(
+    path: Path, checkpoint: Checkpoint | None, label: str | None, described: Described, digested: int | None,
+    source: Checkpoint | None, equal: int, compared: list[Fidelity] | tuple[Fidelity, ...], findings: Findings,
+) -> Verification:  # fmt: skip
+    return Verification(
+        path=path,
+        tensors=0 if checkpoint is None else len(checkpoint.specs),
+        nbytes=0 if checkpoint is None else checkpoint.weight_bytes,
+        quantization=label,
+        schemes=dict(Counter(module.claim.describe() for module in described.modules.values())),
+        digested_bytes=digested,
+        source=None if source is None else source.root,
+        equal_bytes=equal,
+        compared=tuple(sorted(compared, key=lambda f: f.name)),
+        faults=findings.faults,
+        notes=findings.notes,
+    )
