@@ -160,14 +160,22 @@ def _from_text(text: str, default: Any) -> Any:
         return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(text.lower(), text)
     if isinstance(default, int):
         return int(text) if re.fullmatch(r"-?\d+", text) else text
+    if default is None:
+        # The default says nothing of the type: read the text as YAML would.
+        return parse_yaml(text, "--set") if re.fullmatch(r"[\w.+-]+", text) else text
     if isinstance(default, list):
         return [part.strip() for part in text.split(",") if part.strip()]
     return text
 
 
 def _holds(value: Any, at: str) -> bool:
+    """A condition: a boolean, or two words compared (``"${scope} == experts"``)."""
+    compared = re.fullmatch(r"\s*(\S+)\s*(==|!=)\s*(\S+)\s*", value) if isinstance(value, str) else None
+    if compared:
+        left, operator, right = compared.groups()
+        return (left == right) is (operator == "==")
     if not isinstance(value, bool):
-        raise RecipeError(f"when must be true or false, found {value!r}", where=at)
+        raise RecipeError(f"when must be true, false, or a comparison such as ${{scope}} == experts; found {value!r}", where=at)
     return value
 
 

@@ -11,11 +11,13 @@ from tensorsurgeon.errors import RecipeError, did_you_mean
 OPS: Final = {
     "cast": "tensorsurgeon.ops.cast:Cast",
     "concat": "tensorsurgeon.ops.concat:Concat",
+    "dequantize": "tensorsurgeon.ops.dequantize:Dequantize",
     "drop": "tensorsurgeon.ops.drop:Drop",
     "expect": "tensorsurgeon.ops.expect:Expect",
     "keep": "tensorsurgeon.ops.keep:Keep",
     "quantize": "tensorsurgeon.ops.quantize:Quantize",
     "rename": "tensorsurgeon.ops.rename:Rename",
+    "repack": "tensorsurgeon.ops.repack:Repack",
     "reshape": "tensorsurgeon.ops.reshape:Reshape",
     "split": "tensorsurgeon.ops.split:Split",
     "squeeze": "tensorsurgeon.ops.squeeze:Squeeze",

@@ -11,7 +11,7 @@ from tensorsurgeon.names import fill
 from tensorsurgeon.ops.columns import join_columns, split_columns
 from tensorsurgeon.ops.grouping import check_alike, parts_by_fields
 from tensorsurgeon.spec import Region, SpecMap, TensorSpec
-from tensorsurgeon.transform import Array, Moves, Rewrite, turned_around
+from tensorsurgeon.transform import Array, Moves, Rewrite, move_arrays, turned_around
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,14 +40,16 @@ class Concat:
             shape = parts[0].shape
             size = sum(part.shape[axis] for part in parts)
             whole = TensorSpec(fill(self.into, dict(fields)), parts[0].dtype, (*shape[:axis], size, *shape[axis + 1 :]))
-            if axis == rank - 1 and rank > 1:
+            if not whole.numel:
+                rewrites.append(Rewrite(tuple(map(Region, parts)), (Region(whole),), True))
+            elif axis == rank - 1 and rank > 1:
                 rewrites.append(Rewrite(tuple(map(Region, parts)), (Region(whole),)))
             else:
                 rewrites.extend(_row_moves(parts, whole, axis))
         return tuple(rewrites)
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return join_columns(rewrite, inputs)
+        return move_arrays(rewrite, inputs) if rewrite.moves_bytes else join_columns(rewrite, inputs)
 
     def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves | _SplitColumns:
         if all(r.moves_bytes for r in rewrites):
@@ -66,7 +68,7 @@ class _SplitColumns:
         return tuple(Rewrite(r.outputs, r.inputs, r.moves_bytes) for r in self.done)
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return split_columns(rewrite, inputs)
+        return move_arrays(rewrite, inputs) if rewrite.moves_bytes else split_columns(rewrite, inputs)
 
     def inverse(self, rewrites: tuple[Rewrite, ...]) -> Concat:
         return self.op

@@ -32,8 +32,8 @@ class Drop:
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         (array,) = inputs
-        if self.only_if == "zero" and np.any(array.view(np.uint8) if array.ndim else array):
-            count = int(np.count_nonzero(array))
+        count = int(np.count_nonzero(array))
+        if self.only_if == "zero" and count:
             raise NumericError(
                 f"{rewrite.inputs[0].spec.name}: expected zeros only, found {count} other values; "
                 "this tensor carries information and cannot be dropped"

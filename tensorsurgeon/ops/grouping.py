@@ -19,7 +19,13 @@ def parts_by_fields(specs: SpecMap, patterns: Sequence[str]) -> dict[Fields, lis
     found: dict[Fields, dict[int, TensorSpec]] = {}
     for position, pattern in enumerate(patterns):
         for name, fields in Selector((pattern,)).select(specs).items():
-            found.setdefault(tuple(sorted(fields.items())), {})[position] = specs[name]
+            parts = found.setdefault(tuple(sorted(fields.items())), {})
+            if position in parts:
+                raise SpecError(
+                    f"{name} and {parts[position].name} both match {pattern!r} with {fields or 'no fields'}, so nothing tells "
+                    "which belongs to which whole; make the pattern capture what differs"
+                )
+            parts[position] = specs[name]
     for fields, parts in found.items():
         for position, pattern in enumerate(patterns):
             if position not in parts:
@@ -34,10 +40,17 @@ def stacks_by_fields(specs: SpecMap, where: Sequence[str], index: str = "index")
     """For each set of the other fields, the tensors numbered by field ``index``, from 0 without gaps."""
     found: dict[Fields, dict[int, TensorSpec]] = {}
     for name, fields in Selector(tuple(where)).select(specs).items():
-        if not fields.get(index, "").isdecimal():
+        if not fields.get(index, "").isdecimal() or len(fields[index]) > 18:
             raise SpecError(f"{name}: the field {{{index}}} must be a number, found {fields.get(index)!r}")
         key = tuple(sorted((k, v) for k, v in fields.items() if k != index))
-        found.setdefault(key, {})[int(fields[index])] = specs[name]
+        numbered = found.setdefault(key, {})
+        number = int(fields[index])
+        if number in numbered:
+            raise SpecError(
+                f"{name} and {numbered[number].name} are both number {number} of the same stack; make the pattern capture "
+                "what differs"
+            )
+        numbered[number] = specs[name]
     stacks = {}
     for key, numbered in found.items():
         for number in range(len(numbered)):

@@ -9,11 +9,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from tensorsurgeon.dtypes import WEIGHT_DTYPES, DType, dtype_named
-from tensorsurgeon.errors import NumericError, RecipeError, SpecError
+from tensorsurgeon.dtypes import DTYPES, WEIGHT_DTYPES, DType, dtype_named
+from tensorsurgeon.errors import NumericError, RecipeError, SpecError, did_you_mean
 from tensorsurgeon.formats.base import Format
-from tensorsurgeon.formats.registry import format_class
-from tensorsurgeon.names import Selector
+from tensorsurgeon.formats.layouts import layout_named
+from tensorsurgeon.names import Pattern, Selector
 from tensorsurgeon.ops.siblings import sibling_groups
 from tensorsurgeon.quant.backend import choose_backend
 from tensorsurgeon.quant.grid import RULES, Quantized, Rule, Scheme
@@ -51,6 +51,7 @@ class Quantize:
     symmetric: bool | None = None
     rule: Rule | None = None
     scale_dtype: str | None = None
+    block: tuple[int, ...] | None = None
     clip_search: bool = False
     activations: str | None = None
     # Which backend makes the numbers changes no bit of them, so it is no part of the recipe's identity.
@@ -62,12 +63,16 @@ class Quantize:
             raise RecipeError(f"quantize: num_bits must be 2 to 8, found {self.num_bits}")
         if self.group_size is not None and self.group_size != -1 and self.group_size < 1:
             raise RecipeError(f"quantize: group_size must be positive, or -1 for one group per row, found {self.group_size}")
+        if self.block is not None and (len(self.block) != 2 or min(self.block) < 1):
+            raise RecipeError(f"quantize: block must be two positive sizes, rows and columns, found {list(self.block)}")
+        if self.scale_dtype is not None and self.scale_dtype not in DTYPES:
+            raise RecipeError(f"quantize: unknown scale_dtype {self.scale_dtype!r}{did_you_mean(self.scale_dtype, list(DTYPES))}")
         if self.rule is not None and self.rule not in RULES:
             raise RecipeError(f"quantize: unknown rule {self.rule!r}; known: {', '.join(RULES)}")
 
     @cached_property
     def layout(self) -> Format:
-        return format_class(self.format.replace("-", "_"))()
+        return layout_named(self.format)
 
     @cached_property
     def scheme(self) -> Scheme:
@@ -78,6 +83,7 @@ class Quantize:
             "symmetric": self.symmetric,
             "rule": self.rule,
             "scale_dtype": None if self.scale_dtype is None else dtype_named(self.scale_dtype),
+            "block": self.block,
             "clip_search": self.clip_search or None,
         }
         return replace(self.layout.default_scheme(), **{k: v for k, v in given.items() if v is not None})
@@ -132,14 +138,18 @@ class Quantize:
 
     def _refuse_fused_experts(self, specs: SpecMap) -> None:
         """Stacked experts have no ``.weight`` that a pattern would match, and would silently stay unquantized."""
-        fused = [name for name, spec in specs.items() if len(spec.shape) == 3 and ".experts." in name]
-        if not fused:
-            return
-        allowed = Selector(tuple(f"maybe:{p.removeprefix('maybe:')}" for p in self.exclude)).select(fused) if self.exclude else {}
-        for name in fused:
-            if name not in allowed:
+        where = [Pattern.parse(text) for text in self.where]
+        exclude = [Pattern.parse(text) for text in self.exclude]
+        for name, spec in specs.items():
+            module, _, last = name.rpartition(".")
+            if len(spec.shape) != 3 or not module.endswith(".experts"):
+                continue
+            # An expert's weight as it would be called after splitting: is that in the scope?
+            split = f"{module}.0.{last.removesuffix('_up_proj').removesuffix('_proj')}_proj.weight"
+            left = any(p.match(split) is not None or p.match(name) is not None for p in exclude)
+            if not left and any(p.match(split) is not None for p in where):
                 raise SpecError(
-                    f"{name}: {list(specs[name].shape)} are stacked experts, which no engine reads quantized; put "
+                    f"{name}: {list(spec.shape)} are stacked experts, which no engine reads quantized; put "
                     "split-experts before quantize, or exclude this tensor to leave it as it is"
                 )
 

@@ -10,7 +10,7 @@ from tensorsurgeon.errors import RecipeError, SpecError
 from tensorsurgeon.names import Selector, fill
 from tensorsurgeon.ops.columns import join_columns, split_columns
 from tensorsurgeon.spec import Region, SpecMap, TensorSpec
-from tensorsurgeon.transform import Array, Moves, Rewrite, turned_around
+from tensorsurgeon.transform import Array, Moves, Rewrite, move_arrays, turned_around
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +32,8 @@ class Split:
             raise RecipeError("split: into needs at least two names")
         if self.sizes is not None and len(self.sizes) != len(self.into):
             raise RecipeError(f"split: {len(self.sizes)} sizes for {len(self.into)} names")
+        if self.sizes is not None and min(self.sizes) < 0:
+            raise RecipeError(f"split: sizes must not be negative, found {list(self.sizes)}")
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         rewrites: list[Rewrite] = []
@@ -46,14 +48,17 @@ class Split:
                 TensorSpec(fill(to, fields), spec.dtype, (*spec.shape[:axis], size, *spec.shape[axis + 1 :]))
                 for to, size in zip(self.into, sizes, strict=True)
             ]
-            if axis == rank - 1 and rank > 1:
+            if not spec.numel:
+                # Without rows there is nothing to cut, and no rewrite per row to name the parts.
+                rewrites.append(Rewrite((Region(spec),), tuple(map(Region, parts)), True))
+            elif axis == rank - 1 and rank > 1:
                 rewrites.append(Rewrite((Region(spec),), tuple(map(Region, parts))))
             else:
                 rewrites.extend(_row_moves(spec, parts, axis))
         return tuple(rewrites)
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return split_columns(rewrite, inputs)
+        return move_arrays(rewrite, inputs) if rewrite.moves_bytes else split_columns(rewrite, inputs)
 
     def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves | _JoinColumns:
         if all(r.moves_bytes for r in rewrites):
@@ -72,7 +77,7 @@ class _JoinColumns:
         return tuple(Rewrite(r.outputs, r.inputs, r.moves_bytes) for r in self.done)
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return join_columns(rewrite, inputs)
+        return move_arrays(rewrite, inputs) if rewrite.moves_bytes else join_columns(rewrite, inputs)
 
     def inverse(self, rewrites: tuple[Rewrite, ...]) -> Split:
         return self.op
@@ -83,10 +88,14 @@ def part_sizes(spec: TensorSpec, axis: int, count: int, sizes: tuple[int, ...] |
     size = spec.shape[axis]
     if sizes is None:
         if size % count:
-            raise SpecError(f"{spec.name}: axis {axis} of {list(spec.shape)} does not divide into {count} equal parts; give sizes")
+            raise SpecError(
+                f"{spec.name}: axis {axis} of {list(spec.shape)} does not divide into {count} equal parts; give sizes"
+            )
         return (size // count,) * count
     if sum(sizes) != size:
-        raise SpecError(f"{spec.name}: sizes {list(sizes)} add up to {sum(sizes)}, but axis {axis} of {list(spec.shape)} has {size}")
+        raise SpecError(
+            f"{spec.name}: sizes {list(sizes)} add up to {sum(sizes)}, but axis {axis} of {list(spec.shape)} has {size}"
+        )
     return sizes
 
 

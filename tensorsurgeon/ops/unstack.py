@@ -30,6 +30,8 @@ class Unstack:
             spec = specs[name]
             if len(spec.shape) < 2:
                 raise SpecError(f"{name}: shape {list(spec.shape)} has no first axis to unstack; two axes are needed")
+            if not spec.shape[0]:
+                raise SpecError(f"{name}: shape {list(spec.shape)} has an empty first axis; drop this tensor instead")
             shape = spec.shape[1:]
             rows = prod(spec.shape[1:-1])
             for index in range(spec.shape[0]):

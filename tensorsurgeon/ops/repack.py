@@ -1,0 +1,113 @@
+"""Move codes from one layout to another without quantizing again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from tensorsurgeon.dtypes import DType
+from tensorsurgeon.errors import NumericError, PlanError, SpecError, SurgeonError
+from tensorsurgeon.formats.base import Format
+from tensorsurgeon.formats.layouts import layout_named
+from tensorsurgeon.ops.dequantize import config_without_quantization
+from tensorsurgeon.ops.stored_modules import StoredModule, model_dtype, stored_format, stored_modules
+from tensorsurgeon.quant.grid import Quantized, Scheme
+from tensorsurgeon.spec import Region, SpecMap, TensorSpec
+from tensorsurgeon.transform import Array, Rewrite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repack:
+    """Write every quantized module in the layout ``to``, keeping each integer code.
+
+    ``symmetric``: null keeps what the config says; true drops the zero points after checking that all are zero (an
+    AWQ checkpoint says ``zero_point: true`` even of symmetric weights), false adds them. ``inexact_scales``: what to
+    do where the new layout's scale dtype cannot hold a scale exactly: ``stop`` names the module and stops, ``round``
+    goes on. What the target cannot express is refused when the plan is made.
+    """
+
+    to: str
+    symmetric: bool | None = None
+    inexact_scales: Literal["stop", "round"] = "stop"
+    activations: str | None = None
+    _modules: dict[str, StoredModule] = field(default_factory=dict, repr=False, compare=False)
+    _source: list[Format] = field(default_factory=list, repr=False, compare=False)
+    _schemes: dict[tuple[Scheme, DType], Scheme] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def layout(self) -> Format:
+        return layout_named(self.to)
+
+    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
+        source = stored_format(specs)
+        self._source[:] = [source]
+        dtype = model_dtype(specs)
+        rewrites = []
+        for module in stored_modules(specs, source):
+            scheme = self._target_scheme(module.scheme, dtype)
+            weight = TensorSpec(f"{module.name}.weight", dtype, module.shape)
+            _refuse_other_kind(weight, module.scheme, self.layout, self.to)
+            self.layout.check(weight, scheme)
+            outputs = [spec._replace(name=f"{module.name}.{spec.name}") for spec in self.layout.tensors(weight, scheme)]
+            self._modules[module.name] = module
+            inputs = tuple(Region(specs[f"{module.name}.{local}"]) for local in module.tensors)
+            rewrites.append(Rewrite(inputs, tuple(map(Region, outputs))))
+        if not rewrites:
+            raise PlanError("the quantization_config names no module that is quantized; there is nothing to repack")
+        return tuple(rewrites)
+
+    def _target_scheme(self, scheme: Scheme, dtype: DType) -> Scheme:
+        key = scheme, dtype
+        if key not in self._schemes:
+            symmetric = scheme.symmetric if self.symmetric is None else self.symmetric
+            # How scales are stored is the new layout's business.
+            bare = replace(scheme, symmetric=symmetric, scale_dtype=None)
+            self._schemes[key] = self.layout.resolve_scheme(bare, dtype)
+        return self._schemes[key]
+
+    def scheme_of(self, rewrite: Rewrite) -> Scheme:
+        """Under which scheme a rewrite's outputs are written."""
+        module = self._modules[rewrite.outputs[0].spec.module]
+        return next(target for (source, _), target in self._schemes.items() if source is module.scheme or source == module.scheme)
+
+    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
+        module = self._modules[rewrite.outputs[0].spec.module]
+        scheme = self.scheme_of(rewrite)
+        try:
+            quantized = self._source[0].unpack(dict(zip(module.tensors, inputs, strict=True)), module.scheme)
+            return self.layout.pack(self._converted(quantized, scheme), scheme)
+        except SurgeonError as error:
+            hint = "; --set inexact_scales=round goes on" if "would be stored" in error.message else ""
+            raise NumericError(f"{module.name}: {error.message}{hint}") from error
+
+    def _converted(self, quantized: Quantized, scheme: Scheme) -> Quantized:
+        scale, zero_point = quantized.scale, quantized.zero_point
+        if scheme.symmetric:
+            if zero_point is not None and np.any(zero_point):
+                raise NumericError(
+                    f"{np.count_nonzero(zero_point)} zero points are not zero, so that the weight is asymmetric and "
+                    f"{self.to} was asked for symmetric ones"
+                )
+            zero_point = None
+        elif zero_point is None:
+            zero_point = np.zeros(scale.shape, np.int8)
+        if self.inexact_scales == "round" and scheme.scale_dtype is not None and scheme.scale_dtype.numpy is not None:
+            scale = scale.astype(scheme.scale_dtype.numpy).astype(np.float32)
+        return quantized._replace(scale=scale, zero_point=zero_point)
+
+    def edit_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The config without the old quantization; the new one is derived from what is written."""
+        return config_without_quantization(config)
+
+
+def _refuse_other_kind(weight: TensorSpec, scheme: Scheme, layout: Format, name: str) -> None:
+    kind = layout.default_scheme().type
+    if scheme.type != kind:
+        raise SpecError(
+            f"{weight.name}: its codes are {scheme.type}, but {name} holds {kind}; repacking keeps every code, so "
+            "dequantize and quantize again to change the kind"
+        )
