@@ -58,6 +58,8 @@ class Checkpoint:
     left_behind: tuple[str, ...]
     oddities: tuple[str, ...]
     has_index: bool
+    # A single file was named: its folder is not the checkpoint.
+    is_single_file: bool = False
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -96,12 +98,18 @@ def open_checkpoint(path: str | os.PathLike[str], *, tolerant: bool = False) -> 
         if path.is_dir():
             return _open_folder(path, tolerant)
         if path.suffix == ".safetensors" and path.exists():
+            if (path.parent / STATE_FOLDER / "run.json").exists() and not tolerant:
+                raise CheckpointError(_unfinished_message(), where=str(path.parent))
             return _assemble(path.parent, [path], [], None, tolerant, single=path)
     except PermissionError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(error.filename or path)) from error
     if not path.exists():
         raise CheckpointError(_missing_message(path))
     raise CheckpointError("is neither a folder nor a .safetensors file", where=str(path))
+
+
+def _unfinished_message() -> str:
+    return f"holds an unfinished run of surgeon (see {STATE_FOLDER}/); finish it with --resume before using it"
 
 
 def _missing_message(path: Path) -> str:
@@ -114,16 +122,15 @@ def _missing_message(path: Path) -> str:
 
 
 def _open_folder(folder: Path, tolerant: bool) -> Checkpoint:
-    if (folder / STATE_FOLDER).is_dir() and not tolerant:
-        raise CheckpointError(
-            f"holds an unfinished run of surgeon (see {STATE_FOLDER}/); finish it with --resume before using it",
-            where=str(folder),
-        )
+    if (folder / STATE_FOLDER / "run.json").exists() and not tolerant:
+        raise CheckpointError(_unfinished_message(), where=str(folder))
     present = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
     index_path = folder / INDEX_NAME
     if index_path.exists():
         weight_map, index_notes = _read_index(index_path)
         wanted = sorted(set(weight_map.values()), key=natural_key)
+        if not wanted and not tolerant:
+            raise IndexMismatchError("names no tensor at all; the index is stale", where=str(index_path))
         missing = [name for name in wanted if not (folder / name).exists()]
         if missing and not tolerant:
             named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
@@ -135,9 +142,7 @@ def _open_folder(folder: Path, tolerant: bool) -> Checkpoint:
         return _assemble(folder, paths, notes, weight_map, tolerant)
     if not present:
         others = sorted(p.name for p in folder.iterdir())[:8]
-        raise CheckpointError(
-            f"holds no .safetensors file (found: {', '.join(others) or 'nothing'})", where=str(folder)
-        )
+        raise CheckpointError(f"holds no .safetensors file (found: {', '.join(others) or 'nothing'})", where=str(folder))
     _refuse_incomplete(folder, present)
     return _assemble(folder, [folder / name for name in sorted(present, key=natural_key)], [], None, tolerant)
 
@@ -161,7 +166,7 @@ def _refuse_incomplete(folder: Path, present: list[str]) -> None:
 def _read_index(path: Path) -> tuple[dict[str, str], list[str]]:
     try:
         document = json.loads(path.read_bytes().decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise IndexMismatchError(f"is not valid JSON: {error}", where=str(path)) from error
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -216,7 +221,9 @@ def _assemble(
             raise IndexMismatchError(f"{faults[0]}{more}; the index is stale", where=str(root / INDEX_NAME))
         oddities += faults
     config_text, config = _read_config(root if single is None or (root / "config.json").exists() else None)
-    side_files, left_behind = _other_files(root, {p.name for p in paths}) if single is None else _beside(root)
+    # Of the folder of a single file only the config belongs to it for certain.
+    side_files, left_behind, strange = _other_files(root, {p.name for p in paths}) if single is None else ((), (), [])
+    oddities += strange
     return Checkpoint(
         root=root,
         shards=shards,
@@ -228,6 +235,7 @@ def _assemble(
         left_behind=left_behind,
         oddities=tuple(oddities),
         has_index=weight_map is not None,
+        is_single_file=single is not None,
     )
 
 
@@ -252,27 +260,35 @@ def _read_config(root: Path | None) -> tuple[bytes | None, dict[str, Any]]:
     text = path.read_bytes()
     try:
         config = json.loads(text.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"is not valid JSON: {error}", where=str(path)) from error
     if not isinstance(config, dict):
         raise ConfigError(f"must hold a JSON object, found {type(config).__name__}", where=str(path))
     return text, config
 
 
-def _beside(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """A single file was named: of its folder only the config belongs to it for certain."""
-    return (), ()
-
-
-def _other_files(root: Path, shard_names: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Files that are not weights of this checkpoint: those that travel along and those that stay behind."""
+def _other_files(root: Path, shard_names: set[str]) -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
+    """Files that are not weights of this checkpoint: those that travel along, those that stay behind, and oddities."""
     own = shard_names | {INDEX_NAME, "config.json", RECORD_NAME}
-    kept, left = [], []
-    for folder, folders, files in os.walk(root, followlinks=False):
+    kept, left, strange = [], [], []
+    for folder, folders, files in os.walk(root, followlinks=False, onerror=_raise):
         relative = os.path.relpath(folder, root)
+        prefix = "" if relative == "." else f"{relative}/"
         folders[:] = sorted(f for f in folders if f not in _HIDDEN)
+        links = [f for f in folders if os.path.islink(os.path.join(folder, f))]
+        strange += [f"{prefix}{f}/ is a link to a folder and stays behind" for f in links]
         for file in sorted(files):
-            name = file if relative == "." else f"{relative}/{file}"
-            if name not in own:
-                (left if _OTHER_WEIGHTS.fullmatch(file) else kept).append(name)
-    return tuple(kept), tuple(left)
+            name = prefix + file
+            if name in own:
+                continue
+            if _OTHER_WEIGHTS.fullmatch(file):
+                left.append(name)
+            elif os.path.isfile(os.path.join(folder, file)):
+                kept.append(name)
+            else:
+                strange.append(f"{name} is a broken link or no regular file and stays behind")
+    return tuple(kept), tuple(left), strange
+
+
+def _raise(error: OSError) -> None:
+    raise error

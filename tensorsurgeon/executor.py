@@ -18,7 +18,7 @@ from tensorsurgeon.arrays import Workspace, empty, workspace_of_thread
 from tensorsurgeon.checks import check_produced
 from tensorsurgeon.errors import Interrupted
 from tensorsurgeon.journal import Journal
-from tensorsurgeon.plan import Plan, Unit
+from tensorsurgeon.plan import Copy, Plan, Unit
 from tensorsurgeon.sink import Sink
 from tensorsurgeon.source import Source
 from tensorsurgeon.spec import Region
@@ -180,9 +180,12 @@ def run_unit(unit: Unit, plan: Plan, source: Source, sink: Sink, workspace: Work
         data = _bytes_of(made[write.origin])[write.start : write.start + write.nbytes]
         sink.write(write.shard, write.offset, data)
         digests.append(xxhash.xxh3_64_hexdigest(data))
-    for copy in unit.copies:
-        sink.copy(source, *copy)
-        digests.append(_digest_of_source(source, copy.source_shard, copy.source_offset, copy.nbytes))
+    if unit.copies:
+        # One buffer for all: a unit may hold thousands of short copies.
+        buffer = memoryview(empty((min(_DIGEST_BUFFER, max(copy.nbytes for copy in unit.copies)),), np.uint8))
+        for copy in unit.copies:
+            sink.copy(source, *copy)
+            digests.append(_digest_of_source(source, copy, buffer))
     return digests
 
 
@@ -207,7 +210,9 @@ def _gather(region: Region, pieces: Pieces, source: Source, plan: Plan, made: di
     if len(pieces) == 1 and pieces[0].origin < 0:
         _, start, nbytes = pieces[0]
         flat = made[pieces[0].origin].reshape(-1).view(np.uint8)[start : start + nbytes]
-        return flat.view(dtype).reshape(shape)
+        array = flat.view(dtype).reshape(shape)
+        array.flags.writeable = False
+        return array
     array = empty(shape, dtype)
     if array.size:
         view = memoryview(array.reshape(-1).view(np.uint8))
@@ -225,13 +230,11 @@ def _gather(region: Region, pieces: Pieces, source: Source, plan: Plan, made: di
     return array
 
 
-def _digest_of_source(source: Source, shard: int, offset: int, nbytes: int) -> str:
+def _digest_of_source(source: Source, copy: Copy, buffer: memoryview) -> str:
     """The digest of bytes that were copied inside the kernel, from the source, whose pages are warm by now."""
     digest = xxhash.xxh3_64()
-    buffer = empty((min(_DIGEST_BUFFER, nbytes),), np.uint8)
-    view = memoryview(buffer)
-    for start in range(0, nbytes, _DIGEST_BUFFER):
-        part = view[: min(_DIGEST_BUFFER, nbytes - start)]
-        source.read_into(shard, offset + start, part)
+    for start in range(0, copy.nbytes, len(buffer)):
+        part = buffer[: copy.nbytes - start]
+        source.read_into(copy.source_shard, copy.source_offset + start, part)
         digest.update(part)
     return digest.hexdigest()

@@ -10,14 +10,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from tensorsurgeon.checkpoint import STATE_FOLDER
 from tensorsurgeon.errors import JournalError, TargetError
+from tensorsurgeon.sink import sink_errors, sync_folder
 
 _RUN = "run.json"
 _LINES = "journal.jsonl"
@@ -35,20 +35,29 @@ class Journal:
         self.folder = state_folder(target)
         self._lock_fd = lock_fd
         self._fd = os.open(self.folder / _LINES, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        sync_folder(self.folder)
 
     @classmethod
-    def start(cls, target: Path, identity: dict[str, Any]) -> Journal:
-        """Begin a new run in ``target``, which is empty or does not exist."""
+    def start(cls, target: Path, identity: dict[str, Any], clear: Callable[[], None] = lambda: None) -> Journal:
+        """Begin a new run in ``target``; ``clear`` empties it, called when no other run can be writing there."""
         folder = state_folder(target)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
-        partial = folder / (_RUN + ".partial")
-        with open(partial, "w") as file:
-            json.dump(identity, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, folder / _RUN)
-        return cls(target, lock)
+        try:
+            clear()
+            # What an earlier run left: its lines would claim units of this one.
+            (folder / _RUN).unlink(missing_ok=True)
+            (folder / _LINES).unlink(missing_ok=True)
+            partial = folder / (_RUN + ".partial")
+            with open(partial, "w") as file:
+                json.dump(identity, file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, folder / _RUN)
+            return cls(target, lock)
+        except BaseException:
+            os.close(lock)
+            raise
 
     @classmethod
     def resume(cls, target: Path, fingerprint: str) -> tuple[Journal, dict[int, list[str]]]:
@@ -67,21 +76,30 @@ class Journal:
                     where=str(target),
                 )
             done = _read_lines(folder / _LINES)
+            return cls(target, lock), done
         except BaseException:
             os.close(lock)
             raise
-        return cls(target, lock), done
 
     def append(self, units: Iterable[tuple[int, list[str]]]) -> None:
         """Record units whose bytes are durable; durable itself when this returns."""
-        text = "".join(json.dumps({"unit": unit, "digests": digests}) + "\n" for unit, digests in units)
-        os.write(self._fd, text.encode())
-        os.fsync(self._fd)
+        text = "".join(json.dumps({"unit": unit, "digests": digests}) + "\n" for unit, digests in units).encode()
+        with sink_errors(self.folder / _LINES, "be written"):
+            while text:
+                text = text[os.write(self._fd, text) :]
+            os.fsync(self._fd)
 
     def remove(self) -> None:
-        """The run is finished and its record written: leave nothing behind."""
+        """The run is finished and its record written: leave nothing behind.
+
+        The name of the run goes last, so that a machine that dies meanwhile leaves a run that can be resumed. The
+        lock is held to the end, so that nobody starts a run in a folder that is about to go.
+        """
+        with sink_errors(self.folder, "be removed"):
+            for path in sorted(self.folder.iterdir(), key=lambda path: path.name == _RUN):
+                path.unlink()
+            self.folder.rmdir()
         self.close()
-        shutil.rmtree(self.folder)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -96,6 +114,11 @@ class Journal:
         self.close()
 
 
+def has_traces_of_run(target: Path) -> bool:
+    """A run that died before it had a name, or while it removed its last traces: nothing of it is of use."""
+    return state_folder(target).is_dir() and not has_unfinished_run(target)
+
+
 def has_unfinished_run(target: Path) -> bool:
     return (state_folder(target) / _RUN).exists()
 
@@ -107,6 +130,14 @@ def _lock(folder: Path) -> int:
     except OSError as error:
         os.close(fd)
         raise TargetError("another surgeon is writing here; wait for it or stop it", where=str(folder.parent)) from error
+    try:
+        is_current = os.fstat(fd).st_ino == os.stat(folder / _LOCK).st_ino
+    except FileNotFoundError:
+        is_current = False
+    if not is_current:
+        # The run that held the lock has just finished and taken its folder away.
+        os.close(fd)
+        raise TargetError("another surgeon has just finished here; look at what it wrote", where=str(folder.parent))
     return fd
 
 

@@ -32,9 +32,7 @@ class Range(NamedTuple):
 def written_ranges(plan: Plan, digests: dict[int, list[str]]) -> list[Range]:
     """Every range that a run wrote, headers included, in file order."""
     names = [shard.name for shard in plan.layout.shards]
-    ranges = [
-        Range(shard.name, 0, len(shard.header), xxhash.xxh3_64_hexdigest(shard.header)) for shard in plan.layout.shards
-    ]
+    ranges = [Range(shard.name, 0, len(shard.header), xxhash.xxh3_64_hexdigest(shard.header)) for shard in plan.layout.shards]
     for number, unit in enumerate(plan.units):
         places = [(w.shard, w.offset, w.nbytes) for w in unit.writes] + [(c.shard, c.offset, c.nbytes) for c in unit.copies]
         for (shard, offset, nbytes), digest in zip(places, digests[number], strict=True):
@@ -57,7 +55,7 @@ def record_bytes(plan: Plan, digests: dict[int, list[str]]) -> bytes:
         "shards": shards,
     }
     head = json.dumps({k: v for k, v in document.items() if k != "shards"}, indent=1)[:-2]
-    rows = (f'  {json.dumps(name)}: {json.dumps(ranges, separators=(",", ":"))}' for name, ranges in shards.items())
+    rows = (f"  {json.dumps(name)}: {json.dumps(ranges, separators=(',', ':'))}" for name, ranges in shards.items())
     return (head + ',\n "shards": {\n' + ",\n".join(rows) + "\n }\n}\n").encode()
 
 
@@ -71,7 +69,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         if record["digest"] != _ALGORITHM:
             raise CheckpointError(f"digests are {record['digest']}, but this version knows {_ALGORITHM}", where=str(path))
         list(recorded_ranges(record))
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"is damaged: {error!r}", where=str(path)) from error
     return dict(record)
 

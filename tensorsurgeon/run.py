@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -40,8 +41,13 @@ def default_workers() -> int:
 
 
 def default_max_ram_bytes() -> int:
-    """Half of what the machine has free."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    """Half of what the machine can give, file caches included: they leave when memory is needed."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    available = int(found.group(1)) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available // 2
 
 
 def run_plan(
@@ -92,13 +98,11 @@ def run_plan(
     return RunResult(target, len(plan.units), len(done), False)
 
 
-def _trusted(
-    plan: Plan, sink: Sink, claimed: dict[int, list[str]], progress: Callable[[Progress], None]
-) -> dict[int, list[str]]:
+def _trusted(plan: Plan, sink: Sink, claimed: dict[int, list[str]], progress: Callable[[Progress], None]) -> dict[int, list[str]]:
     """The journalled units whose bytes on disk still have their digests; the others are done again."""
     done = {}
     for number, digests in claimed.items():
-        if number < len(plan.units) and _digests_on_disk(plan.units[number], sink) == digests:
+        if 0 <= number < len(plan.units) and _digests_on_disk(plan.units[number], sink) == digests:
             done[number] = digests
             progress(Progress(plan.units[number].written_bytes))
     return done
@@ -146,4 +150,3 @@ def _check_headers(plan: Plan, target: Path) -> None:
             raise PlanViolationError(
                 f"{shard.name}: the header on disk is not the planned one; the disk or another program changed it"
             )
-

@@ -34,10 +34,11 @@ class Sink:
         """
         for path, shard in zip(self._paths, self._layout.shards, strict=True):
             final = self.target / shard.name
-            with _sink_errors(path, "be created"):
+            with sink_errors(path, "be created"):
                 if final.exists() and not path.exists():
                     os.replace(final, path)
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                # A link in the target could lead to anything, the source included.
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
                 self._fds.append(fd)
                 if os.fstat(fd).st_size > shard.file_bytes:
                     os.ftruncate(fd, shard.file_bytes)
@@ -46,19 +47,19 @@ class Sink:
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         done = 0
-        with _sink_errors(self._paths[shard], "be written"):
+        with sink_errors(self._paths[shard], "be written"):
             while done < len(data):
                 done += os.pwrite(self._fds[shard], data[done:], offset + done)
 
     def read(self, shard: int, offset: int, buffer: memoryview) -> int:
         """Bytes that a stopped run left; returns how many there were."""
-        with _sink_errors(self._paths[shard], "be read"):
+        with sink_errors(self._paths[shard], "be read"):
             return os.preadv(self._fds[shard], [buffer], offset)
 
     def copy(self, source: Source, source_shard: int, source_offset: int, nbytes: int, shard: int, offset: int) -> None:
         """Move bytes from a source shard without taking them into the process, where the file system can."""
         done = 0
-        with _sink_errors(self._paths[shard], "be written"):
+        with sink_errors(self._paths[shard], "be written"):
             while self._kernel_copies and done < nbytes:
                 try:
                     count = os.copy_file_range(
@@ -83,14 +84,14 @@ class Sink:
     def sync(self) -> None:
         """Make everything written so far durable."""
         for path, fd in zip(self._paths, self._fds, strict=True):
-            with _sink_errors(path, "be made durable"):
+            with sink_errors(path, "be made durable"):
                 os.fdatasync(fd)
 
     def publish_shards(self) -> None:
         """Give every shard its final name; call when all bytes are durable."""
         self.close()
         for path, shard in zip(self._paths, self._layout.shards, strict=True):
-            with _sink_errors(path, "be published"):
+            with sink_errors(path, "be published"):
                 os.replace(path, self.target / shard.name)
         sync_folder(self.target)
 
@@ -144,7 +145,7 @@ def publish_copy(source: Path, path: Path) -> None:
 
 def _publish(path: Path, fill: Callable[[Path], None]) -> None:
     partial = path.with_name(path.name + ".partial")
-    with _sink_errors(path, "be written"):
+    with sink_errors(path, "be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             fill(partial)
@@ -155,7 +156,7 @@ def _publish(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def _sink_errors(path: Path, what: str) -> Iterator[None]:
+def sink_errors(path: Path, what: str) -> Iterator[None]:
     """Errors of the target's file system, as messages that say what to do."""
     try:
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from tensorsurgeon.errors import RecipeError
 
@@ -20,9 +21,10 @@ def parse_size(text: str, what: str) -> int:
     found = _SIZE.fullmatch(text)
     if found is None or found.group(2).upper() not in _UNITS:
         raise RecipeError(f"{what} must be a size such as 5GB or 512MiB, found {text!r}")
-    size = int(float(found.group(1)) * _UNITS[found.group(2).upper()])
-    if size < 1:
-        raise RecipeError(f"{what} must be positive, found {text!r}")
+    # Decimal, for a float loses bytes above 2**53 and does not know numbers of 400 digits.
+    size = int(Decimal(found.group(1)) * _UNITS[found.group(2).upper()])
+    if not 1 <= size < 1 << 63:
+        raise RecipeError(f"{what} must be at least one byte and less than 8 EiB, found {text!r}")
     return size
 
 

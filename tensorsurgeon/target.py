@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tensorsurgeon.checkpoint import RECORD_NAME, STATE_FOLDER, Checkpoint
 from tensorsurgeon.errors import JournalError, TargetError
-from tensorsurgeon.journal import Journal, has_unfinished_run
+from tensorsurgeon.journal import Journal, has_traces_of_run, has_unfinished_run
 from tensorsurgeon.layout import INDEX_NAME
 from tensorsurgeon.plan import Plan
 from tensorsurgeon.record import read_record
@@ -26,23 +26,22 @@ def prepare_target(plan: Plan, target: Path, *, resume: bool, overwrite: bool) -
     refuse_overlap(plan.source, target)
     identity = {"fingerprint": plan.fingerprint, "recipe": [repr(step) for step in plan.steps]}
     try:
-        present = sorted(os.listdir(target)) if target.is_dir() else []
         if target.exists() and not target.is_dir():
             raise TargetError("is a file; name a folder", where=str(target))
+        present = sorted(os.listdir(target)) if target.is_dir() else []
+        if has_traces_of_run(target):
+            present.remove(STATE_FOLDER)
         if has_unfinished_run(target) and resume:
             return Journal.resume(target, plan.fingerprint)
         if resume and _is_complete(plan, target):
+            shutil.rmtree(target / STATE_FOLDER, ignore_errors=True)
             return None
         if present and not overwrite:
             raise TargetError(_occupied_message(target, present, resume), where=str(target))
         if present:
             _refuse_foreign(target, present)
         check_room(plan, target, _folder_bytes(target) if present else 0)
-        if present:
-            _clear(target)
-        # Should the machine die here, the folder is empty or has no run.json, and a new run may have it.
-        shutil.rmtree(target / STATE_FOLDER, ignore_errors=True)
-        return Journal.start(target, identity), {}
+        return Journal.start(target, identity, clear=lambda: _clear(target)), {}
     except OSError as error:
         raise TargetError(f"cannot be used: {error.strerror}", where=str(error.filename or target)) from error
 
@@ -52,16 +51,20 @@ def refuse_overlap(source: Checkpoint, target: Path) -> None:
     here, there = target.resolve(), source.root.resolve()
     if here == there:
         raise TargetError("is the source; the source is never modified, name another folder", where=str(target))
-    real_shards = {Path(os.path.realpath(shard.path)).parent for shard in source.shards}
-    if there in here.parents or here in there.parents or here in real_shards:
+    # The files of a Hub snapshot are links to blobs, which lie elsewhere and are just as much the source.
+    files = [shard.path for shard in source.shards] + [source.root / name for name in source.side_files]
+    real = {Path(os.path.realpath(path)).parent for path in files}
+    inside = there in here.parents and not source.is_single_file
+    if inside or any(here == folder or here in folder.parents for folder in {there, *real}):
         raise TargetError(f"lies inside the source {source.root}, or the other way round; name another folder", where=str(target))
 
 
 def _is_complete(plan: Plan, target: Path) -> bool:
-    record = read_record(target) if target.is_dir() and not (target / STATE_FOLDER).exists() else None
-    if record is None:
+    record = read_record(target) if target.is_dir() and not has_unfinished_run(target) else None
+    names = [shard.name for shard in plan.layout.shards] + ([INDEX_NAME] if plan.layout.index is not None else [])
+    if record is None or not all((target / name).is_file() for name in names):
         return False
-    if record["fingerprint"] != plan.fingerprint:
+    if record.get("fingerprint") != plan.fingerprint:
         raise JournalError("holds the finished output of another run; replace it with --overwrite", where=str(target))
     return True
 
@@ -117,7 +120,11 @@ def _folder_bytes(folder: Path) -> int:
 def _clear(target: Path) -> None:
     """Empty a folder, index first, so that at no moment it looks like a whole checkpoint."""
     (target / INDEX_NAME).unlink(missing_ok=True)
+    (target / RECORD_NAME).unlink(missing_ok=True)
     for path in target.iterdir():
+        if path.name == STATE_FOLDER:
+            # It holds the lock that keeps others out.
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -5,13 +5,14 @@ A transform states its rewrites once, as values; names, sizes, units, memory and
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from tensorsurgeon.errors import NameCollisionError, PlanError, RecipeError
+from tensorsurgeon.errors import NameCollisionError, NotReversibleError, PlanError, RecipeError, SpecError
 from tensorsurgeon.spec import Region, SpecMap, TensorSpec
 
 Array = np.ndarray
@@ -57,6 +58,13 @@ class Moves:
     def __init__(self, rewrites: tuple[Rewrite, ...]) -> None:
         self.rewrites = rewrites
 
+    def __repr__(self) -> str:
+        # A plan's fingerprint is made of this, so it must name the rewrites and no address in memory.
+        digest = hashlib.sha256()
+        for rewrite in self.rewrites:
+            digest.update(f"{rewrite}\n".encode())
+        return f"Moves({len(self.rewrites)} rewrites, sha256 {digest.hexdigest()})"
+
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         for region in (r for rewrite in self.rewrites for r in rewrite.inputs):
             found = specs.get(region.spec.name)
@@ -100,8 +108,6 @@ class Chain:
 
     def inverse(self, rewrites_of_steps: Sequence[tuple[Rewrite, ...]]) -> Chain:
         """The steps undone from last to first; NotReversibleError names the step that has no inverse."""
-        from tensorsurgeon.errors import NotReversibleError
-
         undone: list[Transform] = []
         for step, rewrites in zip(steps_of(self), rewrites_of_steps, strict=True):
             if not isinstance(step, Reversible):
@@ -156,13 +162,16 @@ def advance(specs: SpecMap, rewrites: Sequence[Rewrite]) -> SpecMap:
             if known is None:
                 owner[spec[0]] = spec
                 anchored[anchor][spec[0]] = spec
-            elif start is None or known != spec:
+            elif start is None or known != spec or spec not in tiles.written:
                 raise NameCollisionError(
                     f"{spec.name}: two rewrites make a tensor of this name ({known} and {spec}, the latter from "
                     f"{anchor}); make the templates tell them apart"
                 )
             if start is not None:
                 tiles.write(region)
+    for name in ("", "__metadata__"):
+        if name in owner:
+            raise NameCollisionError(f"{name!r} cannot be the name of a tensor; change the template that makes it")
     tiles.check()
     result = SpecMap(config=specs.config)
     for name, spec in specs.items():
@@ -181,7 +190,7 @@ class _Tiles:
     def __init__(self) -> None:
         self.whole: set[str] = set()
         self._reads: dict[TensorSpec, list[tuple[int, int]]] = defaultdict(list)
-        self._writes: dict[TensorSpec, list[tuple[int, int]]] = defaultdict(list)
+        self.written: dict[TensorSpec, list[tuple[int, int]]] = defaultdict(list)
 
     def read(self, region: Region) -> None:
         assert region.start is not None and region.stop is not None
@@ -189,10 +198,11 @@ class _Tiles:
 
     def write(self, region: Region) -> None:
         assert region.start is not None and region.stop is not None
-        self._writes[region.spec].append((region.start, region.stop))
+        self.written[region.spec].append((region.start, region.stop))
 
     def check(self) -> None:
-        for spec, ranges in self._writes.items():
+        for spec, ranges in self.written.items():
+            _check_row_bytes(spec)
             position = 0
             for start, stop in sorted(ranges):
                 if start != position:
@@ -202,6 +212,7 @@ class _Tiles:
             if position != spec.rows:
                 raise PlanError(f"{spec.name}: rows {position} to {spec.rows} are never filled")
         for spec, ranges in self._reads.items():
+            _check_row_bytes(spec)
             if spec.name in self.whole:
                 continue
             position = 0
@@ -210,6 +221,10 @@ class _Tiles:
                     break
                 position = max(position, stop)
             if position < spec.rows:
-                raise PlanError(
-                    f"{spec.name}: rows {position} onwards would be lost; a tensor leaves only when a rule drops it"
-                )
+                raise PlanError(f"{spec.name}: rows {position} onwards would be lost; a tensor leaves only when a rule drops it")
+
+
+def _check_row_bytes(spec: TensorSpec) -> None:
+    """Elements narrower than a byte can be cut between rows only if each row fills whole bytes."""
+    if (spec.shape[-1] if len(spec.shape) > 1 else 1) * spec.dtype.bits % 8:
+        raise SpecError(f"{spec}: a row does not fill whole bytes, so this tensor cannot be cut into rows or joined from them")

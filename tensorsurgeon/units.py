@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from tensorsurgeon.errors import PlanError
+from tensorsurgeon.errors import PlanError, SpecError
 from tensorsurgeon.spec import Region, SpecMap
 from tensorsurgeon.transform import Rewrite, Transform, advance
 
@@ -79,6 +79,7 @@ def resolve(steps: Sequence[Transform], source: SpecMap) -> Resolved:
             if moves:
                 filled = _move(rewrite, inputs)
             else:
+                _refuse_narrow(rewrite)
                 first = -1 - len(made)
                 number_of_task = len(tasks)
                 filled = []
@@ -99,7 +100,23 @@ def resolve(steps: Sequence[Transform], source: SpecMap) -> Resolved:
             parts.sort(key=lambda part: part[0])
             contents[name] = _joined([p for _, pieces in parts for p in pieces])
         specs = specs_after
+    _check_bytes(specs, contents)
     return Resolved(specs, contents, tasks, made, rewrites_of_steps)
+
+
+def _refuse_narrow(rewrite: Rewrite) -> None:
+    for region in (*rewrite.inputs, *rewrite.outputs):
+        if region.spec.dtype.numpy is None:
+            raise SpecError(f"{region.spec}: elements narrower than a byte have no array form; they can only be moved whole")
+
+
+def _check_bytes(specs: SpecMap, contents: dict[str, Pieces]) -> None:
+    """Every tensor has exactly its bytes: a step that says it moves bytes may not change how many there are."""
+    for name, spec in specs.items():
+        pieces = contents[name]
+        found = pieces[0][2] if len(pieces) == 1 else sum(piece[2] for piece in pieces)
+        if found != spec.nbytes:
+            raise PlanError(f"{spec}: takes {spec.nbytes} bytes, but the steps that make it move {found}")
 
 
 def _check_inputs(specs: SpecMap, rewrites: Sequence[Rewrite]) -> None:
@@ -128,6 +145,8 @@ def _cut(pieces: Pieces, region: Region, ends: dict[str, list[int]]) -> Pieces:
 
 
 def _slice(pieces: Sequence[Piece], ends: Sequence[int], begin: int, nbytes: int) -> Pieces:
+    if not nbytes:
+        return ()
     result = []
     for number in range(bisect_right(ends, begin), len(pieces)):
         origin, start, length = pieces[number]
