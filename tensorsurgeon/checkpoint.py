@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from tensorsurgeon.errors import CheckpointError, ConfigError, IndexMismatchError, MissingTensorError, did_you_mean
 from tensorsurgeon.header import ShardHeader, read_header
 from tensorsurgeon.layout import INDEX_NAME
-from tensorsurgeon.names import natural_key
-from tensorsurgeon.spec import SpecMap
+from tensorsurgeon.names import canonical_order, natural_key
+from tensorsurgeon.spec import SpecMap, TensorSpec
 
 RECORD_NAME = "surgeon.json"
 STATE_FOLDER = ".surgeon"
@@ -192,7 +192,7 @@ def _assemble(
 ) -> Checkpoint:
     shards = tuple(read_header(path) for path in paths)
     owner: dict[str, int] = {}
-    found = []
+    places: dict[str, tuple[TensorSpec, Location]] = {}
     metadata: dict[str, str] = {}
     for number, shard in enumerate(shards):
         for key, value in shard.metadata.items():
@@ -204,9 +204,9 @@ def _assemble(
                     f"{name}: lies in two shards, {shards[owner[name]].path.name} and {shard.path.name}", where=str(root)
                 )
             owner[name] = number
-            found.append((natural_key(name), entry.spec, Location(number, entry.offset)))
-    found.sort(key=lambda item: item[0])
-    total = sum(item[1].nbytes for item in found)
+            places[name] = entry.spec, Location(number, entry.offset)
+    found = [places[name] for name in canonical_order(places)]
+    total = sum(spec.nbytes for spec, _ in found)
     oddities = []
     for note in notes:
         if note.startswith("total_size:"):
@@ -227,8 +227,8 @@ def _assemble(
     return Checkpoint(
         root=root,
         shards=shards,
-        specs=SpecMap((item[1] for item in found), config),
-        locations=tuple(item[2] for item in found),
+        specs=SpecMap((spec for spec, _ in found), config),
+        locations=tuple(location for _, location in found),
         metadata=metadata or {"format": "pt"},
         config_text=config_text,
         side_files=side_files,

@@ -57,7 +57,8 @@ def quantized_modules(steps: Sequence[Transform], resolved: Resolved) -> dict[st
     if not any(makers):
         return {}
     modules: dict[str, tuple[Quantizer, Scheme]] = {}
-    for name, pieces in resolved.contents.items():
+    for name in resolved.specs:
+        pieces = resolved.contents[name]
         if not pieces or pieces[0].origin >= 0:
             continue
         task = resolved.tasks[resolved.made[-1 - pieces[0].origin][0]]

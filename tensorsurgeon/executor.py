@@ -182,7 +182,7 @@ def run_unit(unit: Unit, plan: Plan, source: Source, sink: Sink, workspace: Work
         digests.append(xxhash.xxh3_64_hexdigest(data))
     if unit.copies:
         # One buffer for all: a unit may hold thousands of short copies.
-        buffer = memoryview(empty((min(_DIGEST_BUFFER, max(copy.nbytes for copy in unit.copies)),), np.uint8))
+        buffer = empty((min(_DIGEST_BUFFER, max(copy.nbytes for copy in unit.copies)),), np.uint8).data
         for copy in unit.copies:
             sink.copy(source, *copy)
             digests.append(_digest_of_source(source, copy, buffer))
@@ -190,7 +190,7 @@ def run_unit(unit: Unit, plan: Plan, source: Source, sink: Sink, workspace: Work
 
 
 def _bytes_of(array: Array) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
 
 
 def _apply(task: Task, steps: Sequence[Transform], source: Source, plan: Plan, made: dict[int, Array]) -> Sequence[Array]:
@@ -215,7 +215,7 @@ def _gather(region: Region, pieces: Pieces, source: Source, plan: Plan, made: di
         return array
     array = empty(shape, dtype)
     if array.size:
-        view = memoryview(array.reshape(-1).view(np.uint8))
+        view = array.reshape(-1).view(np.uint8).data
         position = 0
         for origin, start, nbytes in pieces:
             part = view[position : position + nbytes]

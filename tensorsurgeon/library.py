@@ -39,7 +39,7 @@ def find_recipe(name: str) -> Recipe:
 def load_transform(name: str, parameters: Mapping[str, Any] | None = None, **overrides: Any) -> Chain:
     """A named transform or YAML file, ready to plan; ``parameters`` as ``--set`` gives them."""
     recipe = find_recipe(name)
-    return build(recipe, parameters or {}, lambda inner: _find_beside(inner, recipe), **overrides)
+    return build(recipe, parameters or {}, _find_beside, **overrides)
 
 
 def _find_beside(name: str, user: Recipe) -> Recipe:

@@ -191,3 +191,21 @@ def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
     parts: list[str | int] = list(_NUMBER.split(name))
     parts[1::2] = map(int, parts[1::2])
     return tuple(parts), name
+
+
+def canonical_order(names: Iterable[str]) -> list[str]:
+    """Names in natural order of their modules, then of their last parts.
+
+    The order of every output, so that it depends neither on the source's shards nor on whether it was fused.
+    """
+    keys: dict[str, tuple[tuple[str | int, ...], str]] = {}
+
+    def key(name: str) -> tuple[tuple[tuple[str | int, ...], str], str]:
+        module, _, last = name.rpartition(".")
+        found = keys.get(module)
+        if found is None:
+            # The tensors of a module share this, and splitting is what takes the time.
+            found = keys[module] = natural_key(module)
+        return found, last
+
+    return sorted(names, key=key)

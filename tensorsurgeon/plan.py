@@ -19,6 +19,7 @@ from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.configs import OutputFiles, output_files, quantized_modules
 from tensorsurgeon.errors import BudgetError, CheckpointError
 from tensorsurgeon.layout import DEFAULT_MAX_SHARD_BYTES, Layout, lay_out
+from tensorsurgeon.names import canonical_order
 from tensorsurgeon.quant.grid import Scheme
 from tensorsurgeon.spec import SpecMap
 from tensorsurgeon.transform import AnyTransform, Rewrite, Transform, steps_of
@@ -142,7 +143,9 @@ def make_plan(
         resolved = resolve(steps, source.specs)
         if not resolved.specs:
             raise CheckpointError("no tensor would be left in the output", where=str(source.root))
-        layout = lay_out(list(resolved.specs.values()), source.metadata, max_shard_bytes)
+        in_order = [resolved.specs[name] for name in canonical_order(resolved.specs)]
+        resolved = resolved._replace(specs=SpecMap(in_order, resolved.specs.config))
+        layout = lay_out(in_order, source.metadata, max_shard_bytes)
         units = _plan_units(resolved, source, layout)
         quantized = quantized_modules(steps, resolved)
         files = output_files(steps, source, resolved.specs, quantized)

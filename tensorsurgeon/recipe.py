@@ -67,6 +67,7 @@ def read_recipe(path: Path) -> Recipe:
     if not isinstance(steps, list) or not steps or not all(isinstance(step, Located) for step in steps):
         raise RecipeError("steps must be a list of ops", where=where)
     parameters = _parameters(document.get("parameters") or Located(), where)
+    _check_references(steps, parameters, document, where)
     return Recipe(path.stem, " ".join(description.split()), parameters, steps, where)
 
 
@@ -90,10 +91,26 @@ def _parameters(found: Any, where: str) -> dict[str, Parameter]:
     return parameters
 
 
+def _check_references(steps: list[Located], parameters: Mapping[str, Parameter], document: Located, where: str) -> None:
+    """Every ``${name}`` is a parameter, also in steps that a condition skips, and every parameter is used."""
+    used: set[str] = set()
+    for step in steps:
+        for name in _REFERENCE.findall(repr(step)):
+            used.add(name)
+            if name not in parameters:
+                raise RecipeError(
+                    f"${{{name}}} is no parameter{did_you_mean(name, list(parameters))}", where=f"{where}:{step.line}"
+                )
+    for name in parameters:
+        if name not in used:
+            line = document["parameters"].lines[name]
+            raise RecipeError(f"parameter {name!r} is not used by any step", where=f"{where}:{line}")
+
+
 def build(
-    recipe: Recipe, given: Mapping[str, Any], find: Callable[[str], Recipe], *, depth: int = 0, **overrides: Any
+    recipe: Recipe, given: Mapping[str, Any], find: Callable[[str, Recipe], Recipe], *, depth: int = 0, **overrides: Any
 ) -> Chain:
-    """Fill in the parameters and make the ops; ``find`` looks up the transforms that ``use`` names.
+    """Fill in the parameters and make the ops; ``find`` looks up what ``use`` names in a recipe.
 
     ``given`` are values of the right type, or strings from the command line. ``overrides`` are fields set on every
     op that has them (``backend``).
@@ -112,9 +129,15 @@ def build(
             continue
         body = _fill(step[word], values, at)
         if word == "use":
-            inner = find(str(body))
             arguments = _fill(step.get("with", {}), values, at)
-            steps.append(build(inner, arguments, find, depth=depth + 1, **overrides))
+            if not isinstance(body, str) or not isinstance(arguments, dict):
+                raise RecipeError("'use' names a transform, and 'with' maps its parameters to values", where=at)
+            try:
+                inner = find(body, recipe)
+                steps.append(build(inner, arguments, find, depth=depth + 1, **overrides))
+            except RecipeError as error:
+                # The innermost place is the one to mend.
+                raise RecipeError(error.message, where=error.where or f"{at} (use {body})") from error
             continue
         if "with" in step:
             raise RecipeError("'with' goes with 'use' only", where=at)

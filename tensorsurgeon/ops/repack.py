@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tensorsurgeon.dtypes import DType
+from tensorsurgeon.dtypes import BF16, F16, F32, DType
 from tensorsurgeon.errors import NumericError, PlanError, SpecError, SurgeonError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.layouts import layout_named
@@ -18,6 +18,10 @@ from tensorsurgeon.ops.stored_modules import StoredModule, model_dtype, stored_f
 from tensorsurgeon.quant.grid import Quantized, Scheme
 from tensorsurgeon.spec import Region, SpecMap, TensorSpec
 from tensorsurgeon.transform import Array, Rewrite
+
+
+# Bits of the significand, the hidden one included.
+_DIGITS = {BF16: 8, F16: 11, F32: 24}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +52,8 @@ class Repack:
         dtype = model_dtype(specs)
         rewrites = []
         for module in stored_modules(specs, source):
-            scheme = self._target_scheme(module.scheme, dtype)
             weight = TensorSpec(f"{module.name}.weight", dtype, module.shape)
+            scheme = self._target_scheme(module, weight)
             _refuse_other_kind(weight, module.scheme, self.layout, self.to)
             self.layout.check(weight, scheme)
             outputs = [spec._replace(name=f"{module.name}.{spec.name}") for spec in self.layout.tensors(weight, scheme)]
@@ -60,14 +64,28 @@ class Repack:
             raise PlanError("the quantization_config names no module that is quantized; there is nothing to repack")
         return tuple(rewrites)
 
-    def _target_scheme(self, scheme: Scheme, dtype: DType) -> Scheme:
-        key = scheme, dtype
+    def _target_scheme(self, module: StoredModule, weight: TensorSpec) -> Scheme:
+        key = module.scheme, weight.dtype
         if key not in self._schemes:
-            symmetric = scheme.symmetric if self.symmetric is None else self.symmetric
-            # How scales are stored is the new layout's business.
-            bare = replace(scheme, symmetric=symmetric, scale_dtype=None)
-            self._schemes[key] = self.layout.resolve_scheme(bare, dtype)
+            symmetric = module.scheme.symmetric if self.symmetric is None else self.symmetric
+            bare = replace(module.scheme, symmetric=symmetric, scale_dtype=None)
+            usual = self.layout.resolve_scheme(bare, weight.dtype)
+            self._schemes[key] = self._with_exact_scales(usual, module.scheme.scale_dtype, weight)
         return self._schemes[key]
+
+    def _with_exact_scales(self, usual: Scheme, stored: DType | None, weight: TensorSpec) -> Scheme:
+        """The layout's usual scale dtype, unless it has fewer digits than the scales and the layout can hold theirs."""
+        if self.inexact_scales == "round" or stored is None or usual.scale_dtype is None:
+            return usual
+        if _DIGITS.get(usual.scale_dtype, 0) >= _DIGITS.get(stored, 0):
+            return usual
+        exact = replace(usual, scale_dtype=stored)
+        try:
+            self.layout.check(weight, exact)
+        except SpecError:
+            # The run stops at the first scale that changes, if there is one.
+            return usual
+        return exact
 
     def scheme_of(self, rewrite: Rewrite) -> Scheme:
         """Under which scheme a rewrite's outputs are written."""
