@@ -15,12 +15,13 @@ import argparse
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 CHUNK = 250  # tokens scored at a time; fixtures/make_tiny_qwen3_5_moe.py cuts the same chunks
@@ -80,11 +81,16 @@ def score(checkpoint: Path, tokens: Path, chunks: int) -> dict[str, Any]:
     }
 
 
-def last_error(log: str) -> str:
-    """The message that ended a process: its last exception line, or its last line."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    raised = [line for line in lines if re.match(r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b", line)]
-    return (raised or lines or ["the process left no message"])[-1]
+def report_uncaught(result: Path) -> None:
+    """Leave the exception that ends this process in `result`, for an engine's log goes on long after it."""
+
+    def leave_message(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        frame = traceback.extract_tb(trace)[-1]  # a bare assert says nothing but its place
+        place = f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
+        result.write_text(json.dumps({"error": f"{kind.__name__}: {error} ({place})"}))
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = leave_message
 
 
 def score_apart(checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -110,13 +116,11 @@ def score_apart(checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
         if args.log:
             args.log.mkdir(parents=True, exist_ok=True)
             (args.log / f"{checkpoint.resolve().name}.log").write_text(log.read_text())
-        if run.returncode == 0 and result.exists():
-            row: dict[str, Any] = json.loads(result.read_text())
-            return row
-        return {
-            "path": str(checkpoint),
-            "error": f"{last_error(log.read_text())} (exit status {run.returncode})",
-        }
+        if not result.exists():
+            lines = log.read_text().split("\n")[-5:]
+            return {"path": str(checkpoint), "error": f"died with status {run.returncode}: {' '.join(lines)}"}
+        row: dict[str, Any] = json.loads(result.read_text())
+        return {"path": str(checkpoint)} | row
 
 
 def main() -> int:
@@ -134,6 +138,7 @@ def main() -> int:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
+        report_uncaught(args.child)
         args.child.write_text(json.dumps(score(args.checkpoints[0], args.tokens, args.chunks)))
         return 0
     if not args.tokens.is_file():
