@@ -1,0 +1,73 @@
+"""Hidden states between two layers, in a file: what a killed run goes on from.
+
+They have to be durable before a layer counts as done, so the file is the working store as well: the page cache keeps it
+in memory while there is room, and nothing of it counts against the process when there is none.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tensorsurgeon.errors import JournalError
+
+
+class HiddenStates:
+    """``[samples, sequence, hidden]`` in one dtype; rows of samples are read and written from any thread."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, *, create: bool) -> None:
+        self.path = path
+        self.shape = shape
+        self.dtype = dtype
+        self._sample_bytes = shape[1] * shape[2] * dtype.itemsize
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if create else 0)
+        self._fd = os.open(path, flags, 0o644)
+        nbytes = shape[0] * self._sample_bytes
+        if create:
+            os.ftruncate(self._fd, nbytes)
+        elif os.fstat(self._fd).st_size != nbytes:
+            os.close(self._fd)
+            raise JournalError(
+                f"holds {path.stat().st_size} bytes of hidden states, {nbytes} are needed; start over with --overwrite",
+                where=str(path),
+            )
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Samples ``start`` to ``stop``; a new tensor."""
+        nbytes = (stop - start) * self._sample_bytes
+        buffer = np.empty(nbytes, np.uint8)
+        view = memoryview(buffer)
+        done = 0
+        while done < nbytes:
+            count = os.preadv(self._fd, [view[done:]], start * self._sample_bytes + done)
+            if not count:
+                raise JournalError("ends early; another program changed it, start over with --overwrite", where=str(self.path))
+            done += count
+        return torch.from_numpy(buffer).view(self.dtype).view(stop - start, *self.shape[1:])
+
+    def write(self, start: int, states: Tensor) -> None:
+        """Samples from ``start`` on."""
+        data = memoryview(states.contiguous().view(-1).view(torch.uint8).numpy())
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._fd, data[done:], start * self._sample_bytes + done)
+
+    def sync(self) -> None:
+        os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,89 @@
+"""What a calibrated run is told: data, how experts are fed, how GPTQ works. All of it is part of the result's bits."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from tensorsurgeon.errors import RecipeError, did_you_mean
+from tensorsurgeon.quant.gptq import GptqOptions
+from tensorsurgeon.quant.polish import Polish
+
+ExpertFeeding = Literal["routed", "all", "balanced"]
+ExpertHessian = Literal["shared", "own"]
+
+EXPERT_FEEDINGS: Final = ("routed", "all", "balanced")
+EXPERT_HESSIANS: Final = ("shared", "own")
+
+
+@dataclass(frozen=True, slots=True)
+class DataSource:
+    """A file of text, chats or token ids, or the name of a Hub data set, and its share of the samples."""
+
+    location: str
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> DataSource:
+        """``FILE`` or ``FILE:WEIGHT``; a colon that no number follows belongs to the name."""
+        location, colon, weight = text.rpartition(":")
+        if not colon or os.path.exists(text):
+            return cls(text)
+        try:
+            share = float(weight)
+        except ValueError:
+            return cls(text)
+        if not 0 < share < float("inf"):
+            raise RecipeError(f"--calibration {text}: the weight must be positive, found {weight}")
+        return cls(location, share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """How statistics are gathered and used.
+
+    ``samples`` chunks of ``sequence_length`` tokens are drawn from ``sources`` with ``seed``.
+    ``experts``: ``routed`` feeds each expert what the router sends it; ``all`` every token; ``balanced`` what is routed,
+    topped up to ``minimum_tokens`` with the tokens whose router logits for it are highest.
+    ``expert_hessian``: the gate and up projections of a layer's experts ``shared`` one Hessian over all tokens, or have
+    their ``own`` over the tokens each is fed.
+    ``fallback_tokens``: modules that saw fewer are rounded to nearest instead.
+    ``sequential``: a quantized layer's outputs feed the next layer; otherwise the original ones do.
+    ``write_statistics`` and ``read_statistics`` name a folder of statistics to keep, or to use instead of a walk.
+    """
+
+    sources: tuple[DataSource, ...] = ()
+    samples: int = 256
+    sequence_length: int = 2048
+    seed: int = 0
+    experts: ExpertFeeding = "balanced"
+    expert_hessian: ExpertHessian = "shared"
+    minimum_tokens: int = 512
+    fallback_tokens: int = 32
+    sequential: bool = True
+    gptq: GptqOptions = field(default_factory=lambda: GptqOptions(polish=Polish()))
+    write_statistics: Path | None = None
+    read_statistics: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.minimum_tokens < 0 or self.fallback_tokens < 0:
+            raise RecipeError("minimum_tokens and fallback_tokens must not be negative")
+        for name, known in (("experts", EXPERT_FEEDINGS), ("expert_hessian", EXPERT_HESSIANS)):
+            if getattr(self, name) not in known:
+                raise RecipeError(f"unknown {name} {getattr(self, name)!r}{did_you_mean(getattr(self, name), known)}")
+        if not self.sources and self.read_statistics is None:
+            raise RecipeError("calibration needs data: give --calibration FILE, or --read-statistics FOLDER")
+        if self.sources and self.read_statistics is not None:
+            raise RecipeError("--read-statistics replaces the walk, so --calibration would not be read; give one of them")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result apart from the data, in a form that JSON holds; no paths of this machine."""
+        known = asdict(self)
+        for name in ("sources", "write_statistics", "read_statistics"):
+            del known[name]
+        return known
