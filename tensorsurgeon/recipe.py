@@ -1,13 +1,13 @@
 """From a transform's YAML to ops, strictly: unknown keys, wrong types and unused parameters are errors with a line.
 
-    description: What it does, in one sentence.
-    parameters:
-      num_bits: {default: 8, description: bits per weight}
-    steps:
-      - use: split-experts
-        with: {where: "maybe:{path*}.mlp.experts.gate_up_proj"}
-      - quantize: {where: "{path*}.weight", format: ct-packed, num_bits: "${num_bits}"}
-        when: "${quantize}"
+description: What it does, in one sentence.
+parameters:
+  num_bits: {default: 8, description: bits per weight}
+steps:
+  - use: split-experts
+    with: {where: "maybe:{path*}.mlp.experts.gate_up_proj"}
+  - quantize: {where: "{path*}.weight", format: ct-packed, num_bits: "${num_bits}"}
+    when: "${quantize}"
 """
 
 from __future__ import annotations
@@ -134,6 +134,10 @@ def build(
                 raise RecipeError("'use' names a transform, and 'with' maps its parameters to values", where=at)
             try:
                 inner = find(body, recipe)
+                for key, value in arguments.items():
+                    # One pattern for a list of patterns; only the command line cuts words at commas.
+                    if isinstance(value, str) and key in inner.parameters and isinstance(inner.parameters[key].default, list):
+                        arguments[key] = [value]
                 steps.append(build(inner, arguments, find, depth=depth + 1, **overrides))
             except RecipeError as error:
                 # The innermost place is the one to mend.
