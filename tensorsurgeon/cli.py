@@ -282,3 +282,6 @@ def transforms(name: str | None, as_json: bool) -> None:
 def _shown(default: Any) -> str:
     text = ",".join(map(str, default)) if isinstance(default, list) else "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
     return text if len(text) < 50 else text[:47] + "..."
+
+
+from tensorsurgeon import cli_read as cli_read  # noqa: E402  # registers inspect, verify and diff, which need main

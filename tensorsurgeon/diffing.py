@@ -62,6 +62,7 @@ class Difference:
 
     @property
     def is_equal(self) -> bool:
+        """Whether nothing differs at all."""
         return not (
             self.only_a or self.only_b or self.other_spec or self.other_bytes or self.config
             or self.files_only_a or self.files_only_b or self.other_files
@@ -134,7 +135,11 @@ def _other_values(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") ->
             yield from _other_values(left, right, name)
         elif left != right or isinstance(left, bool) != isinstance(right, bool):
             yield OtherValue(
-                name, None if left is _MISSING else left, None if right is _MISSING else right, left is not _MISSING, right is not _MISSING
+                name,
+                None if left is _MISSING else left,
+                None if right is _MISSING else right,
+                left is not _MISSING,
+                right is not _MISSING,
             )
 
 
@@ -156,9 +161,7 @@ def difference_as_data(found: Difference) -> dict[str, Any]:
         "only_b": [spec(s) for s in found.only_b],
         "other_spec": [{"name": d.a.name, "a": spec(d.a), "b": spec(d.b)} for d in found.other_spec],
         "other_bytes": [{**spec(d.spec), "elements": d.elements, "first": d.first} for d in found.other_bytes],
-        "config": [
-            {"key": d.key, **({"a": d.a} if d.has_a else {}), **({"b": d.b} if d.has_b else {})} for d in found.config
-        ],
+        "config": [{"key": d.key, **({"a": d.a} if d.has_a else {}), **({"b": d.b} if d.has_b else {})} for d in found.config],
         "files_only_a": list(found.files_only_a),
         "files_only_b": list(found.files_only_b),
         "other_files": list(found.other_files),
@@ -172,7 +175,10 @@ def difference_as_text(found: Difference) -> str:
     compared = "headers only" if found.compared_bytes is None else f"{show_size(found.compared_bytes)} compared"
     lines = [f"{'equal' if found.is_equal else 'different'}: {found.equal_tensors} tensors are the same ({compared})"]
     for sign, specs in (("-", found.only_a), ("+", found.only_b)):
-        rows = [[f"{sign} {g['pattern']}", f"x {g['count']}", g["dtype"], str(g["shape"]), show_size(g["bytes"])] for g in group_specs(specs)]
+        rows = [
+            [f"{sign} {g['pattern']}", f"x {g['count']}", g["dtype"], str(g["shape"]), show_size(g["bytes"])]
+            for g in group_specs(specs)
+        ]
         lines += [table(rows, right={1, 4})] if rows else []
     changed: dict[tuple[str, str], int] = {}
     for pair in found.other_spec:
@@ -195,7 +201,13 @@ def _bytes_as_text(found: Difference) -> list[str]:
     rows = []
     for pattern, members in groups.items():
         elements, total = sum(d.elements for d in members), sum(d.spec.numel for d in members)
-        rows.append([f"~ {pattern}", f"x {len(members)}", f"other bytes in {elements} of {total} elements, first in {members[0].spec.name} at {members[0].first}"])
+        rows.append(
+            [
+                f"~ {pattern}",
+                f"x {len(members)}",
+                f"other bytes in {elements} of {total} elements, first in {members[0].spec.name} at {members[0].first}",
+            ]
+        )
     return [table(rows, right={1})] if rows else []
 
 

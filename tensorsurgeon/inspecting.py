@@ -11,7 +11,7 @@ from tensorsurgeon.checkpoint import STATE_FOLDER, Checkpoint, open_checkpoint
 from tensorsurgeon.configs import unquantized_linears
 from tensorsurgeon.errors import SurgeonError
 from tensorsurgeon.record import read_record
-from tensorsurgeon.report import grouped_name, group_specs, table
+from tensorsurgeon.report import group_specs, grouped_name, table
 from tensorsurgeon.sizes import show_size
 from tensorsurgeon.verifying.described import tensors_by_module
 from tensorsurgeon.verifying.dialects import quantization_of, read_claims
@@ -34,7 +34,9 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         "architectures": config.get("architectures"),
         "tensors": len(checkpoint.specs),
         "bytes": checkpoint.weight_bytes,
-        "dtypes": {name: {"tensors": count, "bytes": nbytes} for name, (count, nbytes) in sorted(dtypes.items(), key=lambda d: -d[1][1])},
+        "dtypes": {
+            name: {"tensors": count, "bytes": nbytes} for name, (count, nbytes) in sorted(dtypes.items(), key=lambda d: -d[1][1])
+        },
         "shards": [{"name": s.path.name, "bytes": s.file_bytes, "tensors": len(s.entries)} for s in checkpoint.shards],
         "has_index": checkpoint.has_index,
         "groups": group_specs(checkpoint.specs.values()),
@@ -66,7 +68,11 @@ def _quantization(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None, list[s
         else:
             schemes[claim.describe()] += 1
     if silent and (claims is not None or config is None):
-        oddities.append(f"{silent[0]} and {len(silent) - 1} more are stored quantized, but the config does not say so" if len(silent) > 1 else f"{silent[0]} is stored quantized, but the config does not say so")
+        oddities.append(
+            f"{silent[0]} and {len(silent) - 1} more are stored quantized, but the config does not say so"
+            if len(silent) > 1
+            else f"{silent[0]} is stored quantized, but the config does not say so"
+        )
     if config is not None and not stored:
         oddities.append("config.json has a quantization_config, but no module is stored quantized")
     method = config.get("quant_method") if isinstance(config, dict) else None
@@ -102,9 +108,22 @@ def inspection_as_text(data: dict[str, Any]) -> str:
     lines.append(table([["  " + n, f"x {d['tensors']}", show_size(d["bytes"])] for n, d in data["dtypes"].items()], right={1, 2}))
     quantization = data["quantization"]
     if quantization is not None:
-        lines.append(f"quantization: {quantization['config'] or quantization['method'] or 'none in config.json'}, {quantization['modules']} modules")
+        lines.append(
+            f"quantization: {quantization['config'] or quantization['method'] or 'none in config.json'}, "
+            f"{quantization['modules']} modules"
+        )
         lines += [f"  x {count}  {scheme}" for scheme, count in quantization["schemes"].items()]
-    lines += ["", table([["  " + g["pattern"], f"x {g['count']}", g["dtype"], str(g["shape"]), show_size(g["bytes"])] for g in data["groups"]], right={1, 4}), ""]
+    lines += [
+        "",
+        table(
+            [
+                ["  " + g["pattern"], f"x {g['count']}", g["dtype"], str(g["shape"]), show_size(g["bytes"])]
+                for g in data["groups"]
+            ],
+            right={1, 4},
+        ),
+        "",
+    ]
     if data["made_by"] is not None and "recipe" in data["made_by"]:
         lines.append(f"made by tensorsurgeon {data['made_by']['version']}")
     lines.append(f"files   {', '.join(data['side_files']) or 'none besides'}")

@@ -17,7 +17,12 @@ from tensorsurgeon.verifying.findings import Findings
 from tensorsurgeon.verifying.layouts import MARKERS
 
 # Rows of a stacked expert tensor: which linear each part of them is.
-_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",), "gate_proj": ("gate_proj",), "up_proj": ("up_proj",)}
+_STACKED = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+    "gate_proj": ("gate_proj",),
+    "up_proj": ("up_proj",),
+}
 
 
 class Part(NamedTuple):
@@ -55,7 +60,9 @@ class Pairing(NamedTuple):
     new: list[TensorSpec]
 
 
-def pair_tensors(source: SpecMap, source_modules: Described, target: SpecMap, target_modules: Described, findings: Findings) -> Pairing:
+def pair_tensors(
+    source: SpecMap, source_modules: Described, target: SpecMap, target_modules: Described, findings: Findings
+) -> Pairing:
     """Account for every tensor of both by name, from headers alone."""
     pairs: list[Pair] = []
     lost: list[TensorSpec] = []
@@ -76,11 +83,17 @@ def pair_tensors(source: SpecMap, source_modules: Described, target: SpecMap, ta
         if not found:
             lost.append(spec)
     new = [spec for name, spec in target.items() if name not in explained and spec.module not in target_modules.stored]
-    claimed = {m for pair in pairs if isinstance(pair, SameWeight) and isinstance(pair.target, Module) for m in (pair.target.name,)}
+    claimed = {
+        m for pair in pairs if isinstance(pair, SameWeight) and isinstance(pair.target, Module) for m in (pair.target.name,)
+    }
     # A module whose faults are known already has no pair, and its source is not lost either.
     broken = target_modules.stored.keys() - target_modules.modules.keys()
     lost = [spec for spec in lost if not _went_into(spec, broken)]
-    new += [spec for name, spec in target.items() if spec.module in target_modules.modules and spec.module not in claimed and name not in explained]
+    new += [
+        spec
+        for name, spec in target.items()
+        if spec.module in target_modules.modules and spec.module not in claimed and name not in explained
+    ]
     return Pairing(pairs, lost, new)
 
 
@@ -124,7 +137,9 @@ def _of_tensor(spec: TensorSpec, target: SpecMap, modules: Described, findings: 
             # Compared as one row, since the rows of both need not be equally long.
             yield SameBytes(Part(name, 0, -1), Part(name, 0, -1))
         elif found.shape == spec.shape and _is_float(found) and _is_float(spec):
-            yield SameWeight(name, Part(name, 0, spec.rows), Part(name, 0, spec.rows), (spec.rows, spec.numel // max(spec.rows, 1)))
+            yield SameWeight(
+                name, Part(name, 0, spec.rows), Part(name, 0, spec.rows), (spec.rows, spec.numel // max(spec.rows, 1))
+            )
         return
     if name.endswith(".weight") and len(spec.shape) == 2 and _is_float(spec):
         module = modules.modules.get(spec.module)
@@ -132,7 +147,11 @@ def _of_tensor(spec: TensorSpec, target: SpecMap, modules: Described, findings: 
             if module.shape == spec.shape:
                 yield SameWeight(module.name, Part(name, 0, spec.shape[0]), module, module.shape)
             else:
-                findings.fault("source-shape", module.name, f"holds a weight {list(module.shape)}, but the source has {name} {list(spec.shape)}")
+                findings.fault(
+                    "source-shape",
+                    module.name,
+                    f"holds a weight {list(module.shape)}, but the source has {name} {list(spec.shape)}",
+                )
             return
         place = _place_in_stack(name, (spec.shape[0], spec.shape[1]), target)
         if place is not None and target[place.name].dtype is spec.dtype:
@@ -165,7 +184,11 @@ def _of_stack(spec: TensorSpec, target: SpecMap, modules: Described, findings: F
                 pairs.append(SameWeight(name, origin, module, module.shape))
             elif module is not None or name in modules.stored:
                 if module is not None:
-                    findings.fault("source-shape", name, f"holds a weight {list(module.shape)}, but expert {expert} of {spec.name} has {[size, columns]}")
+                    findings.fault(
+                        "source-shape",
+                        name,
+                        f"holds a weight {list(module.shape)}, but expert {expert} of {spec.name} has {[size, columns]}",
+                    )
             elif weight is not None and weight.shape == (size, columns) and weight.dtype is spec.dtype:
                 pairs.append(SameBytes(origin, Part(weight.name, 0, size)))
             elif weight is not None and weight.shape == (size, columns) and _is_float(weight):
@@ -186,7 +209,12 @@ def _place_in_stack(name: str, shape: tuple[int, int], target: SpecMap) -> Part 
         return None
     for stacked, parts in _STACKED.items():
         spec = target.get(f"{head}.experts.{stacked}")
-        if leaf in parts and spec is not None and spec.shape[1:] == (shape[0] * len(parts), shape[1]) and int(number) < spec.shape[0]:
+        if (
+            leaf in parts
+            and spec is not None
+            and spec.shape[1:] == (shape[0] * len(parts), shape[1])
+            and int(number) < spec.shape[0]
+        ):
             first = int(number) * spec.shape[1] + parts.index(leaf) * shape[0]
             return Part(spec.name, first, shape[0])
     return None
@@ -209,7 +237,9 @@ def dropped_by_record(record: dict[str, Any] | None, lost: list[TensorSpec]) -> 
         given = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg in ("where", "exclude")}
         where, exclude = (tuple(map(Pattern.parse, given.get(key) or ())) for key in ("where", "exclude"))
         for spec in lost:
-            selected = any(p.match(spec.name) is not None for p in where) and not any(p.match(spec.name) is not None for p in exclude)
+            selected = any(p.match(spec.name) is not None for p in where) and not any(
+                p.match(spec.name) is not None for p in exclude
+            )
             if selected == (call.func.id == "Drop"):
                 reasons.setdefault(spec.name, call.func.id.lower())
     return reasons

@@ -79,9 +79,11 @@ class Entry:
 
     @property
     def is_expression(self) -> bool:
+        """Whether it is meant for many names."""
         return self.how in ("match", "search", "glob", "substring")
 
     def matches(self, module: str) -> bool:
+        """Whether readers of this list take the entry to mean this module."""
         if self._regex is not None:
             return (self._regex.search if self.how == "search" else self._regex.match)(module) is not None
         if self.how == "substring":
@@ -108,6 +110,7 @@ class Claims:
         self._known: dict[str, Claim | None] = {}
 
     def of(self, module: str) -> Claim | None:
+        """How the module is said to be stored; None for unquantized."""
         if module not in self._known:
             self._known[module] = self._of(module)
         return self._known[module]
@@ -122,6 +125,7 @@ class EntryList:
         self._others = tuple(e for e in self.entries if e.how != "exact")
 
     def matches(self, module: str) -> bool:
+        """Whether any entry means this module."""
         return module in self._exact or any(e.matches(module) for e in self._others)
 
 

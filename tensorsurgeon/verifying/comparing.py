@@ -21,7 +21,9 @@ from tensorsurgeon.verifying.readings import other_readings
 from tensorsurgeon.verifying.weights import CodedWeight, FloatWeight, Weight
 
 
-def compare_pairs(source: Reader, target: Reader, pairs: Iterable[Pair], findings: Findings, workers: int) -> tuple[list[Fidelity], int]:
+def compare_pairs(
+    source: Reader, target: Reader, pairs: Iterable[Pair], findings: Findings, workers: int
+) -> tuple[list[Fidelity], int]:
     """Every pair compared: the fidelity of stored weights, and the bytes that were found equal."""
 
     def compare(pair: Pair) -> Fidelity | int:
@@ -81,8 +83,14 @@ def _complaint(result: Fidelity, claim: Claim | None) -> str:
     if result.not_finite:
         return f"{result.not_finite} rows read as NaN or infinity, row {result.first_bad_row} first"
     if result.snr_db < result.floor_db:
-        return f"has {result.snr_db:.1f} dB against the source, where {stored} gives more than {result.floor_db:g} dB: these are other weights, or they are read wrongly"
-    return f"{result.bad_rows} rows, row {result.first_bad_row} first, have an error larger than the weights themselves, which rounding never makes ({result.snr_db:.1f} dB over all rows)"
+        return (
+            f"has {result.snr_db:.1f} dB against the source, where {stored} gives more than "
+            f"{result.floor_db:g} dB: these are other weights, or they are read wrongly"
+        )
+    return (
+        f"{result.bad_rows} rows, row {result.first_bad_row} first, have an error larger than the weights themselves, which "
+        f"rounding never makes ({result.snr_db:.1f} dB over all rows)"
+    )
 
 
 def _weight(reader: Reader, side: Part | Module, shape: tuple[int, int]) -> Weight:
@@ -91,7 +99,9 @@ def _weight(reader: Reader, side: Part | Module, shape: tuple[int, int]) -> Weig
     return FloatWeight(reader, side.name, shape, side.first)
 
 
-def pair_by_content(source: Reader, target: Reader, lost: list[TensorSpec], new: list[TensorSpec], findings: Findings) -> tuple[list[TensorSpec], list[TensorSpec]]:
+def pair_by_content(
+    source: Reader, target: Reader, lost: list[TensorSpec], new: list[TensorSpec], findings: Findings
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Renamed tensors, found by their bytes among what names left unexplained; what then remains of both."""
     sizes = {spec.nbytes for spec in lost} & {spec.nbytes for spec in new}
     by_digest: dict[tuple[str, int, str], list[TensorSpec]] = defaultdict(list)
@@ -100,7 +110,9 @@ def pair_by_content(source: Reader, target: Reader, lost: list[TensorSpec], new:
             by_digest[spec.dtype.name, spec.nbytes, _digest(target, spec)].append(spec)
     still_lost, explained = [], set()
     for spec in lost:
-        found = by_digest.get((spec.dtype.name, spec.nbytes, _digest(source, spec))) if spec.nbytes in sizes and spec.nbytes else None
+        found = (
+            by_digest.get((spec.dtype.name, spec.nbytes, _digest(source, spec))) if spec.nbytes in sizes and spec.nbytes else None
+        )
         if found:
             other = found.pop(0) if len(found) > 1 else found[0]
             explained.add(other.name)
@@ -113,5 +125,5 @@ def pair_by_content(source: Reader, target: Reader, lost: list[TensorSpec], new:
 def _digest(reader: Reader, spec: TensorSpec) -> str:
     digest = xxhash.xxh3_128()
     for start in range(0, spec.nbytes, CHUNK_BYTES):
-        digest.update(reader.bytes_of(spec.name, start, min(CHUNK_BYTES, spec.nbytes - start)))
+        digest.update(reader.bytes_of(spec.name, start, min(CHUNK_BYTES, spec.nbytes - start)).data)
     return digest.hexdigest()

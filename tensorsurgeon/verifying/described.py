@@ -17,7 +17,13 @@ from tensorsurgeon.verifying.claims import Claim, Claims, names_of
 from tensorsurgeon.verifying.dialects import quantization_of
 from tensorsurgeon.verifying.findings import Findings
 from tensorsurgeon.verifying.layouts import (
-    MAIN, MARKERS, describe_stored, groups_of, is_stored_quantized, parts_of, weight_shape,
+    MAIN,
+    MARKERS,
+    describe_stored,
+    groups_of,
+    is_stored_quantized,
+    parts_of,
+    weight_shape,
 )  # fmt: skip
 from tensorsurgeon.verifying.reading import Reader
 
@@ -35,7 +41,7 @@ class Described(NamedTuple):
     """What was found: sound quantized modules, and every module that is stored quantized, sound or not."""
 
     modules: dict[str, Module]
-    stored: dict[str, Mapping[str, TensorSpec]]
+    stored: Mapping[str, Mapping[str, TensorSpec]]
 
 
 def tensors_by_module(specs: SpecMap) -> dict[str, dict[str, TensorSpec]]:
@@ -80,7 +86,11 @@ def _fault_unclaimed(name: str, tensors: Mapping[str, TensorSpec], claims: Claim
             f"is stored quantized ({shown}), and most readers look for embeddings in float only",
         )  # fmt: skip
     else:
-        findings.fault("not-in-config", name, f"is stored quantized ({shown}), but {claims.kept_out_by} or the scope of the config keeps it out")
+        findings.fault(
+            "not-in-config",
+            name,
+            f"is stored quantized ({shown}), but {claims.kept_out_by} or the scope of the config keeps it out",
+        )
 
 
 def _check_module(
@@ -90,7 +100,11 @@ def _check_module(
     main = tensors.get(MAIN[claim.layout])
     if main is None or (claim.layout == "plain" and main.dtype.is_float and main.dtype.bits >= 16):
         found = describe_stored(tensors)
-        findings.fault("missing-tensor", f"{name}.{MAIN[claim.layout]}", f"the config says {claim.describe()} in {claim.layout} layout, but the module has {found}")
+        findings.fault(
+            "missing-tensor",
+            f"{name}.{MAIN[claim.layout]}",
+            f"the config says {claim.describe()} in {claim.layout} layout, but the module has {found}",
+        )
         return None
     stored_shape = None
     shape_spec = tensors.get("weight_shape")
@@ -103,29 +117,51 @@ def _check_module(
         return None
     sound = True
     if stored_shape is not None and stored_shape != shape:
-        findings.fault("weight-shape", f"{name}.weight_shape", f"says {list(stored_shape)}, but {main.name} {main.dtype.name}{list(main.shape)} holds {list(shape)} at {claim.num_bits} bits")
+        findings.fault(
+            "weight-shape",
+            f"{name}.weight_shape",
+            f"says {list(stored_shape)}, but {main.name} {main.dtype.name}{list(main.shape)} "
+            f"holds {list(shape)} at {claim.num_bits} bits",
+        )
         sound = False
     if claim.group_size > 0 and shape[1] % claim.group_size:
-        findings.fault("group-size", name, f"group_size {claim.group_size} of the config does not divide the {shape[1]} inputs of this weight")
+        findings.fault(
+            "group-size",
+            name,
+            f"group_size {claim.group_size} of the config does not divide the {shape[1]} inputs of this weight",
+        )
         return None
     parts = parts_of(claim, shape)
     for part in parts:
         spec = tensors.get(part.local)
         if spec is None:
             if part.required:
-                findings.fault("missing-tensor", f"{name}.{part.local}", f"is missing; a weight {list(shape)} of {claim.describe()} needs it as {part.describe()}")
+                findings.fault(
+                    "missing-tensor",
+                    f"{name}.{part.local}",
+                    f"is missing; a weight {list(shape)} of {claim.describe()} needs it as {part.describe()}",
+                )
                 sound = False
             continue
         if spec.dtype not in part.dtypes:
             findings.fault("dtype", spec.name, f"is {spec.dtype.name}, expected {part.describe()} for {claim.describe()}")
             sound = False
         if spec.shape not in part.shapes:
-            findings.fault("shape", spec.name, f"is {list(spec.shape)}, expected {part.describe()} for a weight {list(shape)} of {claim.describe()}{_why(claim, part.local, spec, shape)}")
+            findings.fault(
+                "shape",
+                spec.name,
+                f"is {list(spec.shape)}, expected {part.describe()} for a weight {list(shape)} of "
+                f"{claim.describe()}{_why(claim, part.local, spec, shape)}",
+            )
             sound = False
     known = {part.local for part in parts}
     for local, spec in tensors.items():
         if local not in known and (local in MARKERS or (local == "weight" and MAIN[claim.layout] != "weight")):
-            findings.fault("extra-tensor", spec.name, f"{spec.dtype.name}{list(spec.shape)} is no tensor of {claim.describe()} in {claim.layout} layout")
+            findings.fault(
+                "extra-tensor",
+                spec.name,
+                f"{spec.dtype.name}{list(spec.shape)} is no tensor of {claim.describe()} in {claim.layout} layout",
+            )
             sound = False
     return Module(name, claim, shape, tensors) if sound else None
 
@@ -154,16 +190,26 @@ def _check_unquantized(specs: SpecMap, claims: Claims, stored: Mapping[str, Any]
             claim = claims.of(module)
             if claim is not None:
                 spec = specs[f"{module}.weight"]
-                findings.fault("not-quantized", module, f"the config says {claim.describe()}, but it is stored as {spec.dtype.name}{list(spec.shape)} and {claims.kept_out_by} does not keep it out")
+                findings.fault(
+                    "not-quantized",
+                    module,
+                    f"the config says {claim.describe()}, but it is stored as {spec.dtype.name}{list(spec.shape)} and "
+                    f"{claims.kept_out_by} does not keep it out",
+                )
     for prefix, spec in stacked_experts(specs).items():
         claim = claims.of(f"{prefix}.0.gate_proj")
         if claim is not None:
-            findings.fault("not-quantized", spec.name, f"the config says that experts are {claim.describe()}, but they are stacked as {spec.dtype.name}{list(spec.shape)} and {claims.kept_out_by} does not keep them out")
+            findings.fault(
+                "not-quantized",
+                spec.name,
+                f"the config says that experts are {claim.describe()}, but they are stacked as "
+                f"{spec.dtype.name}{list(spec.shape)} and {claims.kept_out_by} does not keep them out",
+            )
 
 
 def stacked_experts(specs: SpecMap) -> dict[str, TensorSpec]:
     """``x.mlp.experts`` -> one of its 3-D float tensors."""
-    found = {}
+    found: dict[str, TensorSpec] = {}
     for name, spec in specs.items():
         if len(spec.shape) == 3 and spec.dtype.is_float and spec.dtype.bits >= 16:
             parent = name.removesuffix(".weight").rpartition(".")[0]

@@ -41,6 +41,7 @@ class Fidelity(NamedTuple):
 
     @property
     def is_sound(self) -> bool:
+        """Whether rounding can explain the error."""
         return self.snr_db >= self.floor_db and not self.bad_rows and not self.not_finite
 
 
@@ -72,7 +73,15 @@ def compare(name: str, source: Weight, stored: Weight, claim: Claim | None) -> F
             bad_rows += int(np.count_nonzero(wrong))
         signal_sum += float(signal.sum())
         noise_sum += float(error[finite].sum())
-    return Fidelity(name, 16 if claim is None else claim.num_bits, _decibels(signal_sum, noise_sum), floor_of(claim), bad_rows, first_bad, not_finite)
+    return Fidelity(
+        name,
+        16 if claim is None else claim.num_bits,
+        _decibels(signal_sum, noise_sum),
+        floor_of(claim),
+        bad_rows,
+        first_bad,
+        not_finite,
+    )
 
 
 def _decibels(signal: float, noise: float) -> float:

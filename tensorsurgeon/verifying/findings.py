@@ -43,17 +43,21 @@ class Findings:
         self._notes: dict[Note, None] = {}
 
     def fault(self, kind: str, where: str, message: str) -> None:
+        """Add a fault; the same one twice counts once."""
         with self._lock:
             self._faults[Fault(kind, where, message)] = None
 
     def note(self, kind: str, where: str, message: str) -> None:
+        """Add a note; the same one twice counts once."""
         with self._lock:
             self._notes[Note(kind, where, message)] = None
 
     @property
     def faults(self) -> tuple[Fault, ...]:
+        """All faults, by kind and name."""
         return tuple(sorted(self._faults))
 
     @property
     def notes(self) -> tuple[Note, ...]:
+        """All notes, by kind and name."""
         return tuple(sorted(self._notes))

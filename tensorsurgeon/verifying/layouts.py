@@ -34,6 +34,7 @@ class Part(NamedTuple):
     required: bool = True
 
     def describe(self) -> str:
+        """``F16[4, 64]``, with every choice there is."""
         return f"{' or '.join(d.name for d in self.dtypes)}{' or '.join(str(list(s)) for s in self.shapes)}"
 
 
@@ -47,7 +48,9 @@ def is_stored_quantized(tensors: Mapping[str, TensorSpec]) -> bool:
 
 def describe_stored(tensors: Mapping[str, TensorSpec]) -> str:
     """What a module stores, for a message: ``weight I8[64, 128], weight_scale F32[64]``."""
-    return ", ".join(f"{local} {spec.dtype.name}{list(spec.shape)}" for local, spec in tensors.items() if local not in _PLAIN_COMPANIONS)
+    return ", ".join(
+        f"{local} {spec.dtype.name}{list(spec.shape)}" for local, spec in tensors.items() if local not in _PLAIN_COMPANIONS
+    )
 
 
 def weight_shape(main: TensorSpec, claim: Claim, stored_shape: tuple[int, int] | None = None) -> tuple[int, int] | None:
@@ -81,7 +84,11 @@ def parts_of(claim: Claim, shape: tuple[int, int], *, has_g_idx: bool = False) -
     rows, columns = shape
     bits = claim.num_bits
     groups = groups_of(claim, columns)
-    inputs = (Part("input_scale", FLOATS, ((1,), ()), required=claim.static_inputs and claim.layout == "plain"),) if claim.static_inputs else ()
+    inputs = (
+        (Part("input_scale", FLOATS, ((1,), ()), required=claim.static_inputs and claim.layout == "plain"),)
+        if claim.static_inputs
+        else ()
+    )
     match claim.layout:
         case "ct-packed":
             zeros = () if claim.symmetric else (Part("weight_zero_point", (I32,), ((_words(rows, bits), groups),)),)
@@ -121,7 +128,9 @@ def parts_of(claim: Claim, shape: tuple[int, int], *, has_g_idx: bool = False) -
             return (
                 Part("weight", (I32,), (packed,)),
                 Part("weight_scale", FLOATS, scale),
-                Part("weight_zero_point", (I32,), (zeros_shape, *(((rows,),) if per_channel else ())), required=not claim.symmetric),
+                Part(
+                    "weight_zero_point", (I32,), (zeros_shape, *(((rows,),) if per_channel else ())), required=not claim.symmetric
+                ),
                 *inputs,
             )
         case _:

@@ -31,6 +31,7 @@ class Reader:
         self._source = Source(checkpoint)
 
     def location(self, name: str) -> Location:
+        """Which shard a tensor lies in, and where."""
         return self._locations[name]
 
     def bytes_of(self, name: str, start: int, nbytes: int) -> np.ndarray:
@@ -42,7 +43,7 @@ class Reader:
         """uint8 [nbytes] of a file; SourceError if it ends before."""
         data = np.empty(nbytes, np.uint8)
         if nbytes:
-            self._source.read_into(shard, offset, memoryview(data))
+            self._source.read_into(shard, offset, data.data)
         self._progress(nbytes)
         return data
 
@@ -59,6 +60,7 @@ class Reader:
         return data.view(_numpy(spec)).reshape(stop - start, prod(spec.shape[-1:]) if len(spec.shape) > 1 else 1)
 
     def close(self) -> None:
+        """Let go of the files."""
         self._source.close()
 
     def __enter__(self) -> Self:

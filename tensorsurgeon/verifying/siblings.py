@@ -62,10 +62,16 @@ def check_experts(specs: SpecMap, config_value: Any, findings: Findings) -> None
         count = _count(leaves, config_value)
         for leaf, numbers in leaves.items():
             for missing in sorted(set(range(count)) - numbers)[:20]:
-                findings.fault("missing-expert", f"{prefix}.{missing}.{leaf}", f"has no tensor, but {len(numbers)} of {count} experts of this layer have theirs")
+                findings.fault(
+                    "missing-expert",
+                    f"{prefix}.{missing}.{leaf}",
+                    f"has no tensor, but {len(numbers)} of {count} experts of this layer have theirs",
+                )
     for prefix, spec in stacked_experts(specs).items():
         if prefix in lists:
-            findings.fault("stacked-and-split", spec.name, f"holds the experts of {prefix} stacked, but the file has them one by one too")
+            findings.fault(
+                "stacked-and-split", spec.name, f"holds the experts of {prefix} stacked, but the file has them one by one too"
+            )
 
 
 def _count(leaves: Mapping[str, set[int]], config_value: Any) -> int:
@@ -89,4 +95,8 @@ def check_global_scales(global_scales: Mapping[str, float], findings: Findings) 
         first = next(iter(members))
         for module, scale in members.items():
             if scale != members[first]:
-                findings.fault("global-scale", f"{module}.weight_global_scale", f"is {scale:g}, but {first} has {members[first]:g}, and engines take one for {fused}")
+                findings.fault(
+                    "global-scale",
+                    f"{module}.weight_global_scale",
+                    f"is {scale:g}, but {first} has {members[first]:g}, and engines take one for {fused}",
+                )

@@ -54,7 +54,9 @@ def _check_files(checkpoint: Checkpoint, path: Path, findings: Findings) -> None
     if path.is_file():
         return
     if (root / STATE_FOLDER).is_dir():
-        findings.fault("unfinished", STATE_FOLDER, "an unfinished run of surgeon lies here; finish it with --resume, or remove it")
+        findings.fault(
+            "unfinished", STATE_FOLDER, "an unfinished run of surgeon lies here; finish it with --resume, or remove it"
+        )
     for oddity in checkpoint.oddities:
         where, _, message = oddity.partition(": ")
         if oddity.startswith("the index says total_size"):
@@ -79,7 +81,9 @@ def _judge_total_size(checkpoint: Checkpoint, oddity: str, findings: Findings) -
     files = sum(shard.file_bytes for shard in checkpoint.shards)
     if total == 0 or total == files:
         meaning = "nothing" if total == 0 else "the bytes of the files, headers included"
-        findings.note("total-size", INDEX_NAME, f"total_size {total} counts {meaning}; the tensors have {checkpoint.weight_bytes} bytes")
+        findings.note(
+            "total-size", INDEX_NAME, f"total_size {total} counts {meaning}; the tensors have {checkpoint.weight_bytes} bytes"
+        )
     else:
         findings.fault("total-size", INDEX_NAME, oddity)
 
@@ -113,7 +117,7 @@ def check_digests(reader: Reader, findings: Findings, workers: int) -> int | Non
         number, found = job
         digest = xxhash.xxh3_64()
         for start in range(found.offset, found.offset + found.nbytes, CHUNK_BYTES):
-            digest.update(reader.shard_bytes(number, start, min(CHUNK_BYTES, found.offset + found.nbytes - start)))
+            digest.update(reader.shard_bytes(number, start, min(CHUNK_BYTES, found.offset + found.nbytes - start)).data)
         if digest.hexdigest() != found.digest:
             stop = found.offset + found.nbytes
             findings.fault(
@@ -135,7 +139,11 @@ def _tiles(ranges: list[Range], file_bytes: int, name: str, findings: Findings) 
         position += found.nbytes
     if position == file_bytes:
         return True
-    findings.fault("record", name, f"has {file_bytes} bytes, of which {RECORD_NAME} knows the first {position}; the file changed after the run")
+    findings.fault(
+        "record",
+        name,
+        f"has {file_bytes} bytes, of which {RECORD_NAME} knows the first {position}; the file changed after the run",
+    )
     return False
 
 

@@ -34,6 +34,7 @@ class ScaleFacts(NamedTuple):
 
 def check_values(reader: Reader, modules: Iterable[Module], findings: Findings, workers: int) -> dict[str, float]:
     """Check each module; NVFP4 global scales by module, for the siblings to be compared."""
+
     def check(module: Module) -> ScaleFacts:
         return _check(reader, module, findings)
 
@@ -50,7 +51,12 @@ def _judge_signs(facts: list[ScaleFacts], findings: Findings) -> None:
         return
     for found in facts:
         if found.negative:
-            findings.fault("negative-scale", found.first_negative, f"is negative, as are {found.negative} of the {found.scales} scales of this module, and no tool of this format writes such scales")
+            findings.fault(
+                "negative-scale",
+                found.first_negative,
+                f"is negative, as are {found.negative} of the {found.scales} scales of this module, "
+                "and no tool of this format writes such scales",
+            )
 
 
 def _check(reader: Reader, module: Module, findings: Findings) -> ScaleFacts:
@@ -77,7 +83,9 @@ def _check(reader: Reader, module: Module, findings: Findings) -> ScaleFacts:
     for extra in ("input_scale", "input_global_scale"):
         if extra in module.tensors:
             values = reader.array(f"{name}.{extra}").astype(np.float32)
-            _fault_first(findings, "scale", f"{name}.{extra}", ~np.isfinite(values) | (values <= 0), values, "is not a positive number")
+            _fault_first(
+                findings, "scale", f"{name}.{extra}", ~np.isfinite(values) | (values <= 0), values, "is not a positive number"
+            )
     negative = scale < 0
     if claim.layout == "nvfp4" and negative.any():
         _fault_first(findings, "negative-scale", scale_name, negative, scale, "is negative, which no FP4 scale is")
@@ -125,7 +133,11 @@ def _check_zero_scales(reader: Reader, module: Module, findings: Findings) -> No
             first = f"output {start + row}, input {column}"
         lost += count
     if lost:
-        findings.fault("zero-scale", f"{module.name}.{module.claim.scale_name}", f"has zeros where {lost} codes are not zero (first at {first}); those weights are lost")
+        findings.fault(
+            "zero-scale",
+            f"{module.name}.{module.claim.scale_name}",
+            f"has zeros where {lost} codes are not zero (first at {first}); those weights are lost",
+        )
 
 
 def _check_zero_points(reader: Reader, module: Module, findings: Findings) -> None:
@@ -134,7 +146,9 @@ def _check_zero_points(reader: Reader, module: Module, findings: Findings) -> No
         _check_constant_zeros(reader, module, findings)
     elif "weight_zero_point" in module.tensors and claim.symmetric:
         zeros = reader.array(f"{name}.weight_zero_point")
-        _fault_first(findings, "zero-point", f"{name}.weight_zero_point", zeros != 0, zeros, "is not zero, but the config says symmetric")
+        _fault_first(
+            findings, "zero-point", f"{name}.weight_zero_point", zeros != 0, zeros, "is not zero, but the config says symmetric"
+        )
 
 
 def _check_constant_zeros(reader: Reader, module: Module, findings: Findings) -> None:
@@ -148,11 +162,27 @@ def _check_constant_zeros(reader: Reader, module: Module, findings: Findings) ->
     if (stored == wanted).all():
         return
     if (stored == other).all():
-        versions = ("v1, which stores one less,", "v2, which stores them as they are") if claim.zero_offset else ("v2, which stores them as they are,", "v1, which stores one less")
-        findings.fault("gptq-version", name, f"all zero points are stored as {other}; the config says {versions[0]} and then the middle is {wanted}; these are words of {versions[1]}")
+        versions = (
+            ("v1, which stores one less,", "v2, which stores them as they are")
+            if claim.zero_offset
+            else ("v2, which stores them as they are,", "v1, which stores one less")
+        )
+        findings.fault(
+            "gptq-version",
+            name,
+            f"all zero points are stored as {other}; the config says {versions[0]} and then the middle is {wanted}; "
+            f"these are words of {versions[1]}",
+        )
         return
     wrong = stored != wanted
-    _fault_first(findings, "zero-point", name, wrong, stored, f"is stored where the config says symmetric and every zero point is stored as {wanted}")
+    _fault_first(
+        findings,
+        "zero-point",
+        name,
+        wrong,
+        stored,
+        f"is stored where the config says symmetric and every zero point is stored as {wanted}",
+    )
 
 
 def _check_padding(reader: Reader, module: Module, findings: Findings) -> None:
@@ -186,7 +216,9 @@ def _check_order(reader: Reader, module: Module, findings: Findings) -> None:
     columns = module.shape[1]
     size = columns if claim.group_size < 1 else claim.group_size
     if claim.desc_act:
-        _fault_first(findings, "g-idx", name, (order < 0) | (order >= columns // size), order, f"is no group; there are {columns // size}")
+        _fault_first(
+            findings, "g-idx", name, (order < 0) | (order >= columns // size), order, f"is no group; there are {columns // size}"
+        )
         return
     wrong = order != np.arange(columns, dtype=order.dtype) // size
     _fault_first(findings, "g-idx", name, wrong, order, "is not the input's own group, but the config says desc_act false")
@@ -203,5 +235,3 @@ def _check_fp8_codes(reader: Reader, module: Module, findings: Findings) -> None
             at = start + int(np.flatnonzero(wrong)[0])
             findings.fault("nan", name, f"the code at row {at // module.shape[1]}, column {at % module.shape[1]} is NaN")
             return
-
-

@@ -49,6 +49,7 @@ class Verification:
 
     @property
     def is_sound(self) -> bool:
+        """Whether no fault was found; notes do not count."""
         return not self.faults
 
 
@@ -94,7 +95,8 @@ def verify(
         check_experts(checkpoint.specs, checkpoint.specs.config_value, findings)
         global_scales = check_values(reader, described.modules.values(), findings, count)
         check_global_scales(global_scales, findings)
-        equal, compared = 0, []
+        equal = 0
+        compared: list[Fidelity] = []
         if source is not None:
             original = stack.enter_context(Reader(source, progress))
             compared, equal = _check_against(original, reader, described, findings, count)
@@ -102,11 +104,15 @@ def verify(
     return _result(Path(target), checkpoint, label, described, digested, source, equal, compared, findings)
 
 
-def _check_against(original: Reader, reader: Reader, described: Described, findings: Findings, workers: int) -> tuple[list[Fidelity], int]:
+def _check_against(
+    original: Reader, reader: Reader, described: Described, findings: Findings, workers: int
+) -> tuple[list[Fidelity], int]:
     source = original.specs
     own = Findings()
     # The source's own faults are not those of the checkpoint; only its sound modules can be compared.
-    source_modules = check_described(original, read_claims(source, own), own, known_method=quantization_of(source.config) is not None)
+    source_modules = check_described(
+        original, read_claims(source, own), own, known_method=quantization_of(source.config) is not None
+    )
     pairing = pair_tensors(source, source_modules, reader.specs, described, findings)
     compared, equal = compare_pairs(original, reader, pairing.pairs, findings, workers)
     lost, new = pair_by_content(original, reader, pairing.lost, pairing.new, findings)
@@ -115,7 +121,9 @@ def _check_against(original: Reader, reader: Reader, described: Described, findi
         if spec.name in reasons:
             findings.note("dropped", spec.name, f"left out by a {reasons[spec.name]} step of surgeon.json")
         else:
-            findings.fault("lost", spec.name, f"the source has {spec.dtype.name}{list(spec.shape)}, and nothing here stands for it")
+            findings.fault(
+                "lost", spec.name, f"the source has {spec.dtype.name}{list(spec.shape)}, and nothing here stands for it"
+            )
     for spec in new:
         if spec.name.rpartition(".")[2] in _CALIBRATED:
             findings.note("new", spec.name, f"{spec.dtype.name}{list(spec.shape)} is not in the source")

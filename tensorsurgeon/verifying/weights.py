@@ -24,7 +24,9 @@ class Weight(Protocol):
     """A matrix [N, K] that can be read by rows."""
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, int]:
+        """[N, K]."""
+        ...
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """float32 [stop - start, K]."""
@@ -41,6 +43,7 @@ class FloatWeight:
     first: int = 0
 
     def rows(self, start: int, stop: int) -> np.ndarray:
+        """float32 [stop - start, K]."""
         return self.reader.rows(self.name, self.first + start, self.first + stop).astype(np.float32)
 
 
@@ -65,7 +68,8 @@ class CodedWeight:
                 words = self.reader.rows(f"{name}.weight_packed", start, stop)
                 return bitpack.unpack_rows(words, claim.num_bits, columns, offset=1 << (claim.num_bits - 1))
             case "nvfp4" | "mxfp4":
-                return _E2M1[bitpack.unpack_nibbles(self.reader.rows(f"{name}.weight_packed", start, stop))]
+                values: np.ndarray = _E2M1[bitpack.unpack_nibbles(self.reader.rows(f"{name}.weight_packed", start, stop))]
+                return values
             case "plain":
                 codes = self.reader.rows(f"{name}.weight", start, stop)
                 return codes.astype(np.float32) if claim.code_dtype.is_float else codes
@@ -86,6 +90,7 @@ class CodedWeight:
         return codes[start - first * 8 : stop - first * 8]
 
     def rows(self, start: int, stop: int) -> np.ndarray:
+        """float32 [stop - start, K]: what readers compute."""
         codes = self.codes(start, stop).astype(np.float32)
         claim = self.claim
         if claim.block is not None:
@@ -110,10 +115,13 @@ def _scale(reader: Reader, module: str, claim: Claim, shape: tuple[int, int]) ->
     if claim.layout == "mxfp4":
         # An E8M0 byte is the exponent of a power of two, biased by 127; 255 is not a number.
         exponents = stored.view(np.uint8)
-        return np.where(exponents == 255, np.float32(np.nan), np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)).astype(np.float32)
+        powers: np.ndarray = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
+        powers[exponents == 255] = np.nan
+        return powers
     scale = stored.astype(np.float32)
     if claim.layout == "nvfp4":
-        return scale / reader.array(f"{module}.weight_global_scale").astype(np.float32)[0]
+        scale /= reader.array(f"{module}.weight_global_scale")[0]
+        return scale
     if claim.layout in ("gptq", "awq") or (claim.layout == "quark-packed" and claim.transposed):
         return np.ascontiguousarray(scale.T)
     if claim.group_size == 0:

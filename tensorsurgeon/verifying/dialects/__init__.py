@@ -23,7 +23,20 @@ DIALECTS: Final[dict[str, Reader]] = {
     "fp8": fp8.read,
 }
 # Methods whose bytes this program does not know; engines do.
-_FOREIGN: Final = ("bitsandbytes", "mxfp4", "modelopt", "hqq", "aqlm", "quanto", "torchao", "eetq", "bitnet", "vptq", "exl2", "exl3")
+_FOREIGN: Final = (
+    "bitsandbytes",
+    "mxfp4",
+    "modelopt",
+    "hqq",
+    "aqlm",
+    "quanto",
+    "torchao",
+    "eetq",
+    "bitnet",
+    "vptq",
+    "exl2",
+    "exl3",
+)
 
 
 def quantization_of(config: Mapping[str, Any]) -> Any:
@@ -46,7 +59,11 @@ def read_claims(specs: SpecMap, findings: Findings) -> Claims | None:
     if reader is not None:
         return reader(config, specs, findings)
     if method in _FOREIGN:
-        findings.note("unknown-method", f"config.json {TOP}.quant_method", f"{method}: its tensors were not checked, for their layout is not known here")
+        findings.note(
+            "unknown-method",
+            f"config.json {TOP}.quant_method",
+            f"{method}: its tensors were not checked, for their layout is not known here",
+        )
     else:
         findings.fault(
             "config", f"config.json {TOP}.quant_method", f"no reader knows {method!r}{did_you_mean(str(method), list(DIALECTS))}"

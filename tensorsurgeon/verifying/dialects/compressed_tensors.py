@@ -88,7 +88,9 @@ def _entries(found: Any, key: str, findings: Findings) -> list[Entry]:
 def _known_keys(found: Mapping[str, Any], known: tuple[str, ...], where: str, findings: Findings) -> None:
     for key, value in found.items():
         if key not in known:
-            findings.fault("config", f"{where}.{key}", f"unknown key with value {value!r}, which readers refuse{did_you_mean(key, known)}")
+            findings.fault(
+                "config", f"{where}.{key}", f"unknown key with value {value!r}, which readers refuse{did_you_mean(key, known)}"
+            )
 
 
 def _claim(group: Mapping[str, Any], layout: Any, where: str, findings: Findings) -> Claim | None:
@@ -109,7 +111,8 @@ def _claim(group: Mapping[str, Any], layout: Any, where: str, findings: Findings
         strategy = "tensor" if group_size is None else "channel" if group_size == -1 else "group"
     wanted = {
         "pack-quantized": ("int", range(2, 9)), "int-quantized": ("int", range(8, 9)), "float-quantized": ("float", range(8, 9)),
-        "naive-quantized": (kind, range(8, 9)), "nvfp4-pack-quantized": ("float", range(4, 5)), "mxfp4-pack-quantized": ("float", range(4, 5)),
+        "naive-quantized": (kind, range(8, 9)),
+        "nvfp4-pack-quantized": ("float", range(4, 5)), "mxfp4-pack-quantized": ("float", range(4, 5)),
     }[layout]  # fmt: skip
     if kind != wanted[0] or bits not in wanted[1]:
         fault("weights", f"{layout} holds {wanted[0]} of {_listed(wanted[1])} bits, the config says {kind} of {bits!r} bits")
@@ -127,7 +130,10 @@ def _claim(group: Mapping[str, Any], layout: Any, where: str, findings: Findings
         fault("weights.block_structure", f"strategy block needs two sizes such as [128, 128], found {block!r}")
         return None
     if weights.get("actorder") in ("group", "dynamic", True):
-        fault("weights.actorder", f"found {weights['actorder']!r}, whose g_idx no current reader takes; expected null, 'weight' or 'static'")
+        fault(
+            "weights.actorder",
+            f"found {weights['actorder']!r}, whose g_idx no current reader takes; expected null, 'weight' or 'static'",
+        )
     inputs = group.get("input_activations")
     static = isinstance(inputs, Mapping) and inputs.get("dynamic") in (False, None, "local")
     if isinstance(inputs, Mapping):

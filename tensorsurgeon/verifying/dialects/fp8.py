@@ -15,7 +15,9 @@ def read(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> Claim
     """Claims of an fp8 config: every linear that no list names."""
     block = config.get("weight_block_size")
     if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
-        findings.fault("config", f"config.json {TOP}.weight_block_size", f"expected two sizes such as [128, 128], found {block!r}")
+        findings.fault(
+            "config", f"config.json {TOP}.weight_block_size", f"expected two sizes such as [128, 128], found {block!r}"
+        )
         return None
     if config.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         findings.fault("config", f"config.json {TOP}.fmt", f"found {config['fmt']!r}, can read 'e4m3'")

@@ -119,7 +119,8 @@ def read_awq(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> C
     if config.get("zero_point") is False:
         findings.fault(
             "config", f"config.json {TOP}.zero_point",
-            "is false, and readers then drop the offset of 8 that every code has; symmetric weights need true and zero points of 8",
+            "is false, and readers then drop the offset of 8 that every code has; "
+            "symmetric weights need true and zero points of 8",
         )  # fmt: skip
     # AWQ has no flag of its own for constant zero points; AutoRound's writer adds one.
     general = replace(general, symmetric=config.get("sym") is True)
@@ -140,14 +141,19 @@ def read_awq(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> C
 def _words_claim(config: Mapping[str, Any], layout: str, findings: Findings, zero_offset: int = 0) -> Claim | None:
     bits, group_size = integer_of(config, "bits"), integer_of(config, "group_size", -1)
     allowed = (4,) if layout == "awq" else (2, 3, 4, 8)
-    if bits not in allowed:
-        findings.fault("config", f"config.json {TOP}.bits", f"found {config.get('bits')!r}, can read {', '.join(map(str, allowed))}")
+    if bits is None or bits not in allowed:
+        findings.fault(
+            "config", f"config.json {TOP}.bits", f"found {config.get('bits')!r}, can read {', '.join(map(str, allowed))}"
+        )
         return None
     if group_size is None or (group_size != -1 and group_size < 1):
-        findings.fault("config", f"config.json {TOP}.group_size", f"found {config.get('group_size')!r}, expected a positive size or -1")
+        findings.fault(
+            "config", f"config.json {TOP}.group_size", f"found {config.get('group_size')!r}, expected a positive size or -1"
+        )
         return None
     return Claim(
-        layout="awq" if layout == "awq" else "gptq", num_bits=bits, group_size=group_size, symmetric=config.get("sym") is not False,
+        layout="awq" if layout == "awq" else "gptq", num_bits=bits, group_size=group_size,
+        symmetric=config.get("sym") is not False,
         scale_name="scales", zero_offset=zero_offset, interleaved=layout == "awq", desc_act=bool(config.get("desc_act")),
     )  # fmt: skip
 

@@ -70,7 +70,9 @@ def _excluded(found: Any, findings: Findings) -> list[Entry]:
     entries = []
     for text in found:
         if "*" in text and not text.startswith("re:"):
-            findings.fault("config", where, f"{text!r} is a glob, which matches nothing in vLLM; spell the names out or write re:")
+            findings.fault(
+                "config", where, f"{text!r} is a glob, which matches nothing in vLLM; spell the names out or write re:"
+            )
         try:
             how = "match" if text.startswith("re:") else "glob" if "*" in text else "exact"
             entries.append(Entry.parse("exclude", text, how))  # type: ignore[arg-type]  # one of three literals
@@ -104,7 +106,12 @@ def _claim(entry: Any, key: str, pack_method: str, findings: Findings) -> Claim 
     inputs = entry.get("input_tensors")
     static = isinstance(inputs, Mapping) and not inputs.get("is_dynamic")
     size = {"per_channel": -1, "per_tensor": 0}.get(qscheme, group_size)
-    common: dict[str, Any] = {"group_size": size, "symmetric": weight.get("symmetric") is not False, "static_inputs": static, "vector_scale": True}
+    common: dict[str, Any] = {
+        "group_size": size,
+        "symmetric": weight.get("symmetric") is not False,
+        "static_inputs": static,
+        "vector_scale": True,
+    }
     if dtype in ("int4", "uint4"):
         return Claim(
             layout="quark-packed", num_bits=4, unsigned=dtype == "uint4", interleaved=pack_method == "reorder",
