@@ -54,6 +54,14 @@ def boolean(config: Mapping[str, Any], key: str, path: str = TOP, default: bool 
     return value
 
 
+def block_size(config: Mapping[str, Any], key: str, path: str = TOP) -> tuple[int, int]:
+    """Rows and columns of a block; ConfigError for anything else."""
+    value = config.get(key)
+    if not isinstance(value, list | tuple) or len(value) != 2 or not all(type(v) is int and v > 0 for v in value):
+        raise ConfigError(f"{path}.{key}: expected [rows, columns], found {value!r}")
+    return value[0], value[1]
+
+
 def strings(config: Mapping[str, Any], key: str, path: str = TOP) -> tuple[str, ...]:
     """A list of strings, empty where absent or null."""
     value = config.get(key)

@@ -15,7 +15,7 @@ import numpy as np
 from tensorsurgeon.dtypes import F8_E4M3, DType
 from tensorsurgeon.formats import ct_config
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
-from tensorsurgeon.formats.config_reading import integer, modules_with, one_of
+from tensorsurgeon.formats.config_reading import block_size, integer, modules_with, one_of
 from tensorsurgeon.formats.coverage import activations_of
 from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
 from tensorsurgeon.formats.weight_checks import BLOCK, blocks_of, check_group_size, check_matrix, check_scheme
@@ -106,8 +106,5 @@ def _scheme_of(weights: ct_config.WeightArgs) -> Scheme:
     one_of(args, "symmetric", (True,), path, default=True)
     strategy = one_of(args, "strategy", ("channel", "block"), path)
     integer(args, "group_size", path, default=-1)
-    block = None
-    if strategy == "block":
-        block = BLOCK
-        one_of(args, "block_structure", (list(BLOCK), "128x128"), path)
+    block = block_size(args, "block_structure", path) if strategy == "block" else None
     return Scheme(type="fp8", num_bits=8, block=block, rule="compressed-tensors")

@@ -125,7 +125,8 @@ class Gptq:
             symmetric=boolean(config, "sym", default=True),
             rule="gptq",
         )
-        if boolean(config, "desc_act", default=False) and base.group_size != -1 and not config.get("static_groups"):
+        static = config.get("static_groups") or (config.get("meta") or {}).get("static_groups")
+        if boolean(config, "desc_act", default=False) and base.group_size != -1 and not static:
             raise ConfigError(f"{TOP}.desc_act: found true; weights in activation order cannot be read")
         one_of(config, "pack_dtype", ("int32",), default="int32")
         rules = DynamicRules(config.get("dynamic"), base)

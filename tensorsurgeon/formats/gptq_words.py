@@ -1,8 +1,10 @@
 """Codes, zero points and scales as GPTQ stores them: transposed, along the inputs, in 32-bit words.
 
 ``qweight`` I32 [K b / 32, N]: code k of an output in bits of the word above its row, unsigned (code + 2**(b-1)).
-``qzeros`` I32 [G, N b / 32]: zero points along the outputs. GPTQ v1 stores them minus one, so that 0 wraps around.
-``scales`` [G, N]. Shared by GPTQ and AutoRound.
+``qzeros`` I32 [G, N b / 32]: zero points along the outputs. ``scales`` [G, N]. Shared by GPTQ and AutoRound.
+
+GPTQ v1 stores zero points minus one. GPTQModel subtracts from whole words, so that a zero point of 0 borrows from its
+neighbour, and adds to whole words when it reads; done here in the same way, or such neighbours would be misread.
 """
 
 from __future__ import annotations
@@ -42,11 +44,23 @@ def pack_gptq(quantized: Quantized, scheme: Scheme, zeros_minus_one: bool) -> tu
     zero_point = quantized.zero_point
     if zero_point is None:
         zero_point = np.zeros(quantized.scale.shape, np.int8)
+    qzeros = pack_transposed(zero_point, bits, offset=half)
+    if zeros_minus_one:
+        unsigned = qzeros.view(np.uint32)
+        unsigned -= _ones(qzeros.shape[1], len(zero_point), bits)
     return (
         pack_columns(quantized.codes, bits, offset=half),
-        pack_transposed(zero_point, bits, offset=half - zeros_minus_one),
+        qzeros,
         stored_scale(quantized.scale.T, scale_dtype_of(scheme)),
     )
+
+
+def _ones(words: int, count: int, num_bits: int) -> np.ndarray:
+    """uint32 [words] with a 1 in the lowest bit of each of ``count`` packed elements."""
+    lowest = np.arange(count, dtype=np.int64) * num_bits
+    ones = np.zeros(words, np.uint32)
+    np.bitwise_or.at(ones, lowest // 32, np.uint32(1) << (lowest % 32).astype(np.uint32))
+    return ones
 
 
 def gptq_weight_shape(tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
@@ -64,7 +78,10 @@ def unpack_gptq(arrays: Mapping[str, np.ndarray], scheme: Scheme, zeros_minus_on
     groups, rows = scales.shape
     columns = groups * scheme.group_size if scheme.group_size != -1 else arrays["qweight"].shape[0] * 32 // bits
     codes = unpack_columns(arrays["qweight"], bits, columns, offset=half)
-    zero_point = unpack_transposed(arrays["qzeros"], bits, rows, offset=half - zeros_minus_one)
+    qzeros = arrays["qzeros"]
+    if zeros_minus_one:
+        qzeros = (qzeros.view(np.uint32) + _ones(qzeros.shape[1], rows, bits)).view(np.int32)
+    zero_point = unpack_transposed(qzeros, bits, rows, offset=half)
     scale = np.ascontiguousarray(loaded_scale(scales).T)
     if scheme.symmetric:
         require_symmetric(zero_point, half)

@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from tensorsurgeon.dtypes import BF16, F8_E4M3, F32, DType
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
-from tensorsurgeon.formats.config_reading import modules_with, one_of, schemes_of, strings
+from tensorsurgeon.formats.config_reading import block_size, modules_with, one_of, schemes_of, strings
 from tensorsurgeon.formats.coverage import activations_of, cover
 from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
 from tensorsurgeon.formats.weight_checks import BLOCK, blocks_of, check_group_size, check_matrix, check_scheme
@@ -24,14 +24,14 @@ from tensorsurgeon.spec import SpecMap, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class HfFp8:
-    """FP8 W8A8 with one scale per block of 128 x 128, activations quantized while running."""
+    """FP8 W8A8 with one scale per block, activations quantized while running; reads blocks of any size."""
 
     name: ClassVar[str] = "hf_fp8"
     quant_method: ClassVar[str] = "fp8"
     activations: ClassVar[tuple[str, ...]] = ("dynamic",)
 
     def default_scheme(self) -> Scheme:
-        """Blocks of 128 x 128, the only ones there are."""
+        """Blocks of 128 x 128, the only ones that engines have kernels for."""
         return Scheme(type="fp8", num_bits=8, block=BLOCK, rule="compressed-tensors")
 
     def resolve_scheme(self, scheme: Scheme, weight_dtype: DType) -> Scheme:
@@ -49,7 +49,7 @@ class HfFp8:
         rows, columns = weight.shape
         return (
             TensorSpec("weight", F8_E4M3, (rows, columns)),
-            TensorSpec("weight_scale_inv", scheme.scale_dtype or F32, blocks_of(rows, columns, BLOCK)),
+            TensorSpec("weight_scale_inv", scheme.scale_dtype or F32, blocks_of(rows, columns, scheme.block or BLOCK)),
         )
 
     def can_chunk_rows(self, scheme: Scheme) -> bool:
@@ -90,10 +90,9 @@ class HfFp8:
     def read_config(self, config: Mapping[str, Any], specs: SpecMap) -> dict[str, Scheme]:
         """Modules with an FP8 ``weight``; without a list of exceptions readers know the architecture's."""
         one_of(config, "fmt", ("e4m3",), default="e4m3")
-        one_of(config, "weight_block_size", (list(BLOCK),))
         one_of(config, "activation_scheme", ("dynamic", "static"), default="dynamic")
         left = frozenset(strings(config, "ignored_layers") or strings(config, "modules_to_not_convert"))
-        scheme = self.default_scheme()
+        scheme = replace(self.default_scheme(), block=block_size(config, "weight_block_size"))
 
         def scheme_for(module: str) -> Scheme | None:
             at = module.find(".experts.")
