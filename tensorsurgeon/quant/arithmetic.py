@@ -45,9 +45,7 @@ def arithmetic_of(scheme: Scheme, weight: DType) -> Arithmetic:
         # The tool knows no other dtype than the weight's; where a format stores another, nothing is gained by
         # rounding to the weight's as well.
         math = weight if stored is weight else F32
-        return Arithmetic(
-            math, stored, math, adds_zero_first=True, zero_group="replace", floor=_EPSILON[stored]
-        )
+        return Arithmetic(math, stored, math, adds_zero_first=True, zero_group="replace", floor=_EPSILON[stored])
     if scheme.rule == "quark":
         stored = scheme.scale_dtype or F32
         return Arithmetic(weight, stored, F32, reciprocal=True, zero_group="floor", floor=_EPSILON[F32])
@@ -66,11 +64,7 @@ def code_range(scheme: Scheme) -> tuple[int, int]:
 
     ``Quantized`` holds signed codes always; GPTQ, AWQ, AutoRound and Quark's uint types count from 0.
     """
-    if (
-        scheme.symmetric
-        or scheme.rule == "compressed-tensors"
-        or (scheme.rule == "quark" and scheme.num_bits == 8)
-    ):
+    if scheme.symmetric or scheme.rule == "compressed-tensors" or (scheme.rule == "quark" and scheme.num_bits == 8):
         return scheme.qmin, scheme.qmax
     return 0, (1 << scheme.num_bits) - 1
 

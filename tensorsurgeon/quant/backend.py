@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from tensorsurgeon.dtypes import DType
+from tensorsurgeon.dtypes import WEIGHT_DTYPES, DType
 from tensorsurgeon.errors import NumericError, RecipeError, SpecError, did_you_mean
 from tensorsurgeon.quant.grid import Quantized, Scheme
 
@@ -62,6 +62,15 @@ def _backend(name: str) -> Backend:
     from tensorsurgeon.quant.rtn import TorchBackend
 
     return TorchBackend()
+
+
+def is_supported(scheme: Scheme, dtype: DType) -> bool:
+    """Whether a rule exists for weights of this dtype: both backends know the same ones."""
+    if dtype not in WEIGHT_DTYPES or scheme.clip_search:
+        return False
+    if scheme.type != "int" and (scheme.rule != "compressed-tensors" or not scheme.symmetric):
+        return False
+    return scheme.type in ("nvfp4", "mxfp4") or scheme.scale_dtype is None or scheme.scale_dtype in WEIGHT_DTYPES
 
 
 def check_groups(shape: tuple[int, ...], scheme: Scheme) -> None:

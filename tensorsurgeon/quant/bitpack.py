@@ -34,9 +34,7 @@ def words_per_row(count: int, num_bits: int) -> int:
     return -(-count * num_bits // 32)
 
 
-def pack_rows(
-    codes: np.ndarray, num_bits: int, *, offset: int = 0, order: Sequence[int] | None = None
-) -> np.ndarray:
+def pack_rows(codes: np.ndarray, num_bits: int, *, offset: int = 0, order: Sequence[int] | None = None) -> np.ndarray:
     """int8 or uint8 [R, C] -> int32 [R, ceil(C b / 32)], packed along the last axis.
 
     ``order`` (4 bits only): nibble i of each word holds element ``order[i]`` of its eight; a row that ends inside a
@@ -112,17 +110,13 @@ def pack_columns(codes: np.ndarray, num_bits: int, *, offset: int = 0) -> np.nda
     return _transposed(pack_rows(codes, num_bits, offset=offset))
 
 
-def unpack_columns(
-    words: np.ndarray, num_bits: int, count: int, *, offset: int = 0, signed: bool = True
-) -> np.ndarray:
+def unpack_columns(words: np.ndarray, num_bits: int, count: int, *, offset: int = 0, signed: bool = True) -> np.ndarray:
     """int32 [W, N] -> int8 or uint8 [N, count]; the inverse of ``pack_columns``."""
     _check(words, num_bits, None, np.int32)
     return unpack_rows(_transposed(words), num_bits, count, offset=offset, signed=signed)
 
 
-def pack_transposed(
-    codes: np.ndarray, num_bits: int, *, offset: int = 0, order: Sequence[int] | None = None
-) -> np.ndarray:
+def pack_transposed(codes: np.ndarray, num_bits: int, *, offset: int = 0, order: Sequence[int] | None = None) -> np.ndarray:
     """[N, K] -> int32 [K, ceil(N b / 32)]: ``pack_rows(codes.T)``, without the transpose for whole 4-bit words."""
     _check(codes, num_bits, order)
     rows, columns = codes.shape
@@ -132,9 +126,7 @@ def pack_transposed(
 
     words = empty((columns, rows // 8), np.int32)
     slots = np.array(NATURAL_ORDER if order is None else order, np.int64)
-    kernels.pack4_down(
-        np.ascontiguousarray(codes).view(np.uint8), slots, np.uint8(offset % 256), words.view(np.uint32)
-    )
+    kernels.pack4_down(np.ascontiguousarray(codes).view(np.uint8), slots, np.uint8(offset % 256), words.view(np.uint32))
     return words
 
 

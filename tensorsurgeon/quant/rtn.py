@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
-from tensorsurgeon.dtypes import BF16, F8_E4M3, F16, F32, WEIGHT_DTYPES, DType, dtype_of
+from tensorsurgeon.dtypes import BF16, F8_E4M3, F16, F32, DType, dtype_of
 from tensorsurgeon.quant import fp4
 from tensorsurgeon.quant.arithmetic import Arithmetic, arithmetic_of, code_range, half_range
-from tensorsurgeon.quant.backend import check_groups, refuse_nonfinite_scale, refuse_nonfinite_weight
+from tensorsurgeon.quant.backend import check_groups, is_supported, refuse_nonfinite_scale, refuse_nonfinite_weight
 from tensorsurgeon.quant.fp4 import constant
 from tensorsurgeon.quant.grid import Quantized, Scheme
 
@@ -32,12 +32,12 @@ class TorchBackend:
         self.device = torch.device(device)
 
     def serves(self, scheme: Scheme, dtype: DType) -> bool:
-        if dtype not in WEIGHT_DTYPES or scheme.clip_search:
-            return False
-        return scheme.type == "int" or (scheme.rule == "compressed-tensors" and scheme.symmetric)
+        """Whether weights of this dtype can be quantized by this scheme."""
+        return is_supported(scheme, dtype)
 
     @torch.no_grad()
     def quantize(self, weight: np.ndarray, scheme: Scheme, *, global_amax: float | None = None) -> Quantized:
+        """Codes and scales of a weight [N, K]; see ``Backend``."""
         check_groups(weight.shape, scheme)
         tensor = tensor_of(weight).to(self.device)
         if not bool(torch.isfinite(tensor).all()):
@@ -53,10 +53,9 @@ class TorchBackend:
 
     @torch.no_grad()
     def dequantize(self, quantized: Quantized, scheme: Scheme, dtype: DType) -> np.ndarray:
+        """Weights [N, K] in ``dtype``; see ``Backend``."""
         if scheme.type == "fp8":
-            values = (
-                tensor_of(quantized.codes.view(np.uint8)).view(torch.float8_e4m3fn).to(self.device).float()
-            )
+            values = tensor_of(quantized.codes.view(np.uint8)).view(torch.float8_e4m3fn).to(self.device).float()
         elif scheme.type == "int":
             values = tensor_of(quantized.codes).to(self.device).float()
         else:

@@ -14,9 +14,7 @@ from tensorsurgeon.quant import bitpack
 BITS = range(2, 9)
 
 
-def plain_pack(
-    codes: np.ndarray, num_bits: int, offset: int = 0, order: tuple[int, ...] | None = None
-) -> np.ndarray:
+def plain_pack(codes: np.ndarray, num_bits: int, offset: int = 0, order: tuple[int, ...] | None = None) -> np.ndarray:
     """One bit stream per row as a Python integer: nothing shared with the kernels."""
     rows = []
     for row in codes.tolist():
@@ -75,9 +73,7 @@ def test_any_order_of_nibbles(order: list[int], count: int, offset: int, seed: i
     np.testing.assert_array_equal(bitpack.unpack_rows(words, 4, count, offset=offset, order=slots), codes)
     down = bitpack.pack_transposed(codes.T, 4, offset=offset, order=slots)
     np.testing.assert_array_equal(down, words)
-    np.testing.assert_array_equal(
-        bitpack.unpack_transposed(down, 4, count, offset=offset, order=slots), codes.T
-    )
+    np.testing.assert_array_equal(bitpack.unpack_transposed(down, 4, count, offset=offset, order=slots), codes.T)
 
 
 @pytest.mark.parametrize("num_bits", BITS)

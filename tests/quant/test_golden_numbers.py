@@ -39,10 +39,7 @@ def load_file(path: Path) -> Tensors:
 
 @cache
 def sources() -> Tensors:
-    return {
-        name.removesuffix(".weight"): array
-        for name, array in load_file(MATRICES / "source.safetensors").items()
-    }
+    return {name.removesuffix(".weight"): array for name, array in load_file(MATRICES / "source.safetensors").items()}
 
 
 def wide(scale: np.ndarray, rows: int) -> np.ndarray:
@@ -80,9 +77,7 @@ def gptq(version: int) -> Reader:
         if scheme.symmetric:
             return Quantized(codes, scale)
         zeros = tensors["qzeros"]
-        if (
-            version == 1
-        ):  # the tool subtracts 1 from every zero point by one subtraction from the word, borrows and all
+        if version == 1:  # the tool subtracts 1 from every zero point by one subtraction from the word, borrows and all
             zeros = (zeros.view(np.uint32) + np.uint32(0x11111111)).view(np.int32)
         return Quantized(codes, scale, bitpack.unpack_transposed(zeros, scheme.num_bits, rows, offset=offset))
 
@@ -204,16 +199,14 @@ def comparable(golden: Golden, weight: np.ndarray, wanted: Quantized) -> np.ndar
     return keep if golden.scheme.block is None else np.ones(len(weight), bool)
 
 
-@pytest.mark.parametrize("backend_name", ["torch"])
+@pytest.mark.parametrize("backend_name", ["fast", "torch"])
 @pytest.mark.parametrize(("golden", "module"), [pytest.param(*c, id=f"{c[0].file}-{c[1]}") for c in cases()])
 def test_codes_and_scales_are_those_of_the_tool(golden: Golden, module: str, backend_name: str) -> None:
     weight = sources()[module]
     if golden.scheme.group_size > 0 and weight.shape[1] % golden.scheme.group_size:
         pytest.skip("the tool pads rows to whole groups")
     stored = load_file(MATRICES / f"{golden.file}.safetensors")
-    tensors = {
-        name.partition(".")[2]: array for name, array in stored.items() if name.startswith(f"{module}.")
-    }
+    tensors = {name.partition(".")[2]: array for name, array in stored.items() if name.startswith(f"{module}.")}
     wanted = golden.read(tensors, weight, golden.scheme)
     backend = choose_backend(backend_name, golden.scheme, dtype_of(weight))
     if not np.isfinite(wanted.scale).all():

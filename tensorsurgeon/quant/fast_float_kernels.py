@@ -1,0 +1,125 @@
+"""The compiled loops of the fast backend for FP8 and FP4; see ``fast_kernels`` for the integers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tensorsurgeon.quant.bits import bits_of, f32_of, infinity, like, magnitude, to_bf16, to_f16_digits, widen
+from tensorsurgeon.quant.compiled import inline, kernel
+from tensorsurgeon.quant.fast_kernels import AS_BF16, AS_F16, round_to
+
+
+@inline
+def e4m3_of(value):  # type: ignore[no-untyped-def]
+    """The E4M3 byte nearest to a number of magnitude at most 448, half-even."""
+    sign = bits_of(value) & np.uint32(0x80000000)
+    bits = bits_of(value) ^ sign
+    # 20 mantissa bits go, and the exponent's bias falls from 127 to 7
+    normal = (bits + np.uint32(0x7FFFF) + ((bits >> np.uint32(20)) & np.uint32(1)) - np.uint32(0x3C000000)) >> np.uint32(20)
+    # Numbers in [2**14, 2**15) are 2**-9 apart, as E4M3 subnormals are.
+    small = bits_of(f32_of(bits) + np.float32(16384.0)) & np.uint32(0xFF)
+    code = small if bits < np.uint32(0x3C800000) else normal
+    return np.uint8(code | (sign >> np.uint32(24)))
+
+
+@inline
+def e4m3_value(byte):  # type: ignore[no-untyped-def]
+    """The float32 of a non-negative E4M3 byte: its bits in their F32 places are 2**120 too small."""
+    return f32_of(np.uint32(byte) << np.uint32(20)) * np.float32(2.0**120)
+
+
+@inline
+def e2m1_of(value):  # type: ignore[no-untyped-def]
+    """The E2M1 code nearest to a number, ties to the even code, saturating at 6."""
+    size = abs(value)
+    code = np.uint8(size > np.float32(0.25)) + np.uint8(size >= np.float32(0.75)) + np.uint8(size > np.float32(1.25))
+    code += np.uint8(size >= np.float32(1.75)) + np.uint8(size > np.float32(2.5))
+    code += np.uint8(size >= np.float32(3.5)) + np.uint8(size > np.float32(5.0))
+    return np.uint8(code | (np.uint8(value < np.float32(0.0)) << np.uint8(3)))
+
+
+@inline
+def span_amax(row, first, last, largest):  # type: ignore[no-untyped-def]
+    """The larger of ``largest`` and the magnitudes of a run of a row, as bits."""
+    for k in range(np.uint64(first), np.uint64(last)):
+        largest = max(largest, magnitude(row[k]))
+    return largest
+
+
+@kernel
+def weight_amax(weight):  # type: ignore[no-untyped-def]
+    """The largest magnitude of a matrix; infinity if a number is not finite."""
+    largest = like(weight[0, 0], 0)
+    for n in range(weight.shape[0]):
+        largest = span_amax(weight[n], 0, weight.shape[1], largest)
+    return widen(largest) if largest < infinity(largest) else np.float32(np.inf)
+
+
+@kernel
+def fp8(weight, height, width, math, stored, how, floor, codes, scale):  # type: ignore[no-untyped-def]
+    """E4M3 bytes [N, K] and scales float32 of blocks; -1, or the first row of blocks that is not finite."""
+    rows, columns = weight.shape
+    for i in range(scale.shape[0]):
+        top, bottom = i * height, min((i + 1) * height, rows)
+        for j in range(scale.shape[1]):
+            left, right = j * width, min((j + 1) * width, columns)
+            largest = like(weight[0, 0], 0)
+            for n in range(top, bottom):
+                largest = span_amax(weight[n], left, right, largest)
+            if not largest < infinity(largest):
+                return i
+            divisor = round_to(round_to(widen(largest) / np.float32(448.0), math), stored)
+            divisor = floor if divisor == 0 else divisor
+            scale[i, j] = divisor
+            for n in range(top, bottom):
+                row, made = weight[n], codes[n]
+                for k in range(np.uint64(left), np.uint64(right)):
+                    q = widen(row[k]) / divisor
+                    if how == AS_BF16:
+                        q = to_bf16(q)
+                    elif how == AS_F16:
+                        q = to_f16_digits(q)
+                    made[k] = e4m3_of(min(max(q, np.float32(-448.0)), np.float32(448.0)))
+    return -1
+
+
+@inline
+def e2m1_codes(row, first, last, divisor, made):  # type: ignore[no-untyped-def]
+    """E2M1 codes of one group."""
+    for k in range(np.uint64(first), np.uint64(last)):
+        made[k] = e2m1_of(widen(row[k]) / divisor)
+
+
+@kernel
+def nvfp4(weight, size, math, multiplier, least, codes, scale):  # type: ignore[no-untyped-def]
+    """E2M1 codes uint8 [N, K] and E4M3 scales (as float32) [N, G] under one multiplier.
+
+    ``least`` replaces a scale of 0. The weight is finite: ``weight_amax`` has been there.
+    """
+    for n in range(weight.shape[0]):
+        row = weight[n]
+        for g in range(scale.shape[1]):
+            first, last = g * size, (g + 1) * size
+            amax = widen(span_amax(row, first, last, like(row[0], 0)))
+            local = min(multiplier * round_to(amax / np.float32(6.0), math), np.float32(448.0))
+            local = e4m3_value(e4m3_of(local))
+            local = least if local == 0 else local
+            scale[n, g] = local
+            e2m1_codes(row, first, last, local / multiplier, codes[n])
+
+
+@kernel
+def mxfp4(weight, size, codes, scale):  # type: ignore[no-untyped-def]
+    """E2M1 codes uint8 [N, K] and powers of two (as float32) [N, G]; -1, or the first row that is not finite."""
+    for n in range(weight.shape[0]):
+        row = weight[n]
+        for g in range(scale.shape[1]):
+            first, last = g * size, (g + 1) * size
+            largest = span_amax(row, first, last, like(row[0], 0))
+            if not largest < infinity(largest):
+                return n
+            raised = (bits_of(widen(largest)) + np.uint32(1 << 21)) >> np.uint32(23)
+            exponent = raised - np.uint32(2) if raised > np.uint32(2) else np.uint32(0)
+            scale[n, g] = f32_of(np.uint32(1 << 22) if exponent == 0 else exponent << np.uint32(23))
+            e2m1_codes(row, first, last, scale[n, g], codes[n])
+    return -1

@@ -1,0 +1,252 @@
+"""The compiled loops of the fast backend: integer codes of rows of weights.
+
+Weights come as bits (``bits.py``). Magnitudes are compared as integers, which vectorises and finds infinities and
+NaNs on the way; values are divided and rounded exactly as torch does: with a true division where the tool divides,
+and one more rounding where the tool computes in 16 bits. A row is read twice, the second time from the cache.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tensorsurgeon.quant.bits import infinity, like, magnitude, ordered, to_bf16, to_f16, to_f16_digits, widen
+from tensorsurgeon.quant.compiled import inline, kernel
+
+# Precisions, and how the quotient is taken. Plain numbers, because kernels branch on them.
+AS_F32, AS_BF16, AS_F16, BY_RECIPROCAL = 0, 1, 2, 3
+REPLACE_ZERO, LIFT_TO_FLOOR, UNIT_RANGE = 0, 1, 2
+# Zero points: from the unrounded scale and added before rounding, clamped, or as they come.
+ZERO_OF_SPAN, ZERO_CLAMPED, ZERO_ROUNDED = 0, 1, 2
+_ONE = np.uint64(1)
+_BLOCK = np.uint64(32)
+
+
+@inline
+def round_to(value, precision):  # type: ignore[no-untyped-def]
+    """Rounded to the precision in which a tool keeps an intermediate."""
+    if precision == AS_BF16:
+        return to_bf16(value)
+    if precision == AS_F16:
+        return to_f16(value)
+    return value
+
+
+@inline
+def group_amax(row, groups, size, amax, ladder):  # type: ignore[no-untyped-def]
+    """The largest magnitude of each group of a row; False if the row holds an infinity or a NaN.
+
+    Groups of 8, 16 and 32 are halved all at once, neighbour against neighbour, because their own vector loop would be
+    over before it begins. ``ladder`` is scratch of the row's length.
+    """
+    limit = infinity(row[0])
+    finite = True
+    if size != 8 and size != 16 and size != 32:
+        for g in range(groups):
+            start = np.uint64(g * size)
+            largest = like(row[0], 0)
+            for k in range(np.uint64(size)):
+                largest = max(largest, magnitude(row[start + k]))
+            finite &= largest < limit
+            amax[g] = widen(largest)
+        return finite
+    count = row.size // 2
+    rung = ladder[:count]
+    for k in range(count):
+        even = np.uint64(k) << _ONE  # unsigned: a signed index might count from the end, which keeps the loop scalar
+        rung[k] = max(magnitude(row[even]), magnitude(row[even | _ONE]))
+    used = 0
+    while count > groups:
+        above = ladder[used : used + count]
+        used += count
+        count //= 2
+        rung = ladder[used : used + count]
+        for k in range(count):
+            even = np.uint64(k) << _ONE
+            rung[k] = max(above[even], above[even | _ONE])
+    for g in range(groups):
+        finite &= rung[g] < limit
+        amax[g] = widen(rung[g])
+    return finite
+
+
+@inline
+def group_range(row, groups, size, low, high):  # type: ignore[no-untyped-def]
+    """Minimum and maximum of each group, widened to hold 0; False if the row holds an infinity or a NaN."""
+    limit = infinity(row[0])
+    finite = True
+    for g in range(groups):
+        least = ordered(like(row[0], 0))
+        most = ordered(like(row[0], 0))
+        largest = like(row[0], 0)
+        start = np.uint64(g * size)
+        for k in range(np.uint64(size)):
+            value = ordered(row[start + k])
+            least = min(least, value)
+            most = max(most, value)
+            largest = max(largest, magnitude(row[start + k]))
+        finite &= largest < limit
+        low[g] = widen(like(row[0], ordered(like(row[0], least))))
+        high[g] = widen(like(row[0], most))
+    return finite
+
+
+@inline
+def settle_scales(span, steps, math, stored, zero_group, floor, late, scale, divisor):  # type: ignore[no-untyped-def]
+    """Scale on disk and divisor of each group from its span: ``span / steps`` and the tool's care of zeros."""
+    if zero_group == UNIT_RANGE:
+        for g in range(span.size):
+            span[g] = np.float32(floor) if span[g] == 0 else span[g]
+    for g in range(span.size):
+        value = round_to(span[g] / steps, math)
+        divisor[g] = value if late else round_to(value, stored)
+    if zero_group == REPLACE_ZERO:
+        for g in range(span.size):
+            divisor[g] = floor if divisor[g] == 0 else divisor[g]
+    elif zero_group == LIFT_TO_FLOOR:
+        for g in range(span.size):
+            divisor[g] = max(divisor[g], floor)
+    for g in range(span.size):
+        scale[g] = round_to(divisor[g], stored)
+
+
+@inline
+def code_of(value, divisor, factor, low, high, how):  # type: ignore[no-untyped-def]
+    """One code: quotient, clamp, round half-even."""
+    if how == BY_RECIPROCAL:
+        q = value * factor
+    elif how == AS_BF16:
+        q = to_bf16(value / divisor)
+    elif how == AS_F16:
+        q = to_f16_digits(value / divisor)
+    else:
+        q = value / divisor
+    return np.int8(np.int32(np.rint(min(max(q, low), high))))
+
+
+@inline
+def group_codes(row, first, size, divisor, low, high, how, codes):  # type: ignore[no-untyped-def]
+    """Codes of the group that begins at ``first``, in blocks of known length so that 32 need no scalar loop.
+
+    Indices are unsigned, for a signed one might count from the end; and no slice is taken, for each counts references.
+    """
+    factor = np.float32(1.0) / divisor
+    start, stop = np.uint64(first), np.uint64(first + size)
+    while start + _BLOCK <= stop:
+        for k in range(_BLOCK):
+            codes[start + k] = code_of(widen(row[start + k]), divisor, factor, low, high, how)
+        start += _BLOCK
+    while start < stop:
+        codes[start] = code_of(widen(row[start]), divisor, factor, low, high, how)
+        start += _ONE
+
+
+@inline
+def zero_of(least, span, divisor, low, high, math, how, zeros):  # type: ignore[no-untyped-def]
+    """The zero point of one group, as the tool counts."""
+    if zeros == ZERO_OF_SPAN:
+        # compressed-tensors takes it before a zero scale is replaced; its 0 / 0 becomes 0 in the cast to int8
+        scale = round_to(span / (high - low), math)
+        if scale == 0:
+            return np.float32(0.0)
+        quotient = round_to(least / scale, math)
+        return np.rint(min(max(round_to(low - quotient, math), low), high))
+    if zeros == ZERO_CLAMPED:
+        return min(max(low - np.rint(round_to(least / divisor, math)), low), high)
+    return np.rint(round_to(-least / divisor, how))
+
+
+@inline
+def shifted_codes(row, first, size, divisor, zero, low, high, how, zeros, shift, codes):  # type: ignore[no-untyped-def]
+    """Codes of one group with a zero point, less ``shift``."""
+    start = np.uint64(first)
+    factor = np.float32(1.0) / divisor
+    if zeros == ZERO_OF_SPAN:
+        for k in range(np.uint64(size)):
+            q = widen(row[start + k]) / divisor
+            # the sum is rounded like every intermediate, and only then to an integer
+            if how == AS_BF16:
+                q = to_bf16(to_bf16(q) + zero)
+            elif how == AS_F16:
+                q = to_f16_digits(to_f16_digits(q) + zero)
+            else:
+                q = q + zero
+            codes[start + k] = np.int8(np.int32(np.rint(min(max(q, low), high))) - shift)
+        return
+    for k in range(np.uint64(size)):
+        value = widen(row[start + k])
+        if how == BY_RECIPROCAL:
+            q = value * factor
+        elif how == AS_F16:
+            q = to_f16_digits(value / divisor)
+        else:
+            q = value / divisor
+        codes[start + k] = np.int8(np.int32(min(max(np.rint(q) + zero, low), high)) - shift)
+
+
+@kernel
+def symmetric(weight, size, low, high, steps, math, stored, how, zero_group, floor, late, signed, codes, scale):  # type: ignore[no-untyped-def]
+    """Codes int8 [N, K] and scales float32 [N, G] of weight bits [N, K]; -1, or the first row that is not finite.
+
+    ``signed`` is AutoRound's full range: the scale is negative unless the minimum of the group leads.
+    """
+    rows, columns = weight.shape
+    groups = columns // size
+    span = np.empty(groups, np.float32)
+    lows = np.empty(groups, np.float32)
+    divisor = np.empty(groups, np.float32)
+    ladder = np.empty(columns, weight.dtype)
+    for n in range(rows):
+        row = weight[n]
+        if signed:
+            finite = group_range(row, groups, size, lows, span)
+            for g in range(groups):
+                lead = -lows[g]
+                lows[g] = np.float32(1.0) if span[g] < lead else np.float32(-1.0)
+                span[g] = max(span[g], lead)
+        else:
+            finite = group_amax(row, groups, size, span, ladder)
+        if not finite:
+            return n
+        settle_scales(span, steps, math, stored, zero_group, floor, late, scale[n], divisor)
+        if signed:
+            for g in range(groups):
+                # a scale that the dtype rounds to 0 has lost its sign, and is lifted to the positive floor
+                sign = np.float32(1.0) if round_to(span[g] / steps, stored) == 0 else lows[g]
+                divisor[g] *= sign
+                scale[n, g] *= sign
+        for g in range(groups):
+            group_codes(row, g * size, size, divisor[g], low, high, how, codes[n])
+    return -1
+
+
+@kernel
+def asymmetric(  # type: ignore[no-untyped-def]
+    weight, size, low, high, math, stored, how, zero_group, floor, late, zeros, shift, codes, scale, zero_point
+):
+    """Codes, scales and zero points int8 [N, G]; -1, or the first row that is not finite.
+
+    ``low`` and ``high`` bound the codes as the tool counts them, and ``shift`` makes them signed. ``zeros`` is the way
+    to the zero point.
+    """
+    rows, columns = weight.shape
+    groups = columns // size
+    least = np.empty(groups, np.float32)
+    most = np.empty(groups, np.float32)
+    span = np.empty(groups, np.float32)
+    divisor = np.empty(groups, np.float32)
+    zero = np.empty(groups, np.float32)
+    for n in range(rows):
+        row = weight[n]
+        if not group_range(row, groups, size, least, most):
+            return n
+        for g in range(groups):
+            if zero_group == UNIT_RANGE and least[g] == 0 and most[g] == 0:
+                least[g], most[g] = np.float32(-1.0), np.float32(1.0)
+            span[g] = round_to(most[g] - least[g], math)
+        settle_scales(span, high - low, math, stored, zero_group, floor, late, scale[n], divisor)
+        for g in range(groups):
+            zero[g] = zero_of(least[g], span[g], divisor[g], low, high, math, how, zeros)
+            zero_point[n, g] = np.int8(np.int32(zero[g]) - shift)
+        for g in range(groups):
+            shifted_codes(row, g * size, size, divisor[g], zero[g], low, high, how, zeros, shift, codes[n])
+    return -1
