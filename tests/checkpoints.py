@@ -9,9 +9,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import deserialize
+from safetensors.numpy import save_file
 
 from tensorsurgeon.checkpoint import open_checkpoint
+from tensorsurgeon.dtypes import DTYPES
 from tensorsurgeon.plan import make_plan
 from tensorsurgeon.run import RunResult, run_plan
 
@@ -109,11 +111,19 @@ def write_snapshot(cache: Path, tensors: Mapping[str, np.ndarray], **options: An
     return snapshot
 
 
+def read_file(path: Path) -> Tensors:
+    """One file, parsed by the safetensors library; its NumPy front end knows no FP8."""
+    return {
+        name: np.frombuffer(bytes(entry["data"]), DTYPES[entry["dtype"]].numpy).reshape(entry["shape"])
+        for name, entry in deserialize(path.read_bytes())
+    }
+
+
 def read_all(folder: Path) -> Tensors:
     """Every tensor of a folder, read with the safetensors library."""
     tensors: Tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
-        part = load_file(path)
+        part = read_file(path)
         assert not tensors.keys() & part.keys(), path
         tensors |= part
     return tensors

@@ -34,11 +34,14 @@ class Expect:
         names = Selector(self.where, self.exclude).select(specs)
         if not names:
             return ()
-        model_type = str(specs.config.get("model_type", ""))
-        first = next(iter(names))
-        if any(model_type.startswith(refused) for refused in self.not_model_type):
+        # A multimodal model wraps the text model's config, whose model_type tells the layout.
+        text_config = specs.config.get("text_config")
+        configs = [specs.config, text_config if isinstance(text_config, dict) else {}]
+        found = [str(config.get("model_type", "")) for config in configs]
+        refused = [model for model in found if model.startswith(self.not_model_type)]
+        if refused:
             raise SpecError(
-                f"{first}: a {model_type} model stores this tensor transposed or with interleaved halves; "
+                f"{next(iter(names))}: a {refused[0]} model stores this tensor transposed or with interleaved halves; "
                 "it cannot be split by this rule without mixing gate and up"
             )
         wanted = [_size(entry, specs) for entry in self.shape]

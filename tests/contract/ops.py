@@ -1,0 +1,143 @@
+"""What every op owes: the suite that each ``tests/ops/test_<op>.py`` inherits and feeds with its ``CASES``.
+
+A case gives an op, the tensors it meets, and what must come out, said in NumPy. The suite holds that the plan tells
+the truth, that applying is pure, that what can be undone is undone to the byte, and that the whole engine writes the
+same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tensorsurgeon.checkpoint import open_checkpoint
+from tensorsurgeon.dtypes import dtype_of
+from tensorsurgeon.errors import NotReversibleError, SurgeonError
+from tensorsurgeon.plan import make_plan
+from tensorsurgeon.run import run_plan
+from tensorsurgeon.spec import Region, SpecMap, TensorSpec
+from tensorsurgeon.transform import Chain, Reversible, advance
+from tests.checkpoints import Tensors, assert_same, read_all, write_checkpoint
+
+
+@dataclass(frozen=True)
+class Case:
+    """``op`` turns ``tensors`` into ``expected``; every tensor that it does not name must come through untouched."""
+
+    label: str
+    op: Any
+    tensors: Tensors
+    expected: Tensors
+    reversible: bool = True
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """``op`` refuses ``tensors`` while planning, with ``error``, and says ``message``."""
+
+    label: str
+    op: Any
+    tensors: Tensors
+    error: type[SurgeonError]
+    message: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def spec_map(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None = None) -> SpecMap:
+    return SpecMap((TensorSpec(name, dtype_of(array), array.shape) for name, array in tensors.items()), config)
+
+
+def array_of(region: Region, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The array that stands for a region, as an op may never change it."""
+    array = np.ascontiguousarray(tensors[region.spec.name]).reshape(region.spec.shape)
+    if region.start is not None:
+        row = () if array.ndim == 1 else array.shape[-1:]
+        array = array.reshape(region.spec.rows, *row)[region.start : region.stop]
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for argument, attribute in (("case", "CASES"), ("refusal", "REFUSALS")):
+        if argument in metafunc.fixturenames:
+            cases = getattr(metafunc.cls, attribute)
+            metafunc.parametrize(argument, cases, ids=[case.label for case in cases])
+
+
+class OpContract:
+    """Inherit, and give ``CASES`` (at least one) and ``REFUSALS``."""
+
+    CASES: tuple[Case, ...] = ()
+    REFUSALS: tuple[Refusal, ...] = ()
+
+    def test_there_are_cases(self) -> None:
+        assert self.CASES
+        assert len({case.label for case in self.CASES}) == len(self.CASES)
+
+    def test_planned_specs_are_the_specs_of_what_should_come_out(self, case: Case) -> None:
+        specs = spec_map(case.tensors, case.config)
+        after = advance(specs, case.op.plan(specs))
+        assert dict(after) == dict(spec_map(case.expected))
+
+    def test_planning_twice_says_the_same(self, case: Case) -> None:
+        specs = spec_map(case.tensors, case.config)
+        assert case.op.plan(specs) == case.op.plan(specs)
+
+    def test_apply_makes_the_planned_specs_and_leaves_its_inputs_alone(self, case: Case) -> None:
+        specs = spec_map(case.tensors, case.config)
+        for rewrite in case.op.plan(specs):
+            inputs = [array_of(region, case.tensors) for region in rewrite.inputs]
+            before = [array.tobytes() for array in inputs]
+            if not rewrite.outputs and rewrite.moves_bytes:
+                continue
+            first = [array.copy() for array in case.op.apply(rewrite, inputs)]
+            second = case.op.apply(rewrite, inputs)
+            assert [array.tobytes() for array in inputs] == before
+            assert [a.tobytes() for a in first] == [np.ascontiguousarray(a).tobytes() for a in second]
+            for region, array in zip(rewrite.outputs, first, strict=True):
+                assert (array.dtype, array.shape) == (region.spec.dtype.numpy, region.shape)
+
+    def test_byte_moves_are_what_apply_does(self, case: Case) -> None:
+        """The engine copies bytes where a rewrite says so; ``apply`` must mean the same."""
+        specs = spec_map(case.tensors, case.config)
+        for rewrite in case.op.plan(specs):
+            if rewrite.moves_bytes and rewrite.outputs:
+                inputs = [array_of(region, case.tensors) for region in rewrite.inputs]
+                moved = b"".join(array.tobytes() for array in inputs)
+                assert b"".join(np.ascontiguousarray(a).tobytes() for a in case.op.apply(rewrite, inputs)) == moved
+
+    def test_the_engine_writes_what_should_come_out(self, case: Case, tmp_path: Path) -> None:
+        source = write_checkpoint(tmp_path / "source", case.tensors, shards=3, config=case.config or None)
+        run_plan(make_plan(case.op, open_checkpoint(source)), tmp_path / "out", workers=2)
+        assert_same(read_all(tmp_path / "out"), case.expected)
+
+    def test_there_and_back_restores_every_byte(self, case: Case, tmp_path: Path) -> None:
+        source = write_checkpoint(tmp_path / "source", case.tensors, config=case.config or None)
+        plan = make_plan(case.op, open_checkpoint(source))
+        run_plan(plan, tmp_path / "there")
+        chain = Chain([case.op])
+        if not case.reversible:
+            assert not isinstance(case.op, Reversible)
+            with pytest.raises(NotReversibleError):
+                chain.inverse(plan.rewrites)
+            return
+        back = make_plan(chain.inverse(plan.rewrites), open_checkpoint(tmp_path / "there"))
+        run_plan(back, tmp_path / "back")
+        assert_same(read_all(tmp_path / "back"), case.tensors)
+        # And forth again: the inverse of the inverse is the op.
+        again = back.steps and Chain(back.steps).inverse(back.rewrites)
+        run_plan(make_plan(again, open_checkpoint(tmp_path / "back")), tmp_path / "forth")
+        assert_same(read_all(tmp_path / "forth"), case.expected)
+
+    def test_what_does_not_fit_is_refused_while_planning(self, refusal: Refusal) -> None:
+        specs = spec_map(refusal.tensors, refusal.config)
+        with pytest.raises(refusal.error) as caught:
+            advance(specs, refusal.op.plan(specs))
+        assert refusal.message in str(caught.value)
