@@ -7,7 +7,7 @@ decides what is written: workers, memory cap and order change no byte.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -53,14 +53,15 @@ def run_units(
     max_ram_bytes: int,
     stop: threading.Event,
     progress: Callable[[Progress], None] = lambda _: None,
+    only: Iterable[int] | None = None,
 ) -> dict[int, list[str]]:
-    """Run every unit that is not done; returns the digests of all units.
+    """Run every unit that is not done, or those of ``only``; returns the digests of all that are done by then.
 
     The first error stops the others in order, after what is finished was journalled. ``stop`` does the same from
     outside and ends in Interrupted.
     """
     run = _Run(plan, source, sink, journal, max_ram_bytes, stop, progress)
-    todo = [number for number in range(len(plan.units)) if number not in done]
+    todo = [number for number in (range(len(plan.units)) if only is None else only) if number not in done]
     run.go(todo, workers)
     return {**done, **run.digests}
 

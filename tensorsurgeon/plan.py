@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.configs import OutputFiles, output_files, quantized_modules
@@ -76,6 +77,8 @@ class Plan:
     files: OutputFiles
     quantized: dict[str, Scheme]
     max_shard_bytes: int
+    # Data and options of a calibrated run: they decide bytes as much as the recipe does.
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def output_bytes(self) -> int:
@@ -104,6 +107,8 @@ class Plan:
         digest.update(f"tensorsurgeon {__version__}\n{self.source.fingerprint()}\n{self.max_shard_bytes}\n".encode())
         for step in self.steps:
             digest.update(f"{type(step).__name__} {step!r}\n".encode())
+        if self.calibration:
+            digest.update(json.dumps(self.calibration, sort_keys=True).encode())
         for shard in self.layout.shards:
             digest.update(shard.header)
         for name, content in sorted(self.files.contents.items()):

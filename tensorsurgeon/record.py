@@ -51,6 +51,7 @@ def record_bytes(plan: Plan, digests: dict[int, list[str]]) -> bytes:
         "fingerprint": plan.fingerprint,
         "recipe": [f"{step!r}" for step in plan.steps],
         "source": {"tensors": len(plan.source.specs), "bytes": plan.source.weight_bytes},
+        **({"calibration": plan.calibration} if plan.calibration else {}),
         "digest": _ALGORITHM,
         "shards": shards,
     }

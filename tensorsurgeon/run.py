@@ -60,8 +60,9 @@ def run_plan(
     overwrite: bool = False,
     stop: threading.Event | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
+    execute: Callable[..., dict[int, list[str]]] = run_units,
 ) -> RunResult:
-    """Write the planned checkpoint into the folder ``target``.
+    """Write the planned checkpoint into the folder ``target``; ``execute`` decides in which order units run.
 
     Neither ``workers`` nor ``max_ram_bytes`` changes a byte of it. Raises TargetError before anything is written
     if the folder cannot be used, ExecutionError if the run stops, which ``resume`` then continues.
@@ -80,7 +81,7 @@ def run_plan(
         try:
             sink.open()
             done = _trusted(plan, sink, claimed, progress)
-            digests = run_units(
+            digests = execute(
                 plan,
                 source,
                 sink,
