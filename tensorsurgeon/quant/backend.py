@@ -11,8 +11,9 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from tensorsurgeon.dtypes import WEIGHT_DTYPES, DType
+from tensorsurgeon.dtypes import F32, WEIGHT_DTYPES, DType
 from tensorsurgeon.errors import NumericError, RecipeError, SpecError, did_you_mean
+from tensorsurgeon.quant.arithmetic import Arithmetic
 from tensorsurgeon.quant.grid import Quantized, Scheme
 
 BACKENDS: Final = ("auto", "fast", "torch")
@@ -92,11 +93,12 @@ def refuse_nonfinite_weight(weight: np.ndarray) -> None:
     )
 
 
-def refuse_nonfinite_scale(scale: np.ndarray, stored: DType) -> None:
-    """Raise the NumericError of scales that overflowed the dtype they are stored in."""
+def refuse_nonfinite_scale(scale: np.ndarray, arithmetic: Arithmetic) -> None:
+    """Raise the NumericError of scales that overflowed the dtype in which they are computed or stored."""
     wrong = ~np.isfinite(scale)
     row, group = (int(i) for i in np.argwhere(wrong)[0])
+    narrow = arithmetic.stored if arithmetic.math is F32 else arithmetic.math
     raise NumericError(
-        f"{int(wrong.sum())} of {scale.size} scales overflow {stored.name}, the first at row {row}, group {group}; "
+        f"{int(wrong.sum())} of {scale.size} scales overflow {narrow.name}, the first at row {row}, group {group}; "
         "choose a format or scale_dtype of wider range, or exclude this weight"
     )

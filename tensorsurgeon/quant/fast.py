@@ -44,7 +44,7 @@ class FastBackend:
         arithmetic = arithmetic_of(scheme, dtype)
         quantized = (_fp8 if scheme.type == "fp8" else _integer)(weight, bits, scheme, arithmetic)
         if not np.isfinite(quantized.scale).all():
-            refuse_nonfinite_scale(quantized.scale, arithmetic.stored)
+            refuse_nonfinite_scale(quantized.scale, arithmetic)
         return quantized
 
     def dequantize(self, quantized: Quantized, scheme: Scheme, dtype: DType) -> np.ndarray:
@@ -84,7 +84,7 @@ def _integer(weight: np.ndarray, bits: np.ndarray, scheme: Scheme, arithmetic: A
         _PRECISION[arithmetic.stored],
         _how(arithmetic),
         _ZERO_GROUP[arithmetic.zero_group],
-        np.float32(1.0 if arithmetic.zero_group == "range" else arithmetic.floor),
+        np.float32(arithmetic.floor if arithmetic.zero_group != "range" else 1 if scheme.symmetric else 2),
         arithmetic.rounds_late,
     )
     bounds = (columns // groups, np.float32(low), np.float32(high))

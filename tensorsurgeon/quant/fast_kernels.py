@@ -95,7 +95,7 @@ def settle_scales(span, steps, math, stored, zero_group, floor, late, scale, div
     """Scale on disk and divisor of each group from its span: ``span / steps`` and the tool's care of zeros."""
     if zero_group == UNIT_RANGE:
         for g in range(span.size):
-            span[g] = np.float32(floor) if span[g] == 0 else span[g]
+            span[g] = floor if span[g] / steps == 0 else span[g]
     for g in range(span.size):
         value = round_to(span[g] / steps, math)
         divisor[g] = value if late else round_to(value, stored)
@@ -144,10 +144,11 @@ def group_codes(row, first, size, divisor, low, high, how, codes):  # type: igno
 def zero_of(least, span, divisor, low, high, math, how, zeros):  # type: ignore[no-untyped-def]
     """The zero point of one group, as the tool counts."""
     if zeros == ZERO_OF_SPAN:
-        # compressed-tensors takes it before a zero scale is replaced; its 0 / 0 becomes 0 in the cast to int8
+        # compressed-tensors takes it before a zero scale is replaced: a minimum over 0 is clamped, and 0 / 0 becomes
+        # 0 in the cast to int8
         scale = round_to(span / (high - low), math)
         if scale == 0:
-            return np.float32(0.0)
+            return high if least < 0 else np.float32(0.0)
         quotient = round_to(least / scale, math)
         return np.rint(min(max(round_to(low - quotient, math), low), high))
     if zeros == ZERO_CLAMPED:
@@ -240,9 +241,9 @@ def asymmetric(  # type: ignore[no-untyped-def]
         if not group_range(row, groups, size, least, most):
             return n
         for g in range(groups):
-            if zero_group == UNIT_RANGE and least[g] == 0 and most[g] == 0:
-                least[g], most[g] = np.float32(-1.0), np.float32(1.0)
             span[g] = round_to(most[g] - least[g], math)
+            if zero_group == UNIT_RANGE and span[g] / (high - low) == 0:
+                least[g] = np.float32(-1.0)
         settle_scales(span, high - low, math, stored, zero_group, floor, late, scale[n], divisor)
         for g in range(groups):
             zero[g] = zero_of(least[g], span[g], divisor[g], low, high, math, how, zeros)

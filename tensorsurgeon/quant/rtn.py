@@ -99,7 +99,7 @@ def _integer(weight: Tensor, scheme: Scheme, arithmetic: Arithmetic) -> Quantize
         scale = _signed_full_range(groups, scheme, arithmetic)
     stored = scale.to(TORCH_DTYPES[arithmetic.stored]).float()
     if not bool(torch.isfinite(stored).all()):
-        refuse_nonfinite_scale(stored.cpu().numpy(), arithmetic.stored)
+        refuse_nonfinite_scale(stored.cpu().numpy(), arithmetic)
     quotient = TORCH_DTYPES[arithmetic.quotient]
     values, divisor = (
         groups.to(quotient),
@@ -131,11 +131,12 @@ def _scale(groups: Tensor, scheme: Scheme, arithmetic: Arithmetic) -> tuple[Tens
     minimum, maximum = torch.aminmax(groups.to(math), dim=-1)
     minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
     amax = torch.maximum(-minimum, maximum)
-    if arithmetic.zero_group == "range":
-        minimum, maximum = torch.where(amax == 0, -1.0, minimum), torch.where(amax == 0, 1.0, maximum)
-        amax = torch.where(amax == 0, 1.0, amax)
     span, steps = (amax, half_range(scheme)) if scheme.symmetric else (maximum - minimum, high - low)
     scale = span / constant(steps, span)
+    if arithmetic.zero_group == "range":
+        # Also where the division underflows, which the tool does not survive.
+        minimum = torch.where(scale == 0, -1.0, minimum)
+        scale = torch.where(scale == 0, (1.0 if scheme.symmetric else 2.0) / constant(steps, span), scale)
     unrounded = scale
     if not arithmetic.rounds_late:
         scale = scale.to(TORCH_DTYPES[arithmetic.stored]).to(math)
@@ -187,7 +188,7 @@ def _fp8(weight: Tensor, scheme: Scheme, arithmetic: Arithmetic) -> Quantized:
     scale = (amax / constant(448.0, amax)).to(TORCH_DTYPES[arithmetic.stored])
     scale = torch.where(scale == 0, constant(arithmetic.floor, scale), scale)
     if not bool(torch.isfinite(scale).all()):
-        refuse_nonfinite_scale(scale.float().cpu().numpy(), arithmetic.stored)
+        refuse_nonfinite_scale(scale.float().cpu().numpy(), arithmetic)
     codes = torch.clamp(blocks / scale.to(math)[:, None, :, None], -448.0, 448.0).to(torch.float8_e4m3fn)
     kept = codes.view(torch.uint8).reshape(padded.shape)[:rows, :columns].contiguous()
     e4m3 = kept.cpu().numpy().view(F8_E4M3.numpy)

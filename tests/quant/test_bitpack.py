@@ -107,7 +107,8 @@ def test_compressed_tensors_words() -> None:
     assert hexadecimal(bitpack.pack_rows(int8, 8, offset=128)) == ["FF807F00", "84838281"]
     zero_point = np.array([[-8, -3, 0, 7, 1, 2, 3, 4]], np.int8).T  # [N, G]
     words = bitpack.pack_columns(zero_point.T, 4, offset=8)
-    assert words.shape == (1, 1) and hexadecimal(words) == ["CBA9F850"]
+    assert words.shape == (1, 1)
+    assert hexadecimal(words) == ["CBA9F850"]
 
 
 def test_gptq_words() -> None:
@@ -145,7 +146,8 @@ def test_awq_and_quark_words() -> None:
 def test_fp4_bytes() -> None:
     codes = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 0]], np.uint8)
     packed = bitpack.pack_nibbles(codes)
-    assert packed.dtype == np.uint8 and packed.tobytes().hex(" ") == "10 32 54 76 a9 cb ed 0f"
+    assert packed.dtype == np.uint8
+    assert packed.tobytes().hex(" ") == "10 32 54 76 a9 cb ed 0f"
     np.testing.assert_array_equal(bitpack.unpack_nibbles(packed), codes)
     np.testing.assert_array_equal(bitpack.unpack_nibbles(packed[:, :3]), codes[:, :6])
 
