@@ -7,15 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tensorsurgeon.calibrate.naming import Loading, NameMap, ParameterRows, map_names, trace_rows
+from tensorsurgeon.calibrate.reading import TensorReader
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import CheckpointError, PlanError
 from tensorsurgeon.quant.rtn import tensor_of
-from tensorsurgeon.source import Source
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,6 @@ class StreamedModel:
         self.layer_names, self.layers = _decoder_layers(self.model)
         self.names: NameMap = map_names(self.model, list(checkpoint.specs))
         self._shapes = {name: value.shape for name, value in self.model.state_dict().items()}
-        self._locations = dict(zip(checkpoint.specs, checkpoint.locations, strict=True))
         self._by_layer: list[list[Loading]] = [[] for _ in self.layers]
         self._rest: list[Loading] = []
         for loading in self.names.loadings:
@@ -75,17 +73,17 @@ class StreamedModel:
         return trace_rows(self.names, self._by_layer[number], self.checkpoint.specs, self._shapes)
 
     @contextmanager
-    def layer(self, number: int, source: Source) -> Iterator[nn.Module]:
+    def layer(self, number: int, reader: TensorReader) -> Iterator[nn.Module]:
         """One decoder layer with its weights; they are let go afterwards."""
         module = self.layers[number]
         try:
-            self._fill(self.layer_names[number], module, self._by_layer[number], source)
+            self._fill(self.layer_names[number], module, self._by_layer[number], reader)
             yield module
         finally:
             module.to("meta")
 
     @contextmanager
-    def surroundings(self, source: Source) -> Iterator[Any]:
+    def surroundings(self, reader: TensorReader) -> Iterator[Any]:
         """What runs before the first layer: embeddings, and whatever else of the decoder is small."""
         decoder_name = self.layer_names[0].rpartition(".")[0].rpartition(".")[0]
         prefix = f"{decoder_name}." if decoder_name else ""
@@ -94,7 +92,7 @@ class StreamedModel:
         embedding = self.model.get_input_embeddings()
         needed = [loading for loading in loadings if not _is_head(self.model, loading.target)]
         try:
-            self._fill(decoder_name, module, needed, source, complete=False)
+            self._fill(decoder_name, module, needed, reader, complete=False)
             if embedding.weight.is_meta:
                 raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint.root))
             yield self.model
@@ -106,10 +104,10 @@ class StreamedModel:
                             child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def _fill(
-        self, prefix: str, module: nn.Module, loadings: Sequence[Loading], source: Source, *, complete: bool = True
+        self, prefix: str, module: nn.Module, loadings: Sequence[Loading], reader: TensorReader, *, complete: bool = True
     ) -> None:
         for loading in loadings:
-            tensors = {name: self._read(name, source) for name in loading.names}
+            tensors = {name: tensor_of(reader.whole(name)) for name in loading.names}
             for target, value in self.names.convert(loading, tensors).items():
                 self._set(target, value)
         _make_buffers(self.model, prefix, module, self.layers if not complete else (), self.device)
@@ -121,19 +119,6 @@ class StreamedModel:
                     + (f" and {len(missing) - 4} more" if len(missing) > 4 else ""),
                     where=str(self.checkpoint.root),
                 )
-
-    def _read(self, name: str, source: Source) -> Tensor:
-        spec = self.checkpoint.specs[name]
-        if spec.dtype.numpy is None or not spec.dtype.is_float or spec.dtype.bits < 16:
-            raise CheckpointError(
-                f"{spec}: the walk needs weights in BF16, F16 or F32; dequantize the checkpoint first",
-                where=str(self.checkpoint.root),
-            )
-        array = np.empty(spec.shape, spec.dtype.numpy)
-        if array.size:
-            where = self._locations[name]
-            source.read_into(where.shard, where.offset, memoryview(array.reshape(-1).view(np.uint8)))
-        return tensor_of(array)
 
     def _set(self, target: str, value: Tensor) -> None:
         owner_name, _, leaf = target.rpartition(".")

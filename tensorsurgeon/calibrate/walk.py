@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from tensorsurgeon.calibrate.hidden import HiddenStates
 from tensorsurgeon.calibrate.model import StreamedModel
+from tensorsurgeon.calibrate.reading import TensorReader
 from tensorsurgeon.calibrate.workers import Turns, run_parallel
 from tensorsurgeon.errors import NumericError, PlanError
-from tensorsurgeon.source import Source
 
 # Tokens per forward call. Part of the result's bits (kernels differ with the shape), so never a tuning knob.
 BATCH_TOKENS: Final = 2048
 
-# Called with the batch number and its hidden states before the layer runs, and again when it has run.
-Observer = Callable[[int, nn.Module, Callable[[], Tensor]], Tensor]
+# Called with the batch number, its first token and the forward, which it runs.
+Observer = Callable[[int, int, Callable[[], Tensor]], Tensor]
 
 
 class Call(NamedTuple):
@@ -61,9 +61,9 @@ class _Recorder(nn.Module):
 class Walk:
     """Calibration tokens on their way through a model; ``batches`` are (first, last) samples."""
 
-    def __init__(self, model: StreamedModel, source: Source, tokens: np.ndarray) -> None:
+    def __init__(self, model: StreamedModel, reader: TensorReader, tokens: np.ndarray) -> None:
         self.model = model
-        self.source = source
+        self.reader = reader
         self.tokens = torch.from_numpy(np.ascontiguousarray(tokens))
         samples, length = tokens.shape
         size = max(1, BATCH_TOKENS // length)
@@ -81,7 +81,7 @@ class Walk:
 
         None: only learn the layers' arguments, for which one batch of each size is enough.
         """
-        with self.model.surroundings(self.source) as whole, torch.no_grad():
+        with self.model.surroundings(self.reader) as whole, torch.no_grad():
             for start, stop in self.batches:
                 if write is None and stop - start in self._calls:
                     continue
@@ -134,8 +134,7 @@ class Walk:
     ) -> None:
         """Call one loaded layer on every batch; outputs are written unless ``outputs`` is None.
 
-        ``observer(batch, layer, forward)`` runs the forward it is given and returns its result, with what it wants to
-        see around it. NumericError names the first sample whose states are not finite.
+        ``observer(batch, first token, forward)`` runs the forward it is given and returns its result. NumericError names the first sample whose states are not finite.
         """
 
         def work(batch: int) -> None:
@@ -147,7 +146,7 @@ class Walk:
                 result = layer(hidden, *call.args, **call.kwargs)
                 return result[0] if isinstance(result, tuple) else result
 
-            result = forward() if observer is None else observer(batch, layer, forward)
+            result = forward() if observer is None else observer(batch, start * self.tokens.shape[1], forward)
             check_finite(result, self.model.layer_names[number], start)
             if outputs is not None:
                 outputs.write(start, result.cpu())
