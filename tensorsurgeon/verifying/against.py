@@ -23,6 +23,8 @@ _STACKED = {
     "gate_proj": ("gate_proj",),
     "up_proj": ("up_proj",),
 }
+# What a quantized module is made of; a bias belongs to no layout.
+_CODED = MARKERS | {"weight"}
 
 
 class Part(NamedTuple):
@@ -69,7 +71,7 @@ def pair_tensors(
     explained: set[str] = set()
     for name, spec in source.items():
         module = source_modules.modules.get(spec.module)
-        if module is not None and name.rpartition(".")[2] in (*MARKERS, "weight") and target.get(name) != spec:
+        if module is not None and name.rpartition(".")[2] in _CODED and not _is_kept(module, target_modules):
             # The tensors of a quantized module stand or fall together; its first one speaks for all.
             if name == next(f"{module.name}.{local}" for local in module.tensors if local != "bias"):
                 found = list(_of_module(module, target, target_modules))
@@ -95,6 +97,12 @@ def pair_tensors(
         if spec.module in target_modules.modules and spec.module not in claimed and name not in explained
     ]
     return Pairing(pairs, lost, new)
+
+
+def _is_kept(module: Module, target: Described) -> bool:
+    """Whether a quantized module is quantized in the same way in the checkpoint: then its bytes are the same too."""
+    other = target.modules.get(module.name)
+    return other is not None and other.claim == module.claim and dict(other.tensors) == dict(module.tensors)
 
 
 def _went_into(spec: TensorSpec, modules: set[str]) -> bool:
@@ -130,7 +138,7 @@ def _of_module(module: Module, target: SpecMap, modules: Described) -> Iterator[
 def _of_tensor(spec: TensorSpec, target: SpecMap, modules: Described, findings: Findings) -> Iterator[Pair]:
     name = spec.name
     found = target.get(name)
-    if found is not None and spec.module not in modules.stored:
+    if found is not None and not (spec.module in modules.stored and name.endswith(".weight")):
         if found.dtype is spec.dtype and found.numel == spec.numel:
             if found.shape != spec.shape:
                 findings.note("reshaped", name, f"{list(spec.shape)} became {list(found.shape)}")

@@ -28,6 +28,13 @@ def open_for_judgement(path: Path, findings: Findings) -> Checkpoint | None:
         checkpoint = open_checkpoint(path, tolerant=True)
     except SurgeonError as error:
         if type(error) is CheckpointError:
+            if path.is_dir() and ((path / STATE_FOLDER).is_dir() or any(path.glob("*.partial"))):
+                findings.fault(
+                    "unfinished",
+                    path.name,
+                    f"an unfinished run of surgeon lies here ({error.message}); continue it with --resume",
+                )
+                return None
             raise
         _fault_unreadable(path, error, findings)
         return None
