@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tensorsurgeon.dtypes import BF16, F16, F32, DType
+from tensorsurgeon.dtypes import DType
 from tensorsurgeon.errors import NumericError, PlanError, SpecError, SurgeonError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.layouts import layout_named
@@ -20,23 +20,19 @@ from tensorsurgeon.spec import Region, SpecMap, TensorSpec
 from tensorsurgeon.transform import Array, Rewrite
 
 
-# Bits of the significand, the hidden one included.
-_DIGITS = {BF16: 8, F16: 11, F32: 24}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Repack:
     """Write every quantized module in the layout ``to``, keeping each integer code.
 
     ``symmetric``: null keeps what the config says; true drops the zero points after checking that all are zero (an
     AWQ checkpoint says ``zero_point: true`` even of symmetric weights), false adds them. ``inexact_scales``: what to
-    do where the new layout's scale dtype cannot hold a scale exactly: ``stop`` names the module and stops, ``round``
-    goes on. What the target cannot express is refused when the plan is made.
+    do where the new layout's usual scale dtype cannot hold a scale exactly: ``stop`` names the module and stops,
+    ``round`` goes on, ``keep`` stores scales in the dtype they have, which engines then round themselves. What the target cannot express is refused when the plan is made.
     """
 
     to: str
     symmetric: bool | None = None
-    inexact_scales: Literal["stop", "round"] = "stop"
+    inexact_scales: Literal["stop", "round", "keep"] = "stop"
     activations: str | None = None
     _modules: dict[str, StoredModule] = field(default_factory=dict, repr=False, compare=False)
     _source: list[Format] = field(default_factory=list, repr=False, compare=False)
@@ -69,23 +65,20 @@ class Repack:
         if key not in self._schemes:
             symmetric = module.scheme.symmetric if self.symmetric is None else self.symmetric
             bare = replace(module.scheme, symmetric=symmetric, scale_dtype=None)
-            usual = self.layout.resolve_scheme(bare, weight.dtype)
-            self._schemes[key] = self._with_exact_scales(usual, module.scheme.scale_dtype, weight)
+            scheme = self.layout.resolve_scheme(bare, weight.dtype)
+            if self.inexact_scales == "keep" and module.scheme.scale_dtype is not None:
+                scheme = self._keeping(scheme, module.scheme.scale_dtype, weight)
+            self._schemes[key] = scheme
         return self._schemes[key]
 
-    def _with_exact_scales(self, usual: Scheme, stored: DType | None, weight: TensorSpec) -> Scheme:
-        """The layout's usual scale dtype, unless it has fewer digits than the scales and the layout can hold theirs."""
-        if self.inexact_scales == "round" or stored is None or usual.scale_dtype is None:
-            return usual
-        if _DIGITS.get(usual.scale_dtype, 0) >= _DIGITS.get(stored, 0):
-            return usual
-        exact = replace(usual, scale_dtype=stored)
+    def _keeping(self, scheme: Scheme, stored: DType, weight: TensorSpec) -> Scheme:
+        """The scheme with scales in the dtype they have; unchanged where the layout has no room for it."""
+        kept = replace(scheme, scale_dtype=stored)
         try:
-            self.layout.check(weight, exact)
+            self.layout.check(weight, kept)
         except SpecError:
-            # The run stops at the first scale that changes, if there is one.
-            return usual
-        return exact
+            return scheme
+        return kept
 
     def scheme_of(self, rewrite: Rewrite) -> Scheme:
         """Under which scheme a rewrite's outputs are written."""
@@ -99,7 +92,7 @@ class Repack:
             quantized = self._source[0].unpack(dict(zip(module.tensors, inputs, strict=True)), module.scheme)
             return self.layout.pack(self._converted(quantized, scheme), scheme)
         except SurgeonError as error:
-            hint = "; --set inexact_scales=round goes on" if "would be stored" in error.message else ""
+            hint = "; --set inexact_scales=keep stores it as it is, =round goes on" if "would be stored" in error.message else ""
             raise NumericError(f"{module.name}: {error.message}{hint}") from error
 
     def _converted(self, quantized: Quantized, scheme: Scheme) -> Quantized:
