@@ -4,7 +4,7 @@ SNR = 10 log10(sum w^2 / sum (w - q)^2), w the source, q what readers compute fr
 
 The floors are far below what rounding gives and far above what wrong bytes give. Rounding to nearest on a grid that
 has zero never makes an error larger than the weight itself, so no row of it can be under 0 dB; weights of another
-tensor, shuffled nibbles or a lost zero point give -3 dB and less. Real weights rounded at 4 bits have 15 to 25 dB
+tensor or shuffled nibbles give about -3 dB, a lost zero point less. Real weights rounded at 4 bits have 15 to 25 dB
 (rows of thousands of inputs under one scale lie at the lower end), at 8 bits 35 to 50 dB, FP8 about 31 dB: 5 dB and
 20 dB for a whole tensor leave room for calibrated codes, which trade weight error for output error. Below 4 bits the
 floor falls to 0 dB, which only rounding with clipped outliers approaches.
@@ -22,8 +22,8 @@ from tensorsurgeon.verifying.weights import Weight
 FLOOR_DB: Final = {2: 0.0, 3: 2.0, 4: 5.0, 5: 9.0, 6: 13.0, 7: 17.0, 8: 20.0}
 # BF16 has 8 significant bits: rounding alone costs about 51 dB.
 CAST_FLOOR_DB: Final = 40.0
-# Twice the energy of the row itself: out of reach for rounding, with room for scales rounded to F16 or BF16.
-_ROW_NOISE: Final = 2.0
+# -1 dB: out of reach for rounding, with room for rounded scales and calibrated codes; another row's codes give -3 dB.
+_ROW_NOISE: Final = 1.25
 _CHUNK_ELEMENTS: Final = 1 << 20
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,11 +92,14 @@ def check_global_scales(global_scales: Mapping[str, float], findings: Findings) 
         if fused is not None:
             groups[fused][module] = scale
     for fused, members in groups.items():
-        first = next(iter(members))
+        # The odd one out is the wrong one; of two that differ, the second.
+        counts = Counter(members.values())
+        usual = max(counts, key=lambda scale: counts[scale])
+        example = next(module for module, scale in members.items() if scale == usual)
         for module, scale in members.items():
-            if scale != members[first]:
+            if scale != usual:
                 findings.fault(
                     "global-scale",
                     f"{module}.weight_global_scale",
-                    f"is {scale:g}, but {first} has {members[first]:g}, and engines take one for {fused}",
+                    f"is {scale:g}, but {example} has {usual:g}, and engines take one for {fused}",
                 )

@@ -77,7 +77,7 @@ def source_of(name: str) -> Path:
 def write_shard(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """One file in any element type; the safetensors library's NumPy side knows no FP8."""
     specs = [TensorSpec(name, dtype_of(array), array.shape) for name, array in tensors.items()]
-    header, _ = build_header(specs, {"format": "pt"})
+    header = build_header(specs, {"format": "pt"})[0]
     path.write_bytes(header + b"".join(np.ascontiguousarray(array).tobytes() for array in tensors.values()))
 
 
