@@ -52,7 +52,7 @@ def arithmetic_of(scheme: Scheme, weight: DType) -> Arithmetic:
     stored = scheme.scale_dtype or F16
     if scheme.rule == "gptq":
         return Arithmetic(F32, stored, F32, rounds_late=True, zero_group="range")
-    floor = float(stored.numpy.type(1e-5))  # the tools clamp in the dtype of the scale
+    floor = float(np.array(1e-5, stored.numpy))  # the tools clamp in the dtype of the scale
     if scheme.rule == "autoround":
         return Arithmetic(F32, stored, F32, zero_group="floor", floor=floor)
     # AWQ as AutoRound's in-memory path fills it: it does not widen the weight, and torch promotes the quotient.
@@ -82,9 +82,8 @@ def global_scale_of(amax: float, math: DType) -> np.ndarray:
     As compressed-tensors' ``generate_gparam`` has it: torch divides a number by a tensor as the number times the
     tensor's reciprocal, each rounded; and where the result is not finite, as for a tensor of zeros, it is 1.
     """
-    type_ = math.numpy.type
     tiny = 2.0**-14 if math is F16 else 2.0**-126
     with np.errstate(over="ignore"):
-        inverse = np.float32(type_(np.float32(1.0) / np.float32(max(amax, tiny))))
-        scale = np.float32(type_(np.float32(2688.0) * inverse))
-    return np.array([scale if np.isfinite(scale) else 1.0], np.float32)
+        inverse = (np.float32(1.0) / np.array([max(amax, tiny)], np.float32)).astype(math.numpy).astype(np.float32)
+        scale = (np.float32(2688.0) * inverse).astype(math.numpy).astype(np.float32)
+    return np.where(np.isfinite(scale), scale, np.float32(1.0))

@@ -4,26 +4,29 @@ The array type says the dtype: uint16 is BF16, int16 is F16, uint32 is F32. numb
 the kernel alone, so after a change here touch ``fast_kernels.py`` and ``fast_float_kernels.py``.
 """
 
+# mypy: ignore-errors
+# The types in here are numba's, decided per call; the kernels' own signatures are written out for their callers.
+
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import types  # type: ignore[import-untyped]
-from numba.extending import intrinsic, overload  # type: ignore[import-untyped]
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
 
 from tensorsurgeon.quant.compiled import inline
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def f32_of(_context: Any, bits: Any) -> tuple[Any, Callable[..., Any]]:
     """The float32 with these bits (uint32)."""
     return types.float32(types.uint32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.FloatType())
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def bits_of(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
     """The bits (uint32) of a float32."""
     return types.uint32(types.float32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.IntType(32))
@@ -34,7 +37,7 @@ def widen(bits: Any) -> Any:
     raise NotImplementedError("only inside compiled code")
 
 
-@overload(widen, strict=False)  # type: ignore[untyped-decorator]
+@overload(widen, strict=False)
 def _widen(bits: Any) -> Callable[..., Any]:
     if bits == types.uint16:
         return lambda bits: f32_of(np.uint32(bits) << np.uint32(16))
@@ -55,7 +58,7 @@ def magnitude(bits: Any) -> Any:
     raise NotImplementedError("only inside compiled code")
 
 
-@overload(magnitude, strict=False)  # type: ignore[untyped-decorator]
+@overload(magnitude, strict=False)
 def _magnitude(bits: Any) -> Callable[..., Any]:
     if bits == types.uint16:
         return lambda bits: np.uint16(bits & np.uint16(0x7FFF))
@@ -69,7 +72,7 @@ def infinity(bits: Any) -> Any:
     raise NotImplementedError("only inside compiled code")
 
 
-@overload(infinity, strict=False)  # type: ignore[untyped-decorator]
+@overload(infinity, strict=False)
 def _infinity(bits: Any) -> Callable[..., Any]:
     if bits == types.uint16:
         return lambda bits: np.uint16(0x7F80)
@@ -83,7 +86,7 @@ def ordered(bits: Any) -> Any:
     raise NotImplementedError("only inside compiled code")
 
 
-@overload(ordered, strict=False)  # type: ignore[untyped-decorator]
+@overload(ordered, strict=False)
 def _ordered(bits: Any) -> Callable[..., Any]:
     if bits == types.uint32:
         return lambda bits: np.int32(bits) ^ ((np.int32(bits) >> np.int32(31)) & np.int32(0x7FFFFFFF))
@@ -95,7 +98,7 @@ def like(bits: Any, value: Any) -> Any:
     raise NotImplementedError("only inside compiled code")
 
 
-@overload(like, strict=False)  # type: ignore[untyped-decorator]
+@overload(like, strict=False)
 def _like(bits: Any, value: Any) -> Callable[..., Any]:
     if bits == types.uint16:
         return lambda bits, value: np.uint16(value)
@@ -109,7 +112,7 @@ def to_bf16(value: np.float32) -> np.float32:
     """Rounded half-even to the nearest BF16."""
     bits = bits_of(value)
     bits = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return f32_of(bits & np.uint32(0xFFFF0000))  # type: ignore[no-any-return, call-arg, arg-type]
+    return f32_of(bits & np.uint32(0xFFFF0000))
 
 
 @inline
@@ -122,7 +125,7 @@ def to_f16(value: np.float32) -> np.float32:
     normal = np.uint32(0x7F800000) if normal >= np.uint32(0x47800000) else normal
     # Numbers in [0.5, 1) are 2**-24 apart, as F16 subnormals are.
     small = bits_of(f32_of(bits) + np.float32(0.5) - np.float32(0.5))
-    return f32_of(sign | (small if bits < np.uint32(0x38800000) else normal))  # type: ignore[no-any-return]
+    return f32_of(sign | (small if bits < np.uint32(0x38800000) else normal))
 
 
 @inline
@@ -134,4 +137,4 @@ def to_f16_digits(value: np.float32) -> np.float32:
     """
     bits = bits_of(value)
     bits = bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
-    return f32_of(bits & np.uint32(0xFFFFE000))  # type: ignore[no-any-return, call-arg, arg-type]
+    return f32_of(bits & np.uint32(0xFFFFE000))

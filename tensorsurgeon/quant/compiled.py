@@ -6,13 +6,14 @@ Import this module only where a kernel is about to run: numba costs 0.2 s, and p
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-import numba  # type: ignore[import-untyped]
-from numba.core import config as numba_config  # type: ignore[import-untyped]
+import numba
+from numba.core import config as numba_config
 
 F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger(__name__)
@@ -30,20 +31,36 @@ def kernel(function: F) -> F:
     """
     compile_ = numba.njit(nogil=True, cache=True, error_model="numpy")
     try:
-        compiled: F = compile_(function)
+        return cast("F", compile_(function))
     except RuntimeError as error:  # numba: "cannot cache function ...: no locator available"
-        if numba_config.CACHE_DIR:
-            raise
-        numba_config.CACHE_DIR = str(Path(tempfile.gettempdir()) / "tensorsurgeon-numba")
-        log.info("%s; compiled kernels go to %s", error, numba_config.CACHE_DIR)
-        compiled = compile_(function)
-    return compiled
+        folder = None if numba_config.CACHE_DIR else _temporary_cache()  # type: ignore[attr-defined]
+        if folder is None:
+            log.warning("%s; compiling in every process", error)
+            return cast("F", numba.njit(nogil=True, error_model="numpy")(function))
+        log.info("%s; compiled kernels go to %s", error, folder)
+        numba_config.CACHE_DIR = str(folder)  # type: ignore[attr-defined]
+        return cast("F", compile_(function))
+
+
+def _temporary_cache() -> Path | None:
+    """A folder in the temporary directory that nobody else can write; None if there is none.
+
+    numba unpickles what it finds in its cache, so a folder that another user made is never used.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"tensorsurgeon-numba-{user}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    owned = not hasattr(os, "getuid") or (found.st_uid == user and not found.st_mode & 0o022)
+    return folder if owned and folder.is_dir() and not folder.is_symlink() else None
 
 
 def inline(function: F) -> F:
     """Compile a piece of a kernel into its callers.
 
-    It belongs in the file of those callers: numba notices a change of the file that it caches, and of no other.
+    numba notices a change of the file whose kernels it caches, and of no other: touch the callers' files too.
     """
-    compiled: F = numba.njit(nogil=True, error_model="numpy", inline="never")(function)
-    return compiled
+    return cast("F", numba.njit(nogil=True, error_model="numpy", inline="never")(function))

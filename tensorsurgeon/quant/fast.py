@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
+import ml_dtypes
 import numpy as np
 
 from tensorsurgeon.arrays import empty
-from tensorsurgeon.dtypes import BF16, F8_E4M3, F16, F32, DType, dtype_of
+from tensorsurgeon.dtypes import BF16, F16, F32, DType, dtype_of
 from tensorsurgeon.quant.arithmetic import Arithmetic, arithmetic_of, code_range, global_scale_of, half_range
 from tensorsurgeon.quant.backend import check_groups, is_supported, refuse_nonfinite_scale, refuse_nonfinite_weight
 from tensorsurgeon.quant.grid import Quantized, Scheme
@@ -60,12 +61,12 @@ class FastBackend:
         if scheme.block is not None:
             height, width = scheme.block
             full = scale.repeat(height, 0)[:rows].repeat(width, 1)[:, :columns]
-            return (values * full).astype(dtype.numpy, copy=False)
+            return np.asarray((values * full).astype(dtype.numpy, copy=False))
         groups = values.reshape(rows, scheme.groups(columns), -1)
         if quantized.zero_point is not None:
             groups -= quantized.zero_point.astype(np.float32)[:, :, None]
         groups *= scale[:, :, None]
-        return groups.reshape(rows, columns).astype(dtype.numpy, copy=False)
+        return np.asarray(groups.reshape(rows, columns).astype(dtype.numpy, copy=False))
 
 
 def _how(arithmetic: Arithmetic) -> int:
@@ -79,23 +80,21 @@ def _integer(weight: np.ndarray, bits: np.ndarray, scheme: Scheme, arithmetic: A
     groups = scheme.groups(columns)
     codes, scale = empty((rows, columns), np.int8), empty((rows, groups), np.float32)
     low, high = code_range(scheme)
-    settings: tuple[Any, ...] = (
-        _PRECISION[arithmetic.math],
-        _PRECISION[arithmetic.stored],
-        _how(arithmetic),
-        _ZERO_GROUP[arithmetic.zero_group],
-        np.float32(arithmetic.floor if arithmetic.zero_group != "range" else 1 if scheme.symmetric else 2),
-        arithmetic.rounds_late,
-    )
-    bounds = (columns // groups, np.float32(low), np.float32(high))
+    first, last, size = np.float32(low), np.float32(high), columns // groups
+    math, stored, how = _PRECISION[arithmetic.math], _PRECISION[arithmetic.stored], _how(arithmetic)
+    care, late = _ZERO_GROUP[arithmetic.zero_group], arithmetic.rounds_late
+    # The span of [-1, 1], as each kind of scheme measures it, takes the floor's place.
+    floor = np.float32(arithmetic.floor if arithmetic.zero_group != "range" else 1 if scheme.symmetric else 2)
     zero_point = None
     if scheme.symmetric:
-        signed = scheme.rule in ("autoround", "awq")
-        bad = kernels.symmetric(bits, *bounds, np.float32(half_range(scheme)), *settings, signed, codes, scale)
+        steps, signed = np.float32(half_range(scheme)), scheme.rule in ("autoround", "awq")
+        bad = kernels.symmetric(bits, size, first, last, steps, math, stored, how, care, floor, late, signed, codes, scale)
     else:
         zero_point = empty((rows, groups), np.int8)
-        way = _ZERO_POINT.get(scheme.rule, 2)
-        bad = kernels.asymmetric(bits, *bounds, *settings, way, low - scheme.qmin, codes, scale, zero_point)
+        way, shift = _ZERO_POINT.get(scheme.rule, 2), low - scheme.qmin
+        bad = kernels.asymmetric(
+            bits, size, first, last, math, stored, how, care, floor, late, way, shift, codes, scale, zero_point
+        )
     if bad >= 0:
         refuse_nonfinite_weight(weight)
     return Quantized(codes, scale, zero_point)
@@ -112,7 +111,7 @@ def _fp8(weight: np.ndarray, bits: np.ndarray, scheme: Scheme, arithmetic: Arith
     floor = np.float32(arithmetic.floor)
     if kernels.fp8(bits, height, width, math, stored, _how(arithmetic), floor, codes, scale) >= 0:
         refuse_nonfinite_weight(weight)
-    return Quantized(codes.view(F8_E4M3.numpy), scale)
+    return Quantized(codes.view(ml_dtypes.float8_e4m3fn), scale)
 
 
 def _nvfp4(weight: np.ndarray, bits: np.ndarray, scheme: Scheme, global_amax: float | None) -> Quantized:

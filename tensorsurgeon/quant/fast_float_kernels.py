@@ -1,5 +1,8 @@
 """The compiled loops of the fast backend for FP8 and FP4; see ``fast_kernels`` for the integers."""
 
+# mypy: ignore-errors
+# The types in here are numba's, decided per call; the kernels' own signatures are written out for their callers.
+
 from __future__ import annotations
 
 import numpy as np
@@ -10,7 +13,7 @@ from tensorsurgeon.quant.fast_kernels import AS_BF16, AS_F16, round_to
 
 
 @inline
-def e4m3_of(value):  # type: ignore[no-untyped-def]
+def e4m3_of(value):
     """The E4M3 byte nearest to a number of magnitude at most 448, half-even."""
     sign = bits_of(value) & np.uint32(0x80000000)
     bits = bits_of(value) ^ sign
@@ -23,13 +26,13 @@ def e4m3_of(value):  # type: ignore[no-untyped-def]
 
 
 @inline
-def e4m3_value(byte):  # type: ignore[no-untyped-def]
+def e4m3_value(byte):
     """The float32 of a non-negative E4M3 byte: its bits in their F32 places are 2**120 too small."""
     return f32_of(np.uint32(byte) << np.uint32(20)) * np.float32(2.0**120)
 
 
 @inline
-def e2m1_of(value):  # type: ignore[no-untyped-def]
+def e2m1_of(value):
     """The E2M1 code nearest to a number, ties to the even code, saturating at 6."""
     size = abs(value)
     code = np.uint8(size > np.float32(0.25)) + np.uint8(size >= np.float32(0.75)) + np.uint8(size > np.float32(1.25))
@@ -39,7 +42,7 @@ def e2m1_of(value):  # type: ignore[no-untyped-def]
 
 
 @inline
-def span_amax(row, first, last, largest):  # type: ignore[no-untyped-def]
+def span_amax(row, first, last, largest):
     """The larger of ``largest`` and the magnitudes of a run of a row, as bits."""
     for k in range(np.uint64(first), np.uint64(last)):
         largest = max(largest, magnitude(row[k]))
@@ -47,7 +50,7 @@ def span_amax(row, first, last, largest):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def weight_amax(weight):  # type: ignore[no-untyped-def]
+def weight_amax(weight: np.ndarray) -> float:
     """The largest magnitude of a matrix; infinity if a number is not finite."""
     largest = like(weight[0, 0], 0)
     for n in range(weight.shape[0]):
@@ -56,7 +59,17 @@ def weight_amax(weight):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def fp8(weight, height, width, math, stored, how, floor, codes, scale):  # type: ignore[no-untyped-def]
+def fp8(
+    weight: np.ndarray,
+    height: int,
+    width: int,
+    math: int,
+    stored: int,
+    how: int,
+    floor: np.float32,
+    codes: np.ndarray,
+    scale: np.ndarray,
+) -> int:
     """E4M3 bytes [N, K] and scales float32 of blocks; -1, or the first row of blocks that is not finite."""
     rows, columns = weight.shape
     for i in range(scale.shape[0]):
@@ -84,14 +97,22 @@ def fp8(weight, height, width, math, stored, how, floor, codes, scale):  # type:
 
 
 @inline
-def e2m1_codes(row, first, last, divisor, made):  # type: ignore[no-untyped-def]
+def e2m1_codes(row, first, last, divisor, made):
     """E2M1 codes of one group."""
     for k in range(np.uint64(first), np.uint64(last)):
         made[k] = e2m1_of(widen(row[k]) / divisor)
 
 
 @kernel
-def nvfp4(weight, size, math, multiplier, least, codes, scale):  # type: ignore[no-untyped-def]
+def nvfp4(
+    weight: np.ndarray,
+    size: int,
+    math: int,
+    multiplier: np.float32,
+    least: np.float32,
+    codes: np.ndarray,
+    scale: np.ndarray,
+) -> None:
     """E2M1 codes uint8 [N, K] and E4M3 scales (as float32) [N, G] under one multiplier.
 
     ``least`` replaces a scale of 0. The weight is finite: ``weight_amax`` has been there.
@@ -109,7 +130,7 @@ def nvfp4(weight, size, math, multiplier, least, codes, scale):  # type: ignore[
 
 
 @kernel
-def mxfp4(weight, size, codes, scale):  # type: ignore[no-untyped-def]
+def mxfp4(weight: np.ndarray, size: int, codes: np.ndarray, scale: np.ndarray) -> int:
     """E2M1 codes uint8 [N, K] and powers of two (as float32) [N, G]; -1, or the first row that is not finite."""
     for n in range(weight.shape[0]):
         row = weight[n]

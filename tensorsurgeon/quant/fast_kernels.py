@@ -5,6 +5,9 @@ NaNs on the way; values are divided and rounded exactly as torch does: with a tr
 and one more rounding where the tool computes in 16 bits. A row is read twice, the second time from the cache.
 """
 
+# mypy: ignore-errors
+# The types in here are numba's, decided per call; the kernels' own signatures are written out for their callers.
+
 from __future__ import annotations
 
 import numpy as np
@@ -22,7 +25,7 @@ _BLOCK = np.uint64(32)
 
 
 @inline
-def round_to(value, precision):  # type: ignore[no-untyped-def]
+def round_to(value, precision):
     """Rounded to the precision in which a tool keeps an intermediate."""
     if precision == AS_BF16:
         return to_bf16(value)
@@ -32,7 +35,7 @@ def round_to(value, precision):  # type: ignore[no-untyped-def]
 
 
 @inline
-def group_amax(row, groups, size, amax, ladder):  # type: ignore[no-untyped-def]
+def group_amax(row, groups, size, amax, ladder):
     """The largest magnitude of each group of a row; False if the row holds an infinity or a NaN.
 
     Groups of 8, 16 and 32 are halved all at once, neighbour against neighbour, because their own vector loop would be
@@ -70,7 +73,7 @@ def group_amax(row, groups, size, amax, ladder):  # type: ignore[no-untyped-def]
 
 
 @inline
-def group_range(row, groups, size, low, high):  # type: ignore[no-untyped-def]
+def group_range(row, groups, size, low, high):
     """Minimum and maximum of each group, widened to hold 0; False if the row holds an infinity or a NaN."""
     limit = infinity(row[0])
     finite = True
@@ -91,7 +94,7 @@ def group_range(row, groups, size, low, high):  # type: ignore[no-untyped-def]
 
 
 @inline
-def settle_scales(span, steps, math, stored, zero_group, floor, late, scale, divisor):  # type: ignore[no-untyped-def]
+def settle_scales(span, steps, math, stored, zero_group, floor, late, scale, divisor):
     """Scale on disk and divisor of each group from its span: ``span / steps`` and the tool's care of zeros."""
     if zero_group == UNIT_RANGE:
         for g in range(span.size):
@@ -110,7 +113,7 @@ def settle_scales(span, steps, math, stored, zero_group, floor, late, scale, div
 
 
 @inline
-def code_of(value, divisor, factor, low, high, how):  # type: ignore[no-untyped-def]
+def code_of(value, divisor, factor, low, high, how):
     """One code: quotient, clamp, round half-even."""
     if how == BY_RECIPROCAL:
         q = value * factor
@@ -124,7 +127,7 @@ def code_of(value, divisor, factor, low, high, how):  # type: ignore[no-untyped-
 
 
 @inline
-def group_codes(row, first, size, divisor, low, high, how, codes):  # type: ignore[no-untyped-def]
+def group_codes(row, first, size, divisor, low, high, how, codes):
     """Codes of the group that begins at ``first``, in blocks of known length so that 32 need no scalar loop.
 
     Indices are unsigned, for a signed one might count from the end; and no slice is taken, for each counts references.
@@ -141,7 +144,7 @@ def group_codes(row, first, size, divisor, low, high, how, codes):  # type: igno
 
 
 @inline
-def zero_of(least, span, divisor, low, high, math, how, zeros):  # type: ignore[no-untyped-def]
+def zero_of(least, span, divisor, low, high, math, how, zeros):
     """The zero point of one group, as the tool counts."""
     if zeros == ZERO_OF_SPAN:
         # compressed-tensors takes it before a zero scale is replaced: a minimum over 0 is clamped, and 0 / 0 becomes
@@ -157,7 +160,7 @@ def zero_of(least, span, divisor, low, high, math, how, zeros):  # type: ignore[
 
 
 @inline
-def shifted_codes(row, first, size, divisor, zero, low, high, how, zeros, shift, codes):  # type: ignore[no-untyped-def]
+def shifted_codes(row, first, size, divisor, zero, low, high, how, zeros, shift, codes):
     """Codes of one group with a zero point, less ``shift``."""
     start = np.uint64(first)
     factor = np.float32(1.0) / divisor
@@ -185,7 +188,22 @@ def shifted_codes(row, first, size, divisor, zero, low, high, how, zeros, shift,
 
 
 @kernel
-def symmetric(weight, size, low, high, steps, math, stored, how, zero_group, floor, late, signed, codes, scale):  # type: ignore[no-untyped-def]
+def symmetric(
+    weight: np.ndarray,
+    size: int,
+    low: np.float32,
+    high: np.float32,
+    steps: np.float32,
+    math: int,
+    stored: int,
+    how: int,
+    zero_group: int,
+    floor: np.float32,
+    late: bool,
+    signed: bool,
+    codes: np.ndarray,
+    scale: np.ndarray,
+) -> int:
     """Codes int8 [N, K] and scales float32 [N, G] of weight bits [N, K]; -1, or the first row that is not finite.
 
     ``signed`` is AutoRound's full range: the scale is negative unless the minimum of the group leads.
@@ -221,9 +239,23 @@ def symmetric(weight, size, low, high, steps, math, stored, how, zero_group, flo
 
 
 @kernel
-def asymmetric(  # type: ignore[no-untyped-def]
-    weight, size, low, high, math, stored, how, zero_group, floor, late, zeros, shift, codes, scale, zero_point
-):
+def asymmetric(
+    weight: np.ndarray,
+    size: int,
+    low: np.float32,
+    high: np.float32,
+    math: int,
+    stored: int,
+    how: int,
+    zero_group: int,
+    floor: np.float32,
+    late: bool,
+    zeros: int,
+    shift: int,
+    codes: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+) -> int:
     """Codes, scales and zero points int8 [N, G]; -1, or the first row that is not finite.
 
     ``low`` and ``high`` bound the codes as the tool counts them, and ``shift`` makes them signed. ``zeros`` is the way

@@ -24,7 +24,7 @@ def nvfp4(weight: Tensor, dtype: DType, scheme: Scheme, global_amax: float | Non
 
     The multiplier spreads the scales over the range of E4M3 (448), so that the largest group reaches it.
     """
-    groups = weight.unflatten(-1, (-1, scheme.group_size))
+    groups = weight.view(len(weight), -1, scheme.group_size)
     multiplier = global_scale_of(amax_of(weight) if global_amax is None else global_amax, dtype)
     wide = torch.from_numpy(multiplier).to(weight.device)
     amax = groups.abs().amax(dim=-1)
@@ -42,7 +42,7 @@ def mxfp4(weight: Tensor, scheme: Scheme) -> Quantized:
     The amax is rounded to a power of two at 1.75, half-way between the E2M1 neighbours 6 and 8 in its binade.
     F16 weights are widened first: in F16, the tool gives groups of subnormals the scale 1.
     """
-    groups = weight.float().unflatten(-1, (-1, scheme.group_size))
+    groups = weight.float().view(len(weight), -1, scheme.group_size)
     bits = groups.abs().amax(dim=-1).contiguous().view(torch.int32)
     exponent = ((bits + (1 << 21)) >> 23) - 2  # biased by 127
     exponent = exponent.clamp(min=0)

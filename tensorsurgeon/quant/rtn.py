@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
-from tensorsurgeon.dtypes import BF16, F8_E4M3, F16, F32, DType, dtype_of
+from tensorsurgeon.dtypes import BF16, F16, F32, DType, dtype_of
 from tensorsurgeon.quant import fp4
 from tensorsurgeon.quant.arithmetic import Arithmetic, arithmetic_of, code_range, half_range
 from tensorsurgeon.quant.backend import check_groups, is_supported, refuse_nonfinite_scale, refuse_nonfinite_weight
@@ -87,7 +88,7 @@ def array_of(tensor: Tensor, dtype: DType) -> np.ndarray:
     """The array of a tensor whose elements are ``dtype``."""
     tensor = tensor.cpu().contiguous()
     if dtype is BF16:
-        return np.asarray(tensor.view(torch.int16).numpy().view(BF16.numpy))
+        return np.asarray(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
     return np.asarray(tensor.numpy())
 
 
@@ -191,5 +192,5 @@ def _fp8(weight: Tensor, scheme: Scheme, arithmetic: Arithmetic) -> Quantized:
         refuse_nonfinite_scale(scale.float().cpu().numpy(), arithmetic)
     codes = torch.clamp(blocks / scale.to(math)[:, None, :, None], -448.0, 448.0).to(torch.float8_e4m3fn)
     kept = codes.view(torch.uint8).reshape(padded.shape)[:rows, :columns].contiguous()
-    e4m3 = kept.cpu().numpy().view(F8_E4M3.numpy)
+    e4m3 = kept.cpu().numpy().view(ml_dtypes.float8_e4m3fn)
     return Quantized(e4m3, scale.float().cpu().numpy())

@@ -299,7 +299,8 @@ print(json.dumps({"codes": codes.tolist(), "torch": "torch" in sys.modules, "hit
 def run_script(**environment: str) -> dict[str, object]:
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": str(root), **environment}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 
 
@@ -307,3 +308,15 @@ def test_no_torch_no_early_numba_and_compiled_once(tmp_path: Path) -> None:
     first = run_script(NUMBA_CACHE_DIR=str(tmp_path))
     assert first == {"codes": (127 * np.eye(4, dtype=int)).tolist(), "torch": False, "hits": 0}
     assert run_script(NUMBA_CACHE_DIR=str(tmp_path))["hits"] == 1
+
+
+def test_cache_goes_to_a_private_folder_where_nothing_else_can_be_written(tmp_path: Path) -> None:
+    # As where neither the package nor a home can be written: numba has no place of its own.
+    locators = {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator", "NUMBA_CACHE_DIR": ""}
+    settings = {**locators, "TMPDIR": str(tmp_path)}
+    assert run_script(**settings)["hits"] == 0
+    (folder,) = tmp_path.glob("tensorsurgeon-numba-*")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert run_script(**settings)["hits"] == 1
+    folder.chmod(0o777)  # anybody may have planted something
+    assert run_script(**settings)["hits"] == 0
