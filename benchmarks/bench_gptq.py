@@ -4,8 +4,8 @@
 
 Input: 4,096 correlated tokens with 8 loud channels, weights with 4 loud columns, int4 in groups of 128, damping 0.01,
 static activation order, scales in F16, Hessians given. Errors are tr(D H D^T) / tr(W H W^T) in F64 on the calibration
-tokens and on 8,192 fresh ones. llm-compressor runs in its own interpreter, which makes the same input from the same seeds; only the
-calls are timed. Both sides get the base scale amax / 7.5.
+tokens and on 8,192 fresh ones. llm-compressor runs in its own interpreter, which makes the same input from the same
+seeds; only the calls are timed. Both sides get the base scale amax / 7.5.
 """
 
 from __future__ import annotations

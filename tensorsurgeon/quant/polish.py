@@ -23,6 +23,8 @@ from tensorsurgeon.quant.scale_search import StoreScale, zero_rows
 # Columns per block of descent; a tile of them x 64 rows is 32 KB and stays in the L1 cache.
 _BLOCK = 128
 _TILE = 64
+# Columns whose steps are handed on together: a third of the memory traffic of one at a time. Written out below.
+_PANEL = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +231,7 @@ def _descend(
     """Move each code of one block to its best value given all others, columns in ``order``, ``sweeps`` times."""
     columns, rows = gradient.shape
     slope = np.empty((columns, _TILE), np.float32)
-    step = np.empty(_TILE, np.float32)
+    steps = np.empty((_PANEL, _TILE), np.float32)
     fallen = np.empty(_TILE, np.float32)
     zero = np.float32(0.0)
     one = np.float32(1.0)
@@ -239,34 +241,52 @@ def _descend(
         for k in range(columns):
             for n in range(width):
                 slope[k, n] = gradient[k, first + n]
-        for _ in range(sweeps):
-            for k in order:
-                curvature = damped[k, k]
-                group = (start + k) // group_size
-                row_scale = scale[group, first : first + width]
-                row_zero = zero_point[group, first : first + width]
-                row_codes = codes[k, first : first + width]
-                row_change = change[k, first : first + width]
-                largest = zero
-                for n in range(width):
-                    size = row_scale[n]
-                    divisor = one if size == zero else size
-                    code = np.float32(row_codes[n])
-                    wanted = (code - row_zero[n]) * size + slope[k, n] / curvature
-                    new = min(max(np.rint(wanted / divisor + row_zero[n]), qmin), qmax)
-                    move = (new - code) * size
-                    fall = move * (two * slope[k, n] - move * curvature)
-                    taken = fall > zero
-                    step[n] = move if taken else zero
-                    fallen[n] = fall if taken else zero
-                    row_change[n] -= step[n]
-                    row_codes[n] = np.int16(new) if taken else row_codes[n]
-                    largest = max(largest, fallen[n])
-                if largest == zero:
-                    continue
-                for n in range(width):
-                    gain[first + n] += fallen[n]
-                for i in range(columns):
-                    coupling = damped[k, i]
+        for sweep in range(sweeps):
+            for begin in range(0, columns, _PANEL):
+                end = min(begin + _PANEL, columns)
+                moved = 0
+                for place in range(begin, end):
+                    k = order[place]
+                    curvature = damped[k, k]
+                    group = (start + k) // group_size
+                    row_scale = scale[group, first : first + width]
+                    row_zero = zero_point[group, first : first + width]
+                    row_codes = codes[k, first : first + width]
+                    row_change = change[k, first : first + width]
+                    row_slope = slope[k]
+                    step = steps[place - begin]
                     for n in range(width):
-                        slope[i, n] -= coupling * step[n]
+                        size = row_scale[n]
+                        divisor = one if size == zero else size
+                        code = np.float32(row_codes[n])
+                        wanted = (code - row_zero[n]) * size + row_slope[n] / curvature
+                        new = min(max(np.rint(wanted / divisor + row_zero[n]), qmin), qmax)
+                        move = (new - code) * size
+                        fall = move * (two * row_slope[n] - move * curvature)
+                        taken = fall > zero
+                        step[n] = move if taken else zero
+                        fallen[n] = fall if taken else zero
+                        row_change[n] -= step[n]
+                        row_codes[n] = np.int16(new if taken else code)
+                    for n in range(width):
+                        gain[first + n] += fallen[n]
+                        moved += fallen[n] > zero
+                    for other in range(begin, end):
+                        i = order[other]
+                        coupling = damped[k, i]
+                        for n in range(width):
+                            slope[i, n] -= coupling * step[n]
+                if moved == 0 or (sweep == sweeps - 1 and end == columns):
+                    continue
+                for k in range(end - begin, _PANEL):
+                    steps[k, :width] = zero
+                k0, k1 = order[begin], order[min(begin + 1, end - 1)]
+                k2, k3 = order[min(begin + 2, end - 1)], order[min(begin + 3, end - 1)]
+                # The panel's own slopes are up to date; those of columns that come later in the last sweep suffice there.
+                for other in range(end if sweep == sweeps - 1 else 0, columns):
+                    if begin <= other < end:
+                        continue
+                    i = order[other]
+                    c0, c1, c2, c3 = damped[k0, i], damped[k1, i], damped[k2, i], damped[k3, i]
+                    for n in range(width):
+                        slope[i, n] -= (c0 * steps[0, n] + c1 * steps[1, n]) + (c2 * steps[2, n] + c3 * steps[3, n])

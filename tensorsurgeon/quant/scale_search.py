@@ -127,7 +127,8 @@ def zero_rows(zero_point: Tensor | None, shape: tuple[int, ...] | torch.Size) ->
 def check_grid(weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> None:
     """Raise NumericError unless weight, scale and zero point are finite and fit each other."""
     if weight.ndim != 2 or weight.dtype != torch.float32 or weight.device.type != "cpu":
-        raise NumericError(f"weight must be an F32 matrix on the CPU, found {weight.dtype} {tuple(weight.shape)} on {weight.device}")
+        found = f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
+        raise NumericError(f"weight must be an F32 matrix on the CPU, found {found}")
     rows, columns = weight.shape
     width = columns if group_size == -1 else group_size
     if width < 1 or columns % width:
