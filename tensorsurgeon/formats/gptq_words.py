@@ -10,6 +10,7 @@ neighbour, and adds to whole words when it reads; done here in the same way, or 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 
@@ -55,6 +56,7 @@ def pack_gptq(quantized: Quantized, scheme: Scheme, zeros_minus_one: bool) -> tu
     )
 
 
+@lru_cache(maxsize=64)
 def _ones(words: int, count: int, num_bits: int) -> np.ndarray:
     """uint32 [words] with a 1 in the lowest bit of each of ``count`` packed elements."""
     lowest = np.arange(count, dtype=np.int64) * num_bits

@@ -65,6 +65,14 @@ def test_a_quantized_mtp_head_is_like_any_other_module():
     assert PACKED.read_config(config, model.specs) == dict(model.modules)
 
 
+def test_a_config_that_says_nothing_of_a_float_mtp_head_is_read():
+    """Tools that load through transformers never see the head."""
+    model = written(PACKED, under(FOUR))
+    config = PACKED.config_files(model).quantization_config
+    config["ignore"].remove("re:^mtp.*")
+    assert PACKED.read_config(config, model.specs) == dict(model.modules)
+
+
 def test_a_tied_head_is_named_though_it_has_no_tensor():
     weights = (spec for spec in qwen_weights() if not spec.name.startswith("lm_head"))
     config = PACKED.config_files(written(PACKED, under(FOUR), weights)).quantization_config
