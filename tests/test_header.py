@@ -73,22 +73,31 @@ REFUSED = {
     "shape_float": (blob({"a": {**ENTRY, "shape": [2.0]}}, b"xx"), "a: shape must be"),
     "shape_text": (blob({"a": {**ENTRY, "shape": "2"}}, b"xx"), "a: shape must be"),
     "shape_overflows": (blob({"a": {**ENTRY, "shape": [1 << 32, 1 << 32]}}, b"xx"), "larger than any file"),
-    "shape_overflows_to_zero": (blob({"a": {**ENTRY, "shape": [1 << 62, 1 << 62, 0], "data_offsets": [0, 0]}}), "larger than any"),
+    "shape_overflows_to_zero": (
+        blob({"a": {**ENTRY, "shape": [1 << 62, 1 << 62, 0], "data_offsets": [0, 0]}}),
+        "larger than any",
+    ),
     "shape_of_many_large_sizes": (blob({"a": {**ENTRY, "shape": [1 << 62] * 50_000}}, b"xx"), "larger than any file"),
     "size_disagrees": (blob({"a": {**ENTRY, "shape": [3]}}, b"xx"), r"a: U8\[3\] takes 3 bytes but data_offsets \[0, 2\] hold 2"),
     "offsets_reversed": (blob({"a": {**ENTRY, "data_offsets": [2, 0]}}, b"xx"), "hold -2"),
     "offsets_three": (blob({"a": {**ENTRY, "data_offsets": [0, 1, 2]}}, b"xx"), "a: data_offsets must be two"),
     "offsets_negative": (blob({"a": {**ENTRY, "data_offsets": [-2, 0]}}, b"xx"), "a: data_offsets must be two"),
-    "overlap": (blob({"a": ENTRY, "b": {**ENTRY, "data_offsets": [1, 3]}}, b"xxx"), "b: starts at byte 1, expected 2: it overlaps"),
+    "overlap": (
+        blob({"a": ENTRY, "b": {**ENTRY, "data_offsets": [1, 3]}}, b"xxx"),
+        "b: starts at byte 1, expected 2: it overlaps",
+    ),
     "same_bytes": (blob({"a": ENTRY, "b": ENTRY}, b"xx"), "b: starts at byte 0, expected 2: it overlaps"),
-    "gap": (blob({"a": ENTRY, "b": {**ENTRY, "data_offsets": [3, 5]}}, b"xxxxx"), "b: starts at byte 3, expected 2: it leaves a gap of 1"),
+    "gap": (
+        blob({"a": ENTRY, "b": {**ENTRY, "data_offsets": [3, 5]}}, b"xxxxx"),
+        "b: starts at byte 3, expected 2: it leaves a gap of 1",
+    ),
     "gap_at_the_start": (blob({"a": {**ENTRY, "data_offsets": [1, 3]}}, b"xxx"), "a: starts at byte 1, expected 0"),
     "empty_tensor_inside_another": (
         blob({"a": ENTRY, "b": {"dtype": "U8", "shape": [0], "data_offsets": [1, 1]}}, b"xx"),
         "b: starts at byte 1, expected 2",
     ),
     "half_a_byte": (blob({"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]}}, b"x"), "takes 1.5 bytes"),
-}  # fmt: skip
+}
 # What the library takes and we do not: it drops one of two equal names and keys that it does not know.
 STRICTER = {"twice", "entry_with_more"}
 
@@ -135,7 +144,11 @@ ACCEPTED = {
     "metadata": blob({"__metadata__": {"format": "pt", "ü": ""}}),
     "empty_name": blob({"": ENTRY}, b"xx"),
     "empty_tensors_anywhere": blob(
-        {"a": ENTRY, "b": {"dtype": "F32", "shape": [0, 5], "data_offsets": [0, 0]}, "c": {"dtype": "I8", "shape": [0], "data_offsets": [2, 2]}},
+        {
+            "a": ENTRY,
+            "b": {"dtype": "F32", "shape": [0, 5], "data_offsets": [0, 0]},
+            "c": {"dtype": "I8", "shape": [0], "data_offsets": [2, 2]},
+        },
         b"xx",
     ),
     "scalar": blob({"a": {"dtype": "F64", "shape": [], "data_offsets": [0, 8]}}, b"x" * 8),
@@ -143,7 +156,7 @@ ACCEPTED = {
     "fp4": blob({"a": {"dtype": "F4", "shape": [3, 2], "data_offsets": [0, 3]}}, b"xxx"),
     "fp6": blob({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}, b"xxx"),
     "zero_before_large": blob({"a": {"dtype": "U8", "shape": [0, 1 << 62, 1 << 62], "data_offsets": [0, 0]}}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("label", ACCEPTED)
