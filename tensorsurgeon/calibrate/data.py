@@ -60,12 +60,9 @@ def load_data(options: CalibrationOptions, checkpoint_root: Path, vocabulary_row
                 f"{source.location}: has {len(chunks)} chunks of {options.sequence_length} tokens, {count} were asked for"
             )
         parts.append(chunks)
-        described.append(
-            {
-                "name": Path(source.location).name if documents.kind != "hub" else source.location,
-                "kind": documents.kind, "weight": source.weight, "samples": len(chunks), "digest": documents.digest,
-            }  # fmt: skip
-        )
+        name = source.location if documents.kind == "hub" else Path(source.location).name
+        entry = {"name": name, "kind": documents.kind, "weight": source.weight, "samples": len(chunks)}
+        described.append({**entry, "digest": documents.digest})
     tokens = np.concatenate(parts)
     tokens = tokens[np.random.default_rng(options.seed).permutation(len(tokens))]
     for note in notes:

@@ -197,18 +197,14 @@ def _hub_dataset(name: str) -> Documents:
     try:
         import datasets
     except ImportError as error:
-        raise RecipeError(
-            f"{name}: is no file here; to read it as a data set of the Hub, pip install datasets"
-        ) from error
+        raise RecipeError(f"{name}: is no file here; to read it as a data set of the Hub, pip install datasets") from error
     repository, _, split = name.partition(":")
     try:
         found = datasets.load_dataset(repository, split=split or "train")
     except (OSError, ValueError) as error:
         raise RecipeError(f"{name}: cannot be loaded from the Hub: {error}") from error
     # The fingerprint names the revision and everything done to the rows since.
-    return Documents(
-        "hub", len(found), lambda n: _document(found[int(n)], f"{name}: row {n}"), f"datasets:{found._fingerprint}"
-    )
+    return Documents("hub", len(found), lambda n: _document(found[int(n)], f"{name}: row {n}"), f"datasets:{found._fingerprint}")
 
 
 _READERS: Final[dict[str, Callable[[Path], Documents]]] = {

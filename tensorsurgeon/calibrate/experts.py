@@ -37,15 +37,17 @@ class ExpertStack(NamedTuple):
     name: str
     module: nn.Module
     first: str
-    count: int
+    experts: int
     router: str | None
 
     @property
     def first_name(self) -> str:
+        """The parameter of the first projection, by full name."""
         return f"{self.name}.{self.first}"
 
     @property
     def down_name(self) -> str:
+        """The parameter of the down projection, by full name."""
         return f"{self.name}.down_proj"
 
 
@@ -74,8 +76,8 @@ def _router_of(layer: nn.Module, experts: str, shape: tuple[int, int]) -> str | 
     parent = layer.get_submodule(experts.rpartition(".")[0])
     found = [
         name for name, child in parent.named_children()
-        if child is not layer.get_submodule(experts) and getattr(child, "weight", None) is not None
-        and tuple(child.weight.shape) == shape
+        if child is not layer.get_submodule(experts) and (weight := child._parameters.get("weight")) is not None
+        and tuple(weight.shape) == shape
     ]  # fmt: skip
     return f"{experts.rpartition('.')[0]}.{found[0]}".lstrip(".") if len(found) == 1 else None
 
@@ -120,6 +122,7 @@ class ExpertInputs:
         return torch.from_numpy(np.array(self._states[tokens])).view(self._dtype)
 
     def close(self) -> None:
+        """Remove the scratch file."""
         del self._states
         self._path.unlink(missing_ok=True)
 
@@ -137,7 +140,7 @@ class ExpertStatistics:
         """Decide what tops up cold experts: the tokens whose logits under ``router`` [E, hidden] are highest."""
         if self._options.experts != "balanced":
             return
-        counts = self._inputs.counts(self.stack.count)
+        counts = self._inputs.counts(self.stack.experts)
         wanted = min(self._options.minimum_tokens, self._inputs.tokens)
         cold = np.flatnonzero(counts < wanted)
         if not len(cold):

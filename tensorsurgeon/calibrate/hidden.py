@@ -42,7 +42,7 @@ class HiddenStates:
         """Samples ``start`` to ``stop``; a new tensor."""
         nbytes = (stop - start) * self._sample_bytes
         buffer = np.empty(nbytes, np.uint8)
-        view = memoryview(buffer)
+        view = buffer.data
         done = 0
         while done < nbytes:
             count = os.preadv(self._fd, [view[done:]], start * self._sample_bytes + done)
@@ -53,15 +53,17 @@ class HiddenStates:
 
     def write(self, start: int, states: Tensor) -> None:
         """Samples from ``start`` on."""
-        data = memoryview(states.contiguous().view(-1).view(torch.uint8).numpy())
+        data = states.contiguous().view(-1).view(torch.uint8).numpy().data
         done = 0
         while done < len(data):
             done += os.pwrite(self._fd, data[done:], start * self._sample_bytes + done)
 
     def sync(self) -> None:
+        """Make everything written so far durable."""
         os.fdatasync(self._fd)
 
     def close(self) -> None:
+        """The file stays."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -195,8 +195,8 @@ def _jobs(targets: Sequence[Target], parts: Sequence[Part], statistics: LayerSta
     groups: dict[tuple[str, int, str, int], list[Part]] = {}
     for part in parts:
         target = targets[part.target]
-        key = (statistics.shared_key(part.key), id(target.scheme), target.method, target.weight.shape[1])
-        groups.setdefault(key, []).append(part)
+        group = (statistics.shared_key(part.key), id(target.scheme), target.method, target.weight.shape[1])
+        groups.setdefault(group, []).append(part)
     jobs = []
     for (key, _, method, _), members in groups.items():
         scheme = targets[members[0].target].scheme
@@ -257,9 +257,7 @@ def _base(arrays: Sequence[np.ndarray], job: _Job) -> tuple[Tensor, Quantized]:
     return tensor_of(stacked).float(), base
 
 
-def _imatrix(
-    weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, statistics: InputStatistics
-) -> _Rounded:
+def _imatrix(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, statistics: InputStatistics) -> _Rounded:
     """Rounding to nearest, each group's scale searched for the least error weighted by the inputs' squares."""
     found = search_scale(
         weight, scale, zero_point, qmin=scheme.qmin, qmax=scheme.qmax, group_size=scheme.group_size,
@@ -283,6 +281,4 @@ def _measured(
 
 def _from_gptq(made: GptqResult) -> _Rounded:
     energy = None if made.row_energy is None else made.row_energy.numpy()
-    return _Rounded(
-        made.codes, made.scale, made.zero_point, made.row_loss.numpy(), energy, made.method, made.damp_percent, ""
-    )
+    return _Rounded(made.codes, made.scale, made.zero_point, made.row_loss.numpy(), energy, made.method, made.damp_percent, "")

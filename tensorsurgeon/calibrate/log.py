@@ -33,6 +33,7 @@ class LogRow(NamedTuple):
     note: str
 
     def cells(self) -> list[str]:
+        """The row as CSV has it."""
         return [
             _text(self.layer), self.module, _text(self.expert), self.method, str(self.tokens), _text(self.damp_percent),
             _text(self.loss), _text(self.relative_loss), f"{self.seconds:.3f}", self.note,
@@ -40,11 +41,16 @@ class LogRow(NamedTuple):
 
     @classmethod
     def parse(cls, cells: Sequence[str]) -> LogRow:
+        """The row of ``cells``."""
         layer, module, expert, method, tokens, damping, loss, relative, seconds, note = cells
         return cls(
             int(layer) if layer else None, module, int(expert) if expert else None, method, int(tokens),
-            *(float(cell) if cell else None for cell in (damping, loss, relative)), float(seconds), note,
+            _number(damping), _number(loss), _number(relative), float(seconds), note,
         )  # fmt: skip
+
+
+def _number(cell: str) -> float | None:
+    return float(cell) if cell else None
 
 
 def _text(value: float | None) -> str:
@@ -110,7 +116,8 @@ def summary_text(summary: dict[str, Any]) -> str:
     shares = ", ".join(f"{count} {name} ({100 * count / total:.1f} %)" for name, count in sorted(summary["methods"].items()))
     lines = [f"{summary['modules']} modules: {shares}"]
     lines += [f"  rounded to nearest: {count} {reason}" for reason, count in sorted(summary["rtn_reasons"].items())]
-    lines += [f"  worst: {entry['module']} (relative loss {entry['relative_loss']:.4f}, {entry['tokens']} tokens)" for entry in summary["worst"]]
+    for entry in summary["worst"]:
+        lines.append(f"  worst: {entry['module']} (relative loss {entry['relative_loss']:.4f}, {entry['tokens']} tokens)")
     losses = summary["loss_by_layer"]
     if losses:
         lines.append("  relative loss by layer: " + ", ".join(f"{layer}: {loss:.4f}" for layer, loss in losses.items()))

@@ -29,9 +29,7 @@ class StreamedModel:
     where it is None; ``eager`` is the fastest on a CPU.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, *, experts_implementation: str | None = "eager", device: str = "cpu"
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, experts_implementation: str | None = "eager", device: str = "cpu") -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self.model = _build_on_meta(checkpoint, experts_implementation)
@@ -47,14 +45,17 @@ class StreamedModel:
 
     @property
     def outside(self) -> list[str]:
+        """Checkpoint tensors that are no part of the model."""
         return self.names.outside
 
     @property
     def vocabulary_rows(self) -> int:
+        """Rows of the embedding: token ids lie below."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
     def hidden_size(self) -> int:
+        """Features of the states between layers."""
         return int(self.model.config.get_text_config().hidden_size)
 
     def layer_of(self, parameter: str) -> int | None:
@@ -155,7 +156,7 @@ def _build_on_meta(checkpoint: Checkpoint, experts_implementation: str | None) -
     if getattr(config, "is_encoder_decoder", False):
         raise PlanError(f"{config.model_type}: encoder-decoder models cannot be walked; only decoder layers in a list can")
     architecture = (config.architectures or [""])[0]
-    model_class = getattr(transformers, architecture, None) or transformers.AutoModelForCausalLM
+    model_class: Any = getattr(transformers, architecture, None) or transformers.AutoModelForCausalLM
     build = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
     arguments = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
     with torch.device("meta"), torch.no_grad():
@@ -204,9 +205,7 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def _make_buffers(
-    model: Any, prefix: str, module: nn.Module, excluded: Sequence[nn.Module], device: torch.device
-) -> None:
+def _make_buffers(model: Any, prefix: str, module: nn.Module, excluded: Sequence[nn.Module], device: torch.device) -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies), as transformers itself does after loading.
 
     They are filled with NaN (integers with their minimum) first, so that one which stays unset is noticed.
@@ -215,25 +214,33 @@ def _make_buffers(
 
     skipped = {id(part) for layer in excluded for part in layer.modules()}
     for name, part in module.named_modules():
-        if id(part) in skipped:
-            continue
-        lost = [key for key in part._non_persistent_buffers_set if part._buffers.get(key) is not None and part._buffers[key].is_meta]
-        if not lost:
+        buffers = part._buffers
+        lost = [key for key in part._non_persistent_buffers_set if (value := buffers.get(key)) is not None and value.is_meta]
+        if id(part) in skipped or not lost:
             continue
         full = f"{prefix}.{name}".strip(".")
         for key in lost:
-            meta = part._buffers[key]
-            unset = float("nan") if meta.is_floating_point() else 0 if meta.dtype == torch.bool else torch.iinfo(meta.dtype).min
-            part._buffers[key] = torch.full(meta.shape, unset, dtype=meta.dtype)
+            buffers[key] = torch.full_like(_held(buffers, key), _unset(_held(buffers, key).dtype), device="cpu")
         owner = _nearest(model, full, PreTrainedModel)
         with torch.no_grad():
             owner._init_weights(part)
         for key in lost:
-            value = part._buffers[key]
-            unset = value.isnan() if value.is_floating_point() else value == (0 if value.dtype == torch.bool else torch.iinfo(value.dtype).min)
-            if bool(unset.any()):
+            value = _held(buffers, key)
+            if bool((value.isnan() if value.is_floating_point() else value == _unset(value.dtype)).any()):
                 raise PlanError(f"{full}.{key}: transformers does not say how this buffer is made; the model cannot be walked")
-            part._buffers[key] = value.to(device)
+            buffers[key] = value.to(device)
+
+
+def _held(buffers: dict[str, Tensor | None], key: str) -> Tensor:
+    value = buffers[key]
+    assert value is not None
+    return value
+
+
+def _unset(dtype: torch.dtype) -> float | int:
+    if dtype.is_floating_point:
+        return float("nan")
+    return 0 if dtype == torch.bool else torch.iinfo(dtype).min
 
 
 def _nearest(model: Any, name: str, kind: type) -> Any:

@@ -29,6 +29,7 @@ class Loading(NamedTuple):
 
     @property
     def names(self) -> list[str]:
+        """The checkpoint tensors."""
         return [name for _, name in self.sources]
 
 

@@ -27,7 +27,7 @@ class TensorReader:
             )
         array = np.empty(spec.shape, spec.dtype.numpy)
         if array.size:
-            self.rows_into(name, 0, spec.rows, memoryview(array.reshape(-1).view(np.uint8)))
+            self.rows_into(name, 0, spec.rows, array.reshape(-1).view(np.uint8).data)
         return array
 
     def rows_into(self, name: str, start: int, stop: int, view: memoryview) -> int:

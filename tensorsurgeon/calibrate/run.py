@@ -22,8 +22,8 @@ from tensorsurgeon.calibrate.data import CalibrationData, load_data
 from tensorsurgeon.calibrate.log import LOG_NAME, LogRow, log_bytes, read_log, summarize, summary_text
 from tensorsurgeon.calibrate.model import StreamedModel
 from tensorsurgeon.calibrate.options import CalibrationOptions
-from tensorsurgeon.calibrate.statistics import layer_path
 from tensorsurgeon.calibrate.stage import LayerStage
+from tensorsurgeon.calibrate.statistics import layer_path
 from tensorsurgeon.calibrate.targets import Target, find_targets
 from tensorsurgeon.calibrate.workers import one_torch_thread
 from tensorsurgeon.errors import NoMatchError, RecipeError
@@ -55,6 +55,7 @@ class Codes:
         self.by_module: dict[str, Quantized] = {}
 
     def quantized(self, module: str, start: int, stop: int) -> Quantized | None:
+        """Rows of the codes of a module; None for one that was not calibrated."""
         found = self.by_module.get(module)
         if found is None or stop - start == len(found.codes):
             return found

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-import torch
 from torch import nn
 
 from tensorsurgeon.calibrate.data import CalibrationData
@@ -134,10 +133,9 @@ class LayerStage:
         self._hidden = outputs
 
     def _run(self, number: int, module: nn.Module, outputs: HiddenStates | None, **observing: Any) -> None:
-        assert self._walk is not None and self._hidden is not None
-        self._walk.run_layer(
-            number, module, self._hidden, outputs, workers=self._workers, stop=self._stop, **observing
-        )
+        assert self._walk is not None
+        assert self._hidden is not None
+        self._walk.run_layer(number, module, self._hidden, outputs, workers=self._workers, stop=self._stop, **observing)
 
     def _from_files(self, number: int, targets: Sequence[Target]) -> Layer:
         assert self._options.read_statistics is not None
@@ -182,7 +180,8 @@ class LayerStage:
             experts = {}
             for stack in used:
                 experts[stack.name] = ExpertStatistics(stack, inputs[stack.name], self._options)
-                experts[stack.name].choose(None if stack.router is None else module.get_submodule(stack.router).weight)
+                router = None if stack.router is None else module.get_submodule(stack.router)._parameters["weight"]
+                experts[stack.name].choose(router)
             statistics = observer.result(experts)
             kept = _Keeping(statistics) if self._options.write_statistics is not None else None
             made, codes = self._quantized(targets, parts, without, kept or statistics)

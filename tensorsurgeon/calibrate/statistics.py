@@ -24,7 +24,6 @@ from tensorsurgeon.calibrate.experts import (
     InputStatistics,
     summed,
 )
-from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.workers import Turns
 from tensorsurgeon.errors import PlanError, RecipeError
 from tensorsurgeon.quant.hessian import HessianAccumulator
@@ -33,7 +32,9 @@ from tensorsurgeon.quant.hessian import HessianAccumulator
 class LayerStatistics(Protocol):
     """Statistics of one layer by key (``Keys`` names them); None where nothing was observed."""
 
-    def of(self, key: str) -> InputStatistics | None: ...
+    def of(self, key: str) -> InputStatistics | None:
+        """The statistics of an input."""
+        ...
 
     def shared_key(self, key: str) -> str:
         """The key under which inputs that are one and the same are kept."""
@@ -67,8 +68,7 @@ class LayerObserver:
         """Hooks in place for the length of the block."""
         handles = [module.register_forward_pre_hook(self._note(name)) for name, module in self._linears.items()]
         handles += [
-            stack.module.register_forward_pre_hook(self._note_experts(stack), with_kwargs=True)
-            for stack in self._stacks.values()
+            stack.module.register_forward_pre_hook(self._note_experts(stack), with_kwargs=True) for stack in self._stacks.values()
         ]
         try:
             yield
@@ -140,18 +140,17 @@ def _seen(tensor: Tensor) -> _Seen:
 class WalkedStatistics:
     """Statistics of one layer, fresh from the walk; those of experts are computed when asked for."""
 
-    def __init__(
-        self, sums: dict[str, InputStatistics], leader: dict[str, str], experts: dict[str, ExpertStatistics]
-    ) -> None:
+    def __init__(self, sums: dict[str, InputStatistics], leader: dict[str, str], experts: dict[str, ExpertStatistics]) -> None:
         self._sums = sums
         self._leader = leader
         self._experts = experts
-        self._firsts: dict[str, InputStatistics] = {}
 
     def shared_key(self, key: str) -> str:
+        """The key under which a shared input is kept."""
         return self._leader.get(key, key)
 
     def of(self, key: str) -> InputStatistics | None:
+        """The statistics of an input; None if it was never seen."""
         parameter, _, expert = key.rpartition(".")
         stack = self._experts.get(parameter.rpartition(".")[0]) if expert.isdecimal() else None
         if stack is None:
@@ -170,7 +169,8 @@ class StoredStatistics:
         if not path.exists():
             raise RecipeError(f"{path}: no such file; the statistics do not cover this layer")
         try:
-            self._file = safe_open(str(path), "pt")
+            open_file: Any = safe_open
+            self._file = open_file(str(path), "pt")
             metadata = self._file.metadata() or {}
             self._aliases: dict[str, str] = json.loads(metadata["aliases"])
             self.tokens: dict[str, int] = json.loads(metadata["tokens"])
@@ -179,13 +179,15 @@ class StoredStatistics:
         self._names = set(self._file.keys())
 
     def shared_key(self, key: str) -> str:
+        """The key under which a shared input is kept."""
         return self._aliases.get(key, key)
 
-    def keys(self) -> list[str]:
+    def inputs(self) -> list[str]:
         """The keys of distinct inputs."""
         return sorted(self.tokens)
 
     def of(self, key: str) -> InputStatistics | None:
+        """The statistics of an input; None if it was never seen."""
         key = self.shared_key(key)
         if key not in self.tokens:
             return None
@@ -228,24 +230,16 @@ def describe_statistics(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for path in sorted(folder.glob("layer-*.safetensors")):
         stored = StoredStatistics(path)
-        for key in stored.keys():
+        for key in stored.inputs():
             found = stored.of(key)
             assert found is not None
-            rows.append(
-                {
-                    "layer": int(path.stem.partition("-")[2]), "input": key, "tokens": found.tokens,
-                    "features": len(found.diagonal), "kind": "diagonal" if found.hessian is None else "hessian",
-                    "mean_square": float(found.diagonal.mean()) / max(1, found.tokens),
-                }  # fmt: skip
-            )
+            kind = "diagonal" if found.hessian is None else "hessian"
+            mean_square = float(found.diagonal.mean()) / max(1, found.tokens)
+            entry = {"layer": int(path.stem.partition("-")[2]), "input": key, "tokens": found.tokens}
+            rows.append({**entry, "features": len(found.diagonal), "kind": kind, "mean_square": mean_square})
     if not rows:
         raise RecipeError(f"{folder}: holds no statistics (layer-*.safetensors)")
     return rows
-
-
-def wants_hessian(options: CalibrationOptions, methods: set[str]) -> bool:
-    """Whether the statistics written must be whole: the diagonal is enough where no module is quantized by GPTQ."""
-    return "gptq" in methods or options.write_statistics is not None
 
 
 def is_finite(statistics: InputStatistics) -> bool:

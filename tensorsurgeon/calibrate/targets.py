@@ -44,12 +44,13 @@ class Target:
 
     @property
     def module(self) -> str:
+        """The weight's module, by the name it has when it is quantized."""
         return self.weight.module
 
     def read(self, reader: TensorReader) -> np.ndarray:
         """The weight [N, K] in its own dtype, from the shards."""
         array = np.empty(self.weight.shape, self.weight.dtype.numpy)
-        view = memoryview(array.reshape(-1).view(np.uint8))
+        view = array.reshape(-1).view(np.uint8).data
         position = 0
         for name, start, stop in self.rows:
             position += reader.rows_into(name, start, stop, view[position:])
@@ -97,9 +98,7 @@ def _source_rows(region: Region, pieces: Pieces, specs: Sequence[TensorSpec]) ->
     return rows
 
 
-def _place(
-    target: Target, chunks: list[tuple[int, list[SourceRows] | None]], layer_of: Mapping[str, int]
-) -> None:
+def _place(target: Target, chunks: list[tuple[int, list[SourceRows] | None]], layer_of: Mapping[str, int]) -> None:
     for _, rows in chunks:
         if rows is None:
             target.reason = "is not made of whole rows of the checkpoint's tensors"
@@ -165,7 +164,7 @@ class Keys:
         if rows.parameter not in self._stacks:
             return []
         height, shared = self._stacks[rows.parameter]
-        result = []
+        result: list[tuple[ParameterRows, str, int | None]] = []
         start = rows.start
         while start < rows.stop:
             expert = start // height

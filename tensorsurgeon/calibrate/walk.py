@@ -73,6 +73,7 @@ class Walk:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """Samples, tokens per sample, hidden size."""
         samples, length = self.tokens.shape
         return samples, length, self.model.hidden_size
 
@@ -134,7 +135,8 @@ class Walk:
     ) -> None:
         """Call one loaded layer on every batch; outputs are written unless ``outputs`` is None.
 
-        ``observer(batch, first token, forward)`` runs the forward it is given and returns its result. NumericError names the first sample whose states are not finite.
+        ``observer(batch, first token, forward)`` runs the forward it is given and returns its result.
+        NumericError names the first sample whose states are not finite.
         """
 
         def work(batch: int) -> None:
@@ -143,8 +145,9 @@ class Walk:
             call = self._calls[stop_at - start][number]
 
             def forward() -> Tensor:
-                result = layer(hidden, *call.args, **call.kwargs)
-                return result[0] if isinstance(result, tuple) else result
+                made = layer(hidden, *call.args, **call.kwargs)
+                states: Tensor = made[0] if isinstance(made, tuple) else made
+                return states
 
             result = forward() if observer is None else observer(batch, start * self.tokens.shape[1], forward)
             check_finite(result, self.model.layer_names[number], start)
