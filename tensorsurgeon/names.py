@@ -31,6 +31,8 @@ class Pattern(NamedTuple):
     text: str
     regex: re.Pattern[str]
     may_be_absent: bool
+    # The longest literal of a template: a name without it cannot match, which is quick to see.
+    literal: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
@@ -40,9 +42,11 @@ class Pattern(NamedTuple):
         body = text.removeprefix(_MAYBE)
         if body in ("", _REGEX):
             raise RecipeError(f"pattern {text!r} is empty")
-        source = body.removeprefix(_REGEX) if body.startswith(_REGEX) else _template_regex(body)
+        is_regex = body.startswith(_REGEX)
+        source = body.removeprefix(_REGEX) if is_regex else _template_regex(body)
+        literal = "" if is_regex else max(_FIELD.sub("\0", body).split("\0"), key=len)
         try:
-            return cls(text, re.compile(source), body != text)
+            return cls(text, re.compile(source), body != text, literal)
         except re.error as error:
             raise RecipeError(f"pattern {text!r} is not a valid expression: {error}") from error
 
@@ -98,15 +102,17 @@ class Selector:
     def _matches(self, names: Iterable[str]) -> list[tuple[str, re.Match[str]]]:
         names = list(names)
         self._check_matches(names)
-        excluded = [e.fullmatch for e in _any_of(self.exclude)]
-        wanted = [pattern.regex.fullmatch for pattern in self.where]
+        excluded = [(pattern.literal, pattern.regex.fullmatch) for pattern in self.exclude]
+        wanted = [(pattern.literal, pattern.regex.fullmatch) for pattern in self.where]
         chosen = []
         for name in names:
-            for match in wanted:
-                found = match(name)
+            for literal, match in wanted:
+                found = match(name) if literal in name else None
                 if found is not None:
-                    # Few names are wanted and then excluded, so that this order saves most of the matching.
-                    if not any(e(name) for e in excluded):
+                    for other, excludes in excluded:
+                        if other in name and excludes(name):
+                            break
+                    else:
                         chosen.append((name, found))
                     break
         if not chosen and not all(p.may_be_absent for p in self.where):
@@ -125,20 +131,6 @@ def _fields(found: re.Match[str]) -> dict[str, str]:
     """The named groups that took part in the match: an optional one that did not has no text to fill in."""
     fields = found.groupdict()
     return {k: v for k, v in fields.items() if v is not None} if None in fields.values() else fields
-
-
-def _any_of(patterns: Sequence[Pattern]) -> list[re.Pattern[str]]:
-    """Few expressions for a long list: matching 200 patterns with 31,000 names one by one would take seconds."""
-    alone = [p.regex for p in patterns if not _can_be_joined(p)]
-    # A named group may occur once per expression.
-    sources = [re.sub(r"\(\?P<\w+>", "(?:", p.regex.pattern) for p in patterns if _can_be_joined(p)]
-    return alone + ([re.compile("|".join(f"(?:{s})" for s in sources))] if sources else [])
-
-
-def _can_be_joined(pattern: Pattern) -> bool:
-    """Whether an expression means the same among others: no flags, and no reference to a group by name or number."""
-    regex = pattern.regex
-    return regex.flags == re.UNICODE and not re.search(r"\(\?P=|\(\?\(|\\[1-9]", regex.pattern)
 
 
 def _listed(patterns: Sequence[Pattern]) -> str:

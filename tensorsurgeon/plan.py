@@ -70,15 +70,29 @@ class Plan:
 
     source: Checkpoint
     steps: tuple[Transform, ...]
-    rewrites: tuple[tuple[Rewrite, ...], ...]
-    specs: SpecMap
+    resolved: Resolved
     layout: Layout
-    units: tuple[Unit, ...]
     files: OutputFiles
     quantized: dict[str, Scheme]
     max_shard_bytes: int
     # Data and options of a calibrated run: they decide bytes as much as the recipe does.
     calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def specs(self) -> SpecMap:
+        """Every tensor of the output, in file order."""
+        return self.resolved.specs
+
+    @property
+    def rewrites(self) -> Sequence[tuple[Rewrite, ...]]:
+        """What each step does."""
+        return self.resolved.rewrites
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """All the work, in the order of the source; made when it is first asked for, since looking at a plan does not."""
+        with _no_collector():
+            return _plan_units(self.resolved, self.source, self.layout)
 
     @property
     def output_bytes(self) -> int:
@@ -93,12 +107,14 @@ class Plan:
 
     @cached_property
     def copied_bytes(self) -> int:
-        return sum(c.nbytes for unit in self.units for c in unit.copies)
+        """Bytes that come from the source unchanged."""
+        return sum(piece.nbytes for pieces in self.resolved.contents.values() for piece in pieces if piece.origin >= 0)
 
     @cached_property
     def peak_unit_bytes(self) -> int:
         """What the largest unit holds; a memory cap below this cannot work."""
-        return max((unit.peak_bytes for unit in self.units), default=0)
+        tasks = self.resolved.tasks
+        return max((sum(_held_bytes(tasks[n]) for n in group) for group in units_of(tasks, self.resolved.made)), default=0)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -151,16 +167,13 @@ def make_plan(
         in_order = [resolved.specs[name] for name in canonical_order(resolved.specs)]
         resolved = resolved._replace(specs=SpecMap(in_order, resolved.specs.config))
         layout = lay_out(in_order, source.metadata, max_shard_bytes)
-        units = _plan_units(resolved, source, layout)
         quantized = quantized_modules(steps, resolved)
         files = output_files(steps, source, resolved.specs, quantized)
     return Plan(
         source=source,
         steps=steps,
-        rewrites=tuple(resolved.rewrites),
-        specs=resolved.specs,
+        resolved=resolved,
         layout=layout,
-        units=units,
         files=files,
         quantized={module: scheme for module, (_, scheme) in quantized.items()},
         max_shard_bytes=max_shard_bytes,

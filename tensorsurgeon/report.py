@@ -79,7 +79,6 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
         "unquantized": _counted(kept),
         "passed_through": len(inputs - read),
         "copied_bytes": plan.copied_bytes,
-        "units": len(plan.units),
         "peak_unit_bytes": plan.peak_unit_bytes,
         "disk_bytes": plan.disk_bytes,
         "steps": [
@@ -150,7 +149,7 @@ def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
         f"output  {data['output']['tensors']} tensors, {show_size(data['output']['bytes'])} in {len(shards)} shards, "
         f"{show_size(data['copied_bytes'])} of it copied unchanged ({data['passed_through']} tensors)",
         f"disk    {show_size(data['disk_bytes'])} needed{room}",
-        f"memory  {show_size(data['peak_unit_bytes'])} for the largest of {data['units']} units, per worker",
+        f"memory  {show_size(data['peak_unit_bytes'])} per worker at most, for the largest piece of work",
         f"files   written: {', '.join(data['files_written']) or 'none'}; copied: {len(data['files_copied'])}",
     ]
     if data["one_way_steps"]:

@@ -141,8 +141,10 @@ class Quantize:
         where = [Pattern.parse(text) for text in self.where]
         exclude = [Pattern.parse(text) for text in self.exclude]
         for name, spec in specs.items():
+            if len(spec.shape) != 3:
+                continue
             module, _, last = name.rpartition(".")
-            if len(spec.shape) != 3 or not module.endswith(".experts"):
+            if not module.endswith(".experts"):
                 continue
             # An expert's weight as it would be called after splitting: is that in the scope?
             split = f"{module}.0.{last.removesuffix('_up_proj').removesuffix('_proj')}_proj.weight"

@@ -17,11 +17,12 @@ class Unstack:
     """Turn each tensor that ``where`` selects into one per index of its first axis.
 
     ``into`` names them with ``{index}`` for the number: ``experts.down_proj`` [E, H, I] becomes
-    ``experts.{index}.down_proj.weight`` [H, I].
+    ``experts.{index}.down_proj.weight`` [H, I]. Several names cut each slice into as many equal parts along its own
+    first axis: ``experts.gate_up_proj`` [E, 2I, H] becomes a gate and an up [I, H] per expert.
     """
 
     where: tuple[str, ...]
-    into: str
+    into: tuple[str, ...]
     exclude: tuple[str, ...] = ()
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
@@ -32,14 +33,24 @@ class Unstack:
                 raise SpecError(f"{name}: shape {list(spec.shape)} has no first axis to unstack; two axes are needed")
             if not spec.shape[0]:
                 raise SpecError(f"{name}: shape {list(spec.shape)} has an empty first axis; drop this tensor instead")
-            shape = spec.shape[1:]
-            rows = prod(spec.shape[1:-1])
+            shape = self._part_shape(spec)
+            rows = prod(spec.shape[1:-1]) // len(self.into)
+            start = 0
             for index in range(spec.shape[0]):
                 fields["index"] = str(index)
-                target = TensorSpec(fill(self.into, fields), spec.dtype, shape)
-                source = Region(spec, index * rows, (index + 1) * rows)
-                rewrites.append(Rewrite((source,), (Region(target),), True))
+                for into in self.into:
+                    target = TensorSpec(fill(into, fields), spec.dtype, shape)
+                    rewrites.append(Rewrite((Region(spec, start, start + rows),), (Region(target),), True))
+                    start += rows
         return tuple(rewrites)
+
+    def _part_shape(self, spec: TensorSpec) -> tuple[int, ...]:
+        parts = len(self.into)
+        if parts == 1:
+            return spec.shape[1:]
+        if len(spec.shape) < 3 or spec.shape[1] % parts:
+            raise SpecError(f"{spec.name}: slices of {list(spec.shape)} cannot be cut into {parts} equal parts of rows")
+        return (spec.shape[1] // parts, *spec.shape[2:])
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         return move_arrays(rewrite, inputs)
