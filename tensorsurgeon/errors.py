@@ -35,90 +35,134 @@ class SurgeonError(Exception):
 
 
 class RecipeError(SurgeonError):
+    """The transform, its parameters or a pattern in it is wrong; nothing was read."""
+
     exit_code = 10
 
 
 class CheckpointError(SurgeonError):
+    """The source cannot be used as it is; nothing was written."""
+
     exit_code = 20
 
 
 class HeaderError(CheckpointError):
+    """A shard is no sound safetensors file."""
+
     exit_code = 21
 
 
 class IndexMismatchError(CheckpointError):
+    """The index and the shards contradict each other."""
+
     exit_code = 22
 
 
 class MissingTensorError(CheckpointError):
+    """A shard, or a tensor that belongs with others, is not there."""
+
     exit_code = 23
 
 
 class ConfigError(CheckpointError):
+    """config.json cannot be read, or says what no format here can mean."""
+
     exit_code = 24
 
 
 class PlanError(SurgeonError):
+    """Transform and checkpoint do not fit; nothing was written."""
+
     exit_code = 30
 
 
 class NoMatchError(PlanError):
+    """A pattern selects nothing."""
+
     exit_code = 31
 
 
 class NameCollisionError(PlanError):
+    """Two tensors would have the same name."""
+
     exit_code = 32
 
 
 class SpecError(PlanError):
+    """A dtype or shape that a rule cannot take."""
+
     exit_code = 33
 
 
 class BudgetError(PlanError):
+    """One piece of work needs more memory than it may have."""
+
     exit_code = 34
 
 
 class TargetError(PlanError):
+    """The target folder may not be written, or has too little room."""
+
     exit_code = 35
 
 
 class NotReversibleError(PlanError):
+    """A step loses information and cannot be undone."""
+
     exit_code = 36
 
 
 class EngineError(PlanError):
+    """An engine that was asked for would not load the result."""
+
     exit_code = 37
 
 
 class ExecutionError(SurgeonError):
+    """The run stopped; what is done is kept and can be resumed."""
+
     exit_code = 40
 
 
 class PlanViolationError(ExecutionError):
+    """A step made something else than it planned: a bug."""
+
     exit_code = 41
 
 
 class NumericError(ExecutionError):
+    """A value that cannot be stored or computed with: NaN, infinity, overflow."""
+
     exit_code = 42
 
 
 class SinkError(ExecutionError):
+    """Writing failed."""
+
     exit_code = 43
 
 
 class SourceError(ExecutionError):
+    """Reading failed, or the source changed while it was read."""
+
     exit_code = 44
 
 
-class Interrupted(ExecutionError):
+class Interrupted(ExecutionError):  # noqa: N818  # no fault of the run, so no Error
+    """Somebody asked the run to stop."""
+
     exit_code = 130
 
 
 class JournalError(SurgeonError):
+    """The journal of a stopped run does not belong to this run, or is damaged."""
+
     exit_code = 50
 
 
 class VerifyError(SurgeonError):
+    """A finished checkpoint is not what it says it is."""
+
     exit_code = 60
 
 

@@ -31,6 +31,8 @@ _DIGEST_BUFFER = 1 << 20
 
 
 class UnitResult(NamedTuple):
+    """What a finished unit wrote."""
+
     unit: int
     digests: list[str]
     nbytes: int

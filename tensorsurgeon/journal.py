@@ -25,6 +25,7 @@ _LOCK = "lock"
 
 
 def state_folder(target: Path) -> Path:
+    """Where a run keeps its journal until it is finished."""
     return target / STATE_FOLDER
 
 
@@ -120,6 +121,7 @@ def has_traces_of_run(target: Path) -> bool:
 
 
 def has_unfinished_run(target: Path) -> bool:
+    """Whether a run was stopped in this folder."""
     return (state_folder(target) / _RUN).exists()
 
 

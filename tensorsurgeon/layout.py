@@ -30,10 +30,12 @@ class OutputShard(NamedTuple):
 
 
 class Layout(NamedTuple):
+    """All output shards and the place of every tensor in them."""
+
     shards: tuple[OutputShard, ...]
     placements: dict[str, Placement]
     # None when there is a single shard, which needs no index.
-    index: bytes | None
+    index_json: bytes | None
     total_bytes: int
 
 

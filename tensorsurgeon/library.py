@@ -20,6 +20,7 @@ def transforms_folder() -> Path:
 
 
 def builtin_names() -> list[str]:
+    """The names of the built-in transforms."""
     return sorted(path.stem for path in transforms_folder().glob("*.yaml"))
 
 

@@ -102,7 +102,7 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """Bytes that all files of the output take, without side files."""
-        index = len(self.layout.index or b"")
+        index = len(self.layout.index_json or b"")
         return sum(s.file_bytes for s in self.layout.shards) + index + sum(map(len, self.files.contents.values()))
 
     @cached_property

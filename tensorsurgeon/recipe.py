@@ -238,7 +238,7 @@ def make_op(name: str, body: Any, overrides: Mapping[str, Any] | None = None) ->
     cls = op_named(name)
     if not isinstance(body, dict):
         raise RecipeError(f"{name} needs a mapping of its fields, found {body!r}")
-    hints = _hints(cls)
+    hints = _hints(name)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.repr}
     for key in body:
         if key not in fields:
@@ -253,8 +253,8 @@ def make_op(name: str, body: Any, overrides: Mapping[str, Any] | None = None) ->
 
 
 @cache
-def _hints(cls: type[Any]) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def _hints(op: str) -> dict[str, Any]:
+    return typing.get_type_hints(op_named(op))
 
 
 def _as_type(value: Any, hint: Any, what: str) -> Any:

@@ -127,7 +127,7 @@ def _publish(plan: Plan, sink: Sink, target: Path, record: bytes) -> None:
     """Make the output visible: what a reader looks for last comes last."""
     sink.sync()
     _check_headers(plan, target)
-    single = plan.layout.index is None
+    single = plan.layout.index_json is None
     if not single:
         sink.publish_shards()
     for name in plan.files.copied:
@@ -135,9 +135,9 @@ def _publish(plan: Plan, sink: Sink, target: Path, record: bytes) -> None:
     for name, content in plan.files.contents.items():
         publish_bytes(target / name, content)
     publish_bytes(target / RECORD_NAME, record)
-    if plan.layout.index is not None:
+    if plan.layout.index_json is not None:
         # Index last: its presence means that the checkpoint is complete.
-        publish_bytes(target / INDEX_NAME, plan.layout.index)
+        publish_bytes(target / INDEX_NAME, plan.layout.index_json)
         sync_folder(target)
     else:
         sink.publish_shards()

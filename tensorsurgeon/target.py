@@ -61,7 +61,7 @@ def refuse_overlap(source: Checkpoint, target: Path) -> None:
 
 def _is_complete(plan: Plan, target: Path) -> bool:
     record = read_record(target) if target.is_dir() and not has_unfinished_run(target) else None
-    names = [shard.name for shard in plan.layout.shards] + ([INDEX_NAME] if plan.layout.index is not None else [])
+    names = [shard.name for shard in plan.layout.shards] + ([INDEX_NAME] if plan.layout.index_json is not None else [])
     if record is None or not all((target / name).is_file() for name in names):
         return False
     if record.get("fingerprint") != plan.fingerprint:

@@ -132,7 +132,7 @@ def _walk(transform: AnyTransform) -> Iterator[Transform]:
         for step in transform:
             yield from _walk(step)
     elif hasattr(transform, "plan") and hasattr(transform, "apply"):
-        yield transform  # type: ignore[misc]  # mypy cannot narrow a protocol by hasattr
+        yield transform
     else:
         raise RecipeError(f"not a transform: {transform!r}")
 

@@ -42,7 +42,7 @@ def test_shards_are_named_as_the_hub_names_them_and_the_index_says_who_is_where(
     specs = [TensorSpec(f"a.{i}", F32, (5,)) for i in range(5)]
     layout = lay_out(specs, {}, 40)
     assert [shard.name for shard in layout.shards] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    index = json.loads(layout.index)
+    index = json.loads(layout.index_json)
     assert index["metadata"] == {"total_size": 100}
     assert list(index["weight_map"]) == [spec.name for spec in specs]
     assert index["weight_map"]["a.4"] == "model-00003-of-00003.safetensors"
@@ -51,7 +51,7 @@ def test_shards_are_named_as_the_hub_names_them_and_the_index_says_who_is_where(
 def test_one_shard_needs_no_index():
     layout = lay_out([TensorSpec("a", BF16, (5,))], {}, 10)
     assert [shard.name for shard in layout.shards] == ["model.safetensors"]
-    assert layout.index is None
+    assert layout.index_json is None
 
 
 def test_a_tensor_larger_than_the_limit_has_a_shard_of_its_own():
@@ -62,5 +62,5 @@ def test_a_tensor_larger_than_the_limit_has_a_shard_of_its_own():
 @pytest.mark.parametrize("name", ['a"b', "a\\b", "ü日本", "a\nb", "\u2028"])
 def test_any_name_survives_header_and_index(name):
     layout = lay_out([TensorSpec(name, I8, (5,)), TensorSpec("x", I8, (5,))], {}, 5)
-    assert list(json.loads(layout.index)["weight_map"]) == [name, "x"]
+    assert list(json.loads(layout.index_json)["weight_map"]) == [name, "x"]
     assert deserialize(layout.shards[0].header + b"12345")[0][0] == name

@@ -1,0 +1,1 @@
+"""One class per op: what can be done to tensors."""

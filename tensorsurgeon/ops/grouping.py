@@ -26,14 +26,14 @@ def parts_by_fields(specs: SpecMap, patterns: Sequence[str]) -> dict[Fields, lis
                     "which belongs to which whole; make the pattern capture what differs"
                 )
             parts[position] = specs[name]
-    for fields, parts in found.items():
+    for key, parts in found.items():
         for position, pattern in enumerate(patterns):
             if position not in parts:
                 have = next(iter(parts.values()))
                 raise MissingTensorError(
-                    f"{have.name} has no counterpart {pattern!r} with {dict(fields)}; all parts must exist to be joined"
+                    f"{have.name} has no counterpart {pattern!r} with {dict(key)}; all parts must exist to be joined"
                 )
-    return {fields: [parts[i] for i in range(len(patterns))] for fields, parts in found.items()}
+    return {key: [parts[i] for i in range(len(patterns))] for key, parts in found.items()}
 
 
 def stacks_by_fields(specs: SpecMap, where: Sequence[str], index: str = "index") -> dict[Fields, list[TensorSpec]]:

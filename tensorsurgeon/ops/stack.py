@@ -28,7 +28,7 @@ class Stack:
             raise RecipeError("stack: every pattern of where needs a field {index} for the number")
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        rewrites = []
+        rewrites: list[Rewrite] = []
         for fields, parts in stacks_by_fields(specs, self.where).items():
             check_alike(parts)
             shape = parts[0].shape

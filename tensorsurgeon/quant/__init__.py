@@ -1,0 +1,1 @@
+"""Quantization as mathematics: arrays in, arrays out; no names, no files."""
