@@ -130,6 +130,7 @@ def compare(peer: Peer | None, shape: tuple[int, int], seed: int, threads: int, 
     matrix = weight(*shape, seed)
     scale = base_scale(matrix)
     stack = torch.stack([weight(*shape, seed + 100 * expert) for expert in range(EXPERTS)])
+    stack_scale = base_scale(stack)
     grid: dict[str, Any] = {
         "qmin": -8, "qmax": 7, "group_size": GROUP_SIZE, "store_scale": lambda scales: scales.half().float(), "tokens": 4096,
     }  # fmt: skip
@@ -141,7 +142,7 @@ def compare(peer: Peer | None, shape: tuple[int, int], seed: int, threads: int, 
         "ours, searched scales": lambda: gptq(matrix, hessian, scale=scale, options=searched, **grid).dequantize(),
         "ours, searched and polished": lambda: gptq(matrix, hessian, scale=scale, options=polished, **grid).dequantize(),
         f"ours, {EXPERTS} sharing H, each": lambda: gptq_stack(
-            stack, hessian, scale=base_scale(stack), options=plain, **grid
+            stack, hessian, scale=stack_scale, options=plain, **grid
         )[0].dequantize(),
     }  # fmt: skip
     times: dict[str, list[float]] = {name: [] for name in ("llm-compressor", *variants)}

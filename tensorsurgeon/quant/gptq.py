@@ -18,11 +18,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tensorsurgeon.errors import NumericError
-from tensorsurgeon.quant.compiled import kernel
+from tensorsurgeon.quant.gptq_kernels import column_loop, take_columns
 from tensorsurgeon.quant.hessian import ActOrder, FlippedFactor, damp_for_tokens, flipped_cholesky
 from tensorsurgeon.quant.polish import Polish, polish
 from tensorsurgeon.quant.scale_search import (
@@ -37,10 +36,6 @@ from tensorsurgeon.quant.scale_search import (
     zero_rows,
 )
 
-# Rows per tile of the column loop: a tile of 128 columns x 64 rows of sums is 32 KB and stays in the L1 cache.
-_TILE = 64
-# Columns whose errors are handed on together: a third of the memory traffic of one at a time. Written out below.
-_PANEL = 4
 # Rows that `gptq_stack` quantizes together: more fall out of the cache (a third slower at 4,096).
 STACK_ROWS = 1024
 
@@ -55,7 +50,7 @@ class GptqOptions:
     ``act_order``: ``static`` quantizes the most used columns first with groups as they lie on disk (no g_idx).
     ``search``: search scales first, weighted by what an error in each column costs; None keeps the scales given.
     ``polish``: rounds of coordinate descent and scale refit afterwards; None for none.
-    ``measure_energy``: also compute tr(W H W^T), which ``relative_loss`` needs: two more products of GPTQ's own size.
+    ``measure_energy``: also compute tr(W H W^T), which ``relative_loss`` needs: a product twice the size of GPTQ's own.
     """
 
     damp_percent: float = 0.01
@@ -240,7 +235,8 @@ def _quantize_columns(
     """
     rows, columns = weight.shape
     group = (factor.order // (columns if group_size == -1 else group_size)).numpy()
-    original = weight.T.contiguous().index_select(0, factor.order)
+    original = torch.empty(columns, rows)
+    take_columns(weight.contiguous().numpy(), factor.order.numpy(), original.numpy())
     residual = torch.empty_like(original)
     codes = torch.empty(columns, rows, dtype=code_dtype(qmin, qmax))
     scale_rows = scale.T.contiguous()
@@ -251,7 +247,7 @@ def _quantize_columns(
     for stop in range(columns, 0, -block_size):
         start = max(0, stop - block_size)
         owed = factor.lower[stop:, start:stop].T @ residual[stop:]
-        _column_loop(
+        column_loop(
             original[start:stop].numpy(),
             owed.numpy(),
             factor.lower[start:stop, start:stop].contiguous().numpy(),
@@ -266,65 +262,3 @@ def _quantize_columns(
             loss.numpy(),
         )
     return codes[torch.argsort(factor.order)].T.contiguous(), loss
-
-
-@kernel
-def _column_loop(
-    original: NDArray[np.float32],
-    owed: NDArray[np.float32],
-    lower: NDArray[np.float32],
-    added: NDArray[np.float32],
-    scale: NDArray[np.float32],
-    zero_point: NDArray[np.float32],
-    group: NDArray[np.int64],
-    qmin: np.float32,
-    qmax: np.float32,
-    codes: NDArray[np.int8],
-    residual: NDArray[np.float32],
-    loss: NDArray[np.float64],
-) -> None:
-    """Quantize one block [B, N] of columns from its end; ``owed`` [B, N] is what columns outside it left behind.
-
-    ``loss`` [N] gains (U^T D)^2, less the damping's part ``added`` D^2.
-    No fastmath and a division, not a reciprocal: codes must be those of ``round_to_nearest``.
-    """
-    columns, rows = original.shape
-    sums = np.empty((columns, _TILE), np.float32)
-    for first in range(0, rows, _TILE):
-        width = min(_TILE, rows - first)
-        for k in range(columns):
-            for n in range(width):
-                sums[k, n] = owed[k, first + n]
-        for stop in range(columns, 0, -_PANEL):
-            start = max(0, stop - _PANEL)
-            for k in range(stop - 1, start - 1, -1):
-                pivot = lower[k, k]
-                row_scale = scale[group[k], first : first + width]
-                row_zero = zero_point[group[k], first : first + width]
-                row_original = original[k, first : first + width]
-                row_codes = codes[k, first : first + width]
-                row_residual = residual[k, first : first + width]
-                for n in range(width):
-                    size = row_scale[n]
-                    divisor = np.float32(1.0) if size == np.float32(0.0) else size
-                    current = row_original[n] + sums[k, n] / pivot
-                    level = min(max(np.rint(current / divisor + row_zero[n]), qmin), qmax)
-                    row_residual[n] = row_original[n] - (level - row_zero[n]) * size
-                    row_codes[n] = np.int16(level)
-                for n in range(width):
-                    off = sums[k, n] + row_residual[n] * pivot
-                    loss[first + n] += off * off - added[k] * row_residual[n] * row_residual[n]
-                for i in range(start, k):
-                    weight = lower[k, i]
-                    for n in range(width):
-                        sums[i, n] += weight * row_residual[n]
-            if start == 0:
-                break
-            r0 = residual[start, first : first + width]
-            r1 = residual[start + 1, first : first + width]
-            r2 = residual[start + 2, first : first + width]
-            r3 = residual[start + 3, first : first + width]
-            for i in range(start):
-                w0, w1, w2, w3 = lower[start, i], lower[start + 1, i], lower[start + 2, i], lower[start + 3, i]
-                for n in range(width):
-                    sums[i, n] += (w0 * r0[n] + w1 * r1[n]) + (w2 * r2[n] + w3 * r3[n])

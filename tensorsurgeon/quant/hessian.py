@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tensorsurgeon.errors import NumericError
 from tensorsurgeon.quant.compiled import kernel
+from tensorsurgeon.quant.gptq_kernels import factor_panel, gather_lower
 
 ActOrder = Literal["static", "none"]
 
@@ -162,7 +163,7 @@ def flipped_cholesky(hessian: Tensor, damp_percent: float, act_order: ActOrder =
     while attempt <= max(_LAST_DAMPING, damp_percent):
         damped_diagonal = torch.where(live, diagonal + attempt * mean, torch.full_like(diagonal, mean))
         lower = torch.empty_like(hessian, memory_format=torch.contiguous_format)
-        _gather_lower(lower.numpy(), hessian.contiguous().numpy(), damped_diagonal.numpy(), order.numpy())
+        gather_lower(lower.numpy(), hessian.contiguous().numpy(), damped_diagonal.numpy(), order.numpy())
         if _factor_in_place(lower) and _probe_agrees(lower, hessian, damped_diagonal, order):
             return FlippedFactor(lower=lower, order=order, diagonal=damped_diagonal, damp_percent=attempt)
         attempt = max(_FIRST_DAMPING, attempt * 10)
@@ -223,21 +224,6 @@ def _add_rows(total: NDArray[np.float64], rows: NDArray[np.float64]) -> None:
             total[column] += rows[row, column]
 
 
-@kernel
-def _gather_lower(
-    out: NDArray[np.float32], hessian: NDArray[np.float32], diagonal: NDArray[np.float32], order: NDArray[np.int64]
-) -> None:
-    """out[i, j] = H[order[i], order[j]] for j <= i, with the damped diagonal; zero above it."""
-    size = order.shape[0]
-    for i in range(size):
-        source = hessian[order[i]]
-        for j in range(i):
-            out[i, j] = source[order[j]]
-        out[i, i] = diagonal[order[i]]
-        for j in range(i + 1, size):
-            out[i, j] = 0.0
-
-
 def _factor_in_place(matrix: Tensor) -> bool:
     """Replace the lower half of ``matrix`` by its Cholesky factor; False if a pivot is lost in rounding.
 
@@ -252,45 +238,11 @@ def _factor_in_place(matrix: Tensor) -> bool:
             matrix[start:, start:stop].addmm_(matrix[start:, :start], matrix[start:stop, :start].T, alpha=-1)
         pivot = matrix[start:stop, start:stop].contiguous()
         inverse = torch.empty_like(pivot)
-        if not _factor_panel(pivot.numpy(), inverse.numpy(), diagonal[start:stop], _PIVOT_FLOOR):
+        if not factor_panel(pivot.numpy(), inverse.numpy(), diagonal[start:stop], _PIVOT_FLOOR):
             return False
         matrix[start:stop, start:stop] = pivot
         if stop < size:
             matrix[stop:, start:stop] = matrix[stop:, start:stop] @ inverse.T
-    return True
-
-
-@kernel
-def _factor_panel(panel: NDArray[np.float32], inverse: NDArray[np.float32], diagonal: NDArray[np.float32], floor: float) -> bool:
-    """Cholesky factor of one diagonal block, in place (zero above the diagonal), and the inverse of that factor."""
-    size = panel.shape[0]
-    upper = np.zeros((size, size), np.float64)
-    for i in range(size):
-        for j in range(i, size):
-            upper[i, j] = panel[j, i]
-    for k in range(size):
-        if not upper[k, k] > floor * diagonal[k]:
-            return False
-        upper[k, k] = np.sqrt(upper[k, k])
-        for j in range(k + 1, size):
-            upper[k, j] /= upper[k, k]
-        for i in range(k + 1, size):
-            factor = upper[k, i]
-            for j in range(i, size):
-                upper[i, j] -= factor * upper[k, j]
-    solved = np.zeros((size, size), np.float64)
-    for i in range(size):
-        solved[i, i] = 1.0
-        for k in range(i):
-            factor = upper[k, i]
-            for j in range(k + 1):
-                solved[i, j] -= factor * solved[k, j]
-        for j in range(i + 1):
-            solved[i, j] /= upper[i, i]
-    for i in range(size):
-        for j in range(size):
-            panel[i, j] = upper[j, i]
-            inverse[i, j] = solved[i, j]
     return True
 
 
