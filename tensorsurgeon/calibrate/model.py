@@ -107,11 +107,12 @@ class StreamedModel:
     def _fill(
         self, prefix: str, module: nn.Module, loadings: Sequence[Loading], reader: TensorReader, *, complete: bool = True
     ) -> None:
+        # First, while parameters are on the meta device: transformers initialises a module's weights along with its buffers.
+        _make_buffers(self.model, prefix, module, self.layers if not complete else (), self.device)
         for loading in loadings:
             tensors = {name: tensor_of(reader.whole(name)) for name in loading.names}
             for target, value in self.names.convert(loading, tensors).items():
                 self._set(target, value)
-        _make_buffers(self.model, prefix, module, self.layers if not complete else (), self.device)
         if complete:
             missing = [name for name, value in _tensors_of(module) if value.is_meta]
             if missing:
