@@ -12,7 +12,7 @@ from typing import Any
 
 from tensorsurgeon.dtypes import DType
 from tensorsurgeon.errors import ConfigError, did_you_mean
-from tensorsurgeon.formats.coverage import float_matrices
+from tensorsurgeon.formats.coverage import MTP, float_matrices
 from tensorsurgeon.quant.grid import Scheme
 from tensorsurgeon.spec import SpecMap
 
@@ -121,7 +121,8 @@ def schemes_of(
     if not schemes:
         raise ConfigError(f"{TOP}: no module of the checkpoint has the tensors that this config describes")
     for module in () if float_by_tensors else float_matrices(specs):
-        if module not in schemes and scheme_for(module) is not None:
+        # Tools that load through transformers never see an MTP head, so their configs say nothing about it.
+        if not module.startswith(MTP) and module not in schemes and scheme_for(module) is not None:
             found = specs[module + ".weight"]
             raise ConfigError(f"{TOP}.{unquantized_key}: nothing keeps {module} out, but it is stored unquantized ({found})")
     return schemes

@@ -158,8 +158,7 @@ def float_matrices(specs: SpecMap) -> list[str]:
     """Modules with an unquantized 2-D weight that an engine may take for a quantized linear.
 
     Not among them: embeddings, norms, routers and shared-expert gates, which no engine hands its quantization
-    config to (formats.md section 7); the output head, which "all linears" means to some readers only; and the MTP
-    head, which tools that load models through transformers never see and so say nothing about.
+    config to (formats.md section 7), and the output head, which "all linears" means to some readers only.
     """
     names = []
     for name, spec in specs.items():
@@ -167,7 +166,7 @@ def float_matrices(specs: SpecMap) -> list[str]:
             continue
         module = name[: -len(".weight")]
         leaf = module[module.rfind(".") + 1 :]
-        if "embed" in leaf or "norm" in leaf or leaf in _NEVER_QUANTIZED or module.startswith(MTP):
+        if "embed" in leaf or "norm" in leaf or leaf in _NEVER_QUANTIZED:
             continue
         names.append(module)
     return names
