@@ -115,6 +115,8 @@ def _document(record: Any, where: str) -> Document:
         return record
     if isinstance(record, Mapping):
         if isinstance(record.get("messages"), list):
+            if not all(isinstance(message, Mapping) and "role" in message for message in record["messages"]):
+                raise RecipeError(f"{where}: messages must be objects with role and content")
             return list(record["messages"])
         if isinstance(record.get("text"), str):
             return str(record["text"])
