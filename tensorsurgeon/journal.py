@@ -164,7 +164,7 @@ def _read_lines(path: Path) -> dict[int, list[str]]:
         try:
             entry = json.loads(line)
             done[int(entry["unit"])] = [str(d) for d in entry["digests"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             # Appends are whole or torn, so that damage elsewhere means that this unit is simply done again.
             continue
     if lines[-1]:
