@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorsurgeon.quant.bits import bits_of, f32_of, infinity, like, magnitude, to_bf16, to_f16_digits, widen
+from tensorsurgeon.quant.bits import bits_of, f32_of, infinity, like, to_bf16, to_f16_digits, widen
 from tensorsurgeon.quant.compiled import inline, kernel
-from tensorsurgeon.quant.fast_kernels import AS_BF16, AS_F16, round_to
+from tensorsurgeon.quant.fast_kernels import AS_BF16, AS_F16, round_to, run_amax
+
+_SIXTEEN = np.uint64(16)
 
 
 @inline
@@ -41,21 +43,26 @@ def e2m1_of(value):
     return np.uint8(code | (np.uint8(value < np.float32(0.0)) << np.uint8(3)))
 
 
-@inline
-def span_amax(row, first, last, largest):
-    """The larger of ``largest`` and the magnitudes of a run of a row, as bits."""
-    for k in range(np.uint64(first), np.uint64(last)):
-        largest = max(largest, magnitude(row[k]))
-    return largest
-
-
 @kernel
 def weight_amax(weight: np.ndarray) -> float:
     """The largest magnitude of a matrix; infinity if a number is not finite."""
     largest = like(weight[0, 0], 0)
     for n in range(weight.shape[0]):
-        largest = span_amax(weight[n], 0, weight.shape[1], largest)
+        largest = max(largest, run_amax(weight[n], np.uint64(0), weight.shape[1]))
     return widen(largest) if largest < infinity(largest) else np.float32(np.inf)
+
+
+@inline
+def e4m3_codes(row, first, size, divisor, how, made):
+    """E4M3 bytes of a run of a row."""
+    start = np.uint64(first)
+    for k in range(np.uint64(size)):
+        q = widen(row[start + k]) / divisor
+        if how == AS_BF16:
+            q = to_bf16(q)
+        elif how == AS_F16:
+            q = to_f16_digits(q)
+        made[start + k] = e4m3_of(min(max(q, np.float32(-448.0)), np.float32(448.0)))
 
 
 @kernel
@@ -78,29 +85,27 @@ def fp8(
             left, right = j * width, min((j + 1) * width, columns)
             largest = like(weight[0, 0], 0)
             for n in range(top, bottom):
-                largest = span_amax(weight[n], left, right, largest)
+                largest = max(largest, run_amax(weight[n], np.uint64(left), right - left))
             if not largest < infinity(largest):
                 return i
             divisor = round_to(round_to(widen(largest) / np.float32(448.0), math), stored)
             divisor = floor if divisor == 0 else divisor
             scale[i, j] = divisor
             for n in range(top, bottom):
-                row, made = weight[n], codes[n]
-                for k in range(np.uint64(left), np.uint64(right)):
-                    q = widen(row[k]) / divisor
-                    if how == AS_BF16:
-                        q = to_bf16(q)
-                    elif how == AS_F16:
-                        q = to_f16_digits(q)
-                    made[k] = e4m3_of(min(max(q, np.float32(-448.0)), np.float32(448.0)))
+                e4m3_codes(weight[n], left, right - left, divisor, how, codes[n])
     return -1
 
 
 @inline
-def e2m1_codes(row, first, last, divisor, made):
-    """E2M1 codes of one group."""
-    for k in range(np.uint64(first), np.uint64(last)):
-        made[k] = e2m1_of(widen(row[k]) / divisor)
+def e2m1_codes(row, first, size, divisor, made):
+    """E2M1 codes of one group, in blocks of known length."""
+    start = np.uint64(first)
+    for _ in range(size // 16):
+        for k in range(_SIXTEEN):
+            made[start + k] = e2m1_of(widen(row[start + k]) / divisor)
+        start += _SIXTEEN
+    for k in range(np.uint64(size % 16)):
+        made[start + k] = e2m1_of(widen(row[start + k]) / divisor)
 
 
 @kernel
@@ -118,29 +123,29 @@ def nvfp4(
     ``least`` replaces a scale of 0. The weight is finite: ``weight_amax`` has been there.
     """
     for n in range(weight.shape[0]):
-        row = weight[n]
+        row, made = weight[n], codes[n]
         for g in range(scale.shape[1]):
-            first, last = g * size, (g + 1) * size
-            amax = widen(span_amax(row, first, last, like(row[0], 0)))
+            first = g * size
+            amax = widen(run_amax(row, np.uint64(first), size))
             local = min(multiplier * round_to(amax / np.float32(6.0), math), np.float32(448.0))
             local = e4m3_value(e4m3_of(local))
             local = least if local == 0 else local
             scale[n, g] = local
-            e2m1_codes(row, first, last, local / multiplier, codes[n])
+            e2m1_codes(row, first, size, local / multiplier, made)
 
 
 @kernel
 def mxfp4(weight: np.ndarray, size: int, codes: np.ndarray, scale: np.ndarray) -> int:
     """E2M1 codes uint8 [N, K] and powers of two (as float32) [N, G]; -1, or the first row that is not finite."""
     for n in range(weight.shape[0]):
-        row = weight[n]
+        row, made = weight[n], codes[n]
         for g in range(scale.shape[1]):
-            first, last = g * size, (g + 1) * size
-            largest = span_amax(row, first, last, like(row[0], 0))
+            first = g * size
+            largest = run_amax(row, np.uint64(first), size)
             if not largest < infinity(largest):
                 return n
             raised = (bits_of(widen(largest)) + np.uint32(1 << 21)) >> np.uint32(23)
             exponent = raised - np.uint32(2) if raised > np.uint32(2) else np.uint32(0)
             scale[n, g] = f32_of(np.uint32(1 << 22) if exponent == 0 else exponent << np.uint32(23))
-            e2m1_codes(row, first, last, scale[n, g], codes[n])
+            e2m1_codes(row, first, size, scale[n, g], made)
     return -1

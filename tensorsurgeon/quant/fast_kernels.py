@@ -20,7 +20,8 @@ AS_F32, AS_BF16, AS_F16, BY_RECIPROCAL = 0, 1, 2, 3
 REPLACE_ZERO, LIFT_TO_FLOOR, UNIT_RANGE = 0, 1, 2
 # Zero points: from the unrounded scale and added before rounding, clamped, or as they come.
 ZERO_OF_SPAN, ZERO_CLAMPED, ZERO_ROUNDED = 0, 1, 2
-_ONE = np.uint64(1)
+_EIGHT = np.uint64(8)
+_LONG = 128
 _BLOCK = np.uint64(32)
 
 
@@ -35,40 +36,33 @@ def round_to(value, precision):
 
 
 @inline
-def group_amax(row, groups, size, amax, ladder):
-    """The largest magnitude of each group of a row; False if the row holds an infinity or a NaN.
+def run_amax(row, start, size):
+    """The largest magnitude, as bits, of ``size`` elements from ``start`` (unsigned).
 
-    Groups of 8, 16 and 32 are halved all at once, neighbour against neighbour, because their own vector loop would be
-    over before it begins. ``ladder`` is scratch of the row's length.
+    Blocks of known length for short groups: their vector loop would be over before it begins. Indices are unsigned
+    because a signed one might count from the end, which keeps a loop scalar; no slice is taken, for each counts
+    references.
     """
-    limit = infinity(row[0])
-    finite = True
-    if size != 8 and size != 16 and size != 32:
-        for g in range(groups):
-            start = np.uint64(g * size)
-            largest = like(row[0], 0)
-            for k in range(np.uint64(size)):
+    largest = like(row[0], 0)
+    if size < _LONG and size % 8 == 0:
+        for _ in range(size // 8):
+            for k in range(_EIGHT):
                 largest = max(largest, magnitude(row[start + k]))
-            finite &= largest < limit
-            amax[g] = widen(largest)
-        return finite
-    count = row.size // 2
-    rung = ladder[:count]
-    for k in range(count):
-        even = np.uint64(k) << _ONE  # unsigned: a signed index might count from the end, which keeps the loop scalar
-        rung[k] = max(magnitude(row[even]), magnitude(row[even | _ONE]))
-    used = 0
-    while count > groups:
-        above = ladder[used : used + count]
-        used += count
-        count //= 2
-        rung = ladder[used : used + count]
-        for k in range(count):
-            even = np.uint64(k) << _ONE
-            rung[k] = max(above[even], above[even | _ONE])
+            start += _EIGHT
+        return largest
+    for k in range(np.uint64(size)):
+        largest = max(largest, magnitude(row[start + k]))
+    return largest
+
+
+@inline
+def group_amax(row, groups, size, amax):
+    """The largest magnitude of each group of a row; False if the row holds an infinity or a NaN."""
+    finite = True
     for g in range(groups):
-        finite &= rung[g] < limit
-        amax[g] = widen(rung[g])
+        largest = run_amax(row, np.uint64(g * size), size)
+        finite &= largest < infinity(largest)
+        amax[g] = widen(largest)
     return finite
 
 
@@ -127,20 +121,30 @@ def code_of(value, divisor, factor, low, high, how):
 
 
 @inline
-def group_codes(row, first, size, divisor, low, high, how, codes):
-    """Codes of the group that begins at ``first``, in blocks of known length so that 32 need no scalar loop.
-
-    Indices are unsigned, for a signed one might count from the end; and no slice is taken, for each counts references.
-    """
-    factor = np.float32(1.0) / divisor
-    start, stop = np.uint64(first), np.uint64(first + size)
-    while start + _BLOCK <= stop:
+def block_codes(row, start, blocks, by, low, high, how, codes):
+    """Codes of blocks of 32: with ``how`` known where it is inlined, each block is straight vector code."""
+    for _ in range(blocks):
         for k in range(_BLOCK):
-            codes[start + k] = code_of(widen(row[start + k]), divisor, factor, low, high, how)
+            codes[start + k] = code_of(widen(row[start + k]), by, by, low, high, how)
         start += _BLOCK
-    while start < stop:
-        codes[start] = code_of(widen(row[start]), divisor, factor, low, high, how)
-        start += _ONE
+
+
+@inline
+def group_codes(row, first, size, divisor, low, high, how, codes):
+    """Codes of the group that begins at ``first``; see ``run_amax`` for its manner of indexing."""
+    start, blocks = np.uint64(first), size // 32
+    factor = np.float32(1.0) / divisor
+    if how == AS_F32:
+        block_codes(row, start, blocks, divisor, low, high, AS_F32, codes)
+    elif how == AS_BF16:
+        block_codes(row, start, blocks, divisor, low, high, AS_BF16, codes)
+    elif how == AS_F16:
+        block_codes(row, start, blocks, divisor, low, high, AS_F16, codes)
+    else:
+        block_codes(row, start, blocks, factor, low, high, BY_RECIPROCAL, codes)
+    start += np.uint64(blocks) * _BLOCK
+    for k in range(np.uint64(size - 32 * blocks)):
+        codes[start + k] = code_of(widen(row[start + k]), divisor, factor, low, high, how)
 
 
 @inline
@@ -213,9 +217,8 @@ def symmetric(
     span = np.empty(groups, np.float32)
     lows = np.empty(groups, np.float32)
     divisor = np.empty(groups, np.float32)
-    ladder = np.empty(columns, weight.dtype)
     for n in range(rows):
-        row = weight[n]
+        row, made, scales = weight[n], codes[n], scale[n]
         if signed:
             finite = group_range(row, groups, size, lows, span)
             for g in range(groups):
@@ -223,18 +226,18 @@ def symmetric(
                 lows[g] = np.float32(1.0) if span[g] < lead else np.float32(-1.0)
                 span[g] = max(span[g], lead)
         else:
-            finite = group_amax(row, groups, size, span, ladder)
+            finite = group_amax(row, groups, size, span)
         if not finite:
             return n
-        settle_scales(span, steps, math, stored, zero_group, floor, late, scale[n], divisor)
+        settle_scales(span, steps, math, stored, zero_group, floor, late, scales, divisor)
         if signed:
             for g in range(groups):
                 # a scale that the dtype rounds to 0 has lost its sign, and is lifted to the positive floor
                 sign = np.float32(1.0) if round_to(span[g] / steps, stored) == 0 else lows[g]
                 divisor[g] *= sign
-                scale[n, g] *= sign
+                scales[g] *= sign
         for g in range(groups):
-            group_codes(row, g * size, size, divisor[g], low, high, how, codes[n])
+            group_codes(row, g * size, size, divisor[g], low, high, how, made)
     return -1
 
 
@@ -269,17 +272,17 @@ def asymmetric(
     divisor = np.empty(groups, np.float32)
     zero = np.empty(groups, np.float32)
     for n in range(rows):
-        row = weight[n]
+        row, made, scales, zero_points = weight[n], codes[n], scale[n], zero_point[n]
         if not group_range(row, groups, size, least, most):
             return n
         for g in range(groups):
             span[g] = round_to(most[g] - least[g], math)
             if zero_group == UNIT_RANGE and span[g] / (high - low) == 0:
                 least[g] = np.float32(-1.0)
-        settle_scales(span, high - low, math, stored, zero_group, floor, late, scale[n], divisor)
+        settle_scales(span, high - low, math, stored, zero_group, floor, late, scales, divisor)
         for g in range(groups):
             zero[g] = zero_of(least[g], span[g], divisor[g], low, high, math, how, zeros)
-            zero_point[n, g] = np.int8(np.int32(zero[g]) - shift)
+            zero_points[g] = np.int8(np.int32(zero[g]) - shift)
         for g in range(groups):
-            shifted_codes(row, g * size, size, divisor[g], zero[g], low, high, how, zeros, shift, codes[n])
+            shifted_codes(row, g * size, size, divisor[g], zero[g], low, high, how, zeros, shift, made)
     return -1
