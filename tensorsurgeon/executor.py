@@ -16,7 +16,7 @@ import xxhash
 
 from tensorsurgeon.arrays import Workspace, empty, workspace_of_thread
 from tensorsurgeon.checks import check_produced
-from tensorsurgeon.errors import Interrupted
+from tensorsurgeon.errors import Interrupted, SurgeonError
 from tensorsurgeon.journal import Journal
 from tensorsurgeon.plan import Copy, Plan, Unit
 from tensorsurgeon.sink import Sink
@@ -108,7 +108,12 @@ class _Run:
                 wait(futures)
                 raise
         errors = [error for future in futures if (error := future.exception()) is not None]
-        self._commit()
+        try:
+            self._commit()
+        except SurgeonError:
+            # A full disk takes no journal line either; what stopped the run is the better message.
+            if not errors:
+                raise
         if errors:
             raise errors[0]
         if self.stop.is_set() and len(self.digests) < len(todo):

@@ -153,7 +153,7 @@ def test_another_run_is_refused_and_nothing_is_lost(change, moe, stopped, plan, 
         case "inverse":
             steps = [*STEPS, STEPS[1].inverse(plan.rewrites[-1])]
     other = make_plan(steps, open_checkpoint(moe), max_shard_bytes=size)
-    with pytest.raises(JournalError, match="another source, recipe, package version or shard size.*--overwrite"):
+    with pytest.raises(JournalError, match=r"another source, recipe, package version or shard size.*--overwrite"):
         run_plan(other, stopped, resume=True)
     assert folder_bytes(stopped) == before
 
