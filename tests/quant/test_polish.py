@@ -194,3 +194,22 @@ def test_an_identity_hessian_leaves_nearest_codes_at_their_scales() -> None:
     )
     assert torch.equal(found.codes, codes)
     assert torch.equal(found.row_gain, torch.zeros(32, dtype=torch.float64))
+
+
+def test_a_scale_keeps_its_sign_where_the_opposite_sign_would_fit_best() -> None:
+    codes = torch.randint(-7, 8, (12, 64), generator=seeded(1)).to(torch.int8)
+    scale = torch.full((12, 2), 0.01)
+    weight = dequantize(codes, scale, None)
+    found = polish(
+        weight,
+        torch.eye(64),
+        -codes,
+        scale,
+        damping=torch.zeros(64),
+        qmin=-8,
+        qmax=7,
+        group_size=32,
+        store_scale=lambda s: s,
+    )
+    assert (found.scale > 0).all()
+    assert torch.equal(found.codes, codes)
