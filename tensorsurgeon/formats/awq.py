@@ -6,8 +6,9 @@ and without them it would read the codes as they are, eight too high.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -117,30 +118,33 @@ def modules_to_not_convert(coverage: Coverage) -> list[str]:
     quantized = coverage.quantized_names()
     quantized += [*coverage.experts, *(f for module in quantized if (f := fused_name(module)) is not None)]
     left = [*coverage.left_out(), *(f for module in coverage.float_linears if (f := fused_name(module)) is not None)]
-    found = dict.fromkeys(_shortest(module, quantized) for module in left)
+
+    @cache
+    def hit(text: str) -> str | None:
+        return next((name for name in quantized if text in name), None)
+
+    found = dict.fromkeys(_first_unused(_candidates(module), hit, module) for module in left)
     if coverage.float_mtp:
-        found[_first_unused(("mtp",), quantized, coverage.float_mtp[0])] = None
+        found[_first_unused(("mtp",), hit, coverage.float_mtp[0])] = None
     return [text for text in found if not any(other != text and other in text for other in found)]
 
 
-def _shortest(module: str, quantized: list[str]) -> str:
+def _candidates(module: str) -> tuple[str, ...]:
     parts = module.removeprefix("model.").split(".")
     numbered = next((at for at, part in enumerate(parts) if part.isdigit()), None)
     if numbered is None:
-        return _first_unused((parts[0], ".".join(parts), module), quantized, module)
-    tower = parts[: numbered - 1]
-    of_all_layers, of_one = parts[numbered + 1 :], parts[numbered - 1 :]
-    candidates = (*tower[:1], ".".join(of_all_layers), ".".join(of_one), module)
-    return _first_unused(candidates, quantized, module)
+        return parts[0], ".".join(parts), module
+    tower, of_all_layers, of_one = parts[: numbered - 1], parts[numbered + 1 :], parts[numbered - 1 :]
+    return *tower[:1], ".".join(of_all_layers), ".".join(of_one), module
 
 
-def _first_unused(candidates: Iterable[str], quantized: list[str], module: str) -> str:
-    hits: str | None = None
+def _first_unused(candidates: Iterable[str], hit: Callable[[str], str | None], module: str) -> str:
+    found: str | None = None
     for text in candidates:
-        hits = next((name for name in quantized if text in name), None)
-        if hits is None:
+        found = hit(text)
+        if found is None:
             return text
     raise SpecError(
-        f"{module} is not quantized, but modules_to_not_convert takes substrings and its name is part of {hits}; "
+        f"{module} is not quantized, but modules_to_not_convert takes substrings and its name is part of {found}; "
         "quantize it too, or choose another format"
     )

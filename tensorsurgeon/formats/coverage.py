@@ -106,7 +106,14 @@ def _fold_quantized(model: QuantizedModel) -> tuple[dict[str, Scheme], dict[str,
     leaves: dict[str, None] = {}
     # By identity, because hashing 30,000 dataclasses costs more than everything else here.
     layouts: dict[int, Scheme] = {}
+    # Most modules are another expert of the layer just met, under the same scheme: told by one comparison.
+    below, given_last = "\n", None
     for module, given in model.modules.items():
+        if given is given_last and module.startswith(below):
+            number, _, leaf = module[len(below) :].partition(".")
+            if number.isdigit():
+                leaves[leaf] = None
+                continue
         scheme = layouts.get(id(given))
         if scheme is None:
             scheme = layouts[id(given)] = layout_of(given)
@@ -114,15 +121,14 @@ def _fold_quantized(model: QuantizedModel) -> tuple[dict[str, Scheme], dict[str,
         if prefix is None:
             linears[module] = scheme
             continue
-        known = experts.get(prefix)
-        if known is None:
-            experts[prefix] = scheme
-        elif known is not scheme and known != scheme:
+        known = experts.setdefault(prefix, scheme)
+        if known is not scheme and known != scheme:
             raise SpecError(
                 f"{module}: {describe(scheme)}, but other experts of {prefix} have {describe(known)}; engines run the "
                 "experts of a layer in one kernel: give them all one scheme"
             )
-        leaves[module[module.index(".", len(prefix) + 1) + 1 :]] = None
+        below, given_last = prefix + ".", given
+        leaves[module[len(below) :].partition(".")[2]] = None
     return linears, experts, leaves
 
 
@@ -135,10 +141,11 @@ def _fold_unquantized(model: QuantizedModel, experts: dict[str, Scheme]) -> tupl
             linears.append(module)
         else:
             lists.setdefault(prefix, module)
-    for spec in model.specs.values():
-        # Fused experts are parameters of their layer, which engines ask for all the same.
-        if len(spec.shape) == 3 and (prefix := fused_experts(spec.name)) is not None:
-            lists.setdefault(prefix, spec.name)
+    # Fused experts are parameters of their layer, which engines ask for all the same.
+    for name in [spec.name for spec in model.specs.values() if len(spec.shape) == 3]:
+        prefix = fused_experts(name)
+        if prefix is not None:
+            lists.setdefault(prefix, name)
     for prefix, name in lists.items():
         if prefix in experts:
             raise SpecError(

@@ -107,7 +107,7 @@ class FormatContract:
             if fixture in metafunc.fixturenames:
                 metafunc.parametrize(fixture, values, ids=range(len(values)))
 
-    @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+    @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
     @given(size=sizes())
     def test_unpack_restores_what_was_packed_and_planned(self, case: Case, size: tuple[int, int, int]) -> None:
         scheme = resolved(case)

@@ -177,9 +177,10 @@ def test_config_of_31_000_modules_takes_a_tenth_of_a_second(name):
     assert len(model.modules) > 30_900
     took = []
     for _ in range(3):
-        start = time.perf_counter()
+        # Processor time: other processes of the machine are not the format's doing.
+        start = time.process_time()
         layout.config_files(model)
-        took.append(time.perf_counter() - start)
+        took.append(time.process_time() - start)
     assert min(took) < 0.1, took
 
 
