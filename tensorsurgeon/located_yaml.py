@@ -35,6 +35,8 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def _value(loader: Any, node: Any, where: str) -> Any:
     line = node.start_mark.line + 1
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+        raise RecipeError(f"unknown tag {node.tag!r}", where=f"{where}:{line}")
     if isinstance(node, yaml.MappingNode):
         result = Located()
         result.line = line

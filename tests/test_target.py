@@ -109,7 +109,7 @@ def test_a_damaged_record_is_told_and_not_followed(content, moe, done):
     from tensorsurgeon.errors import CheckpointError
 
     (done / "surgeon.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match="surgeon.json"):
+    with pytest.raises(CheckpointError, match=r"surgeon.json"):
         apply(STEPS, moe, done, resume=True)
 
 
