@@ -1,0 +1,237 @@
+"""What a plan says of the checkpoint it will write, in the few forms that rules look at.
+
+A mixture of experts has 30,000 quantized modules and some twenty forms of them: same name but for its numbers, same
+shape, same scheme. Modules are put together here once, and every rule judges forms.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final, NamedTuple
+
+from tensorsurgeon.dtypes import BF16, WEIGHT_DTYPES
+from tensorsurgeon.engines.sharding import Experts, Heads, Linear
+from tensorsurgeon.errors import ConfigError
+from tensorsurgeon.formats.base import Format
+from tensorsurgeon.formats.fused_modules import EXPERTS, FUSED, FUSED_NAME
+from tensorsurgeon.formats.registry import detect, quantization_config
+from tensorsurgeon.plan import Plan
+from tensorsurgeon.quant.grid import Scheme
+from tensorsurgeon.spec import SpecMap, TensorSpec
+
+MTP: Final = "mtp."
+GATED: Final = (frozenset(("gate_proj", "up_proj", "down_proj")), frozenset(("w1", "w2", "w3")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """The written checkpoint as engines see it.
+
+    ``format``: None if nothing is quantized, or if ``unreadable`` says why the config could not be understood.
+    ``settings``: its ``quantization_config``. ``quantized``: every quantized linear and expert list by name.
+    ``float_experts``: expert lists left unquantized, ``stacked`` and ``split`` those of them stored as one tensor or
+    one by one (a list may be both); ``stacked_quantized``: stacked experts in another dtype than a float.
+    ``float_mtp``: the unquantized modules of the multi-token-prediction head.
+    """
+
+    config: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    format: Format | None
+    unreadable: str | None
+    linears: tuple[Linear, ...]
+    experts: tuple[Experts, ...]
+    quantized: tuple[str, ...]
+    stacked: tuple[str, ...]
+    split: tuple[str, ...]
+    stacked_quantized: tuple[str, ...]
+    float_mtp: tuple[str, ...]
+    heads: Heads
+
+    @property
+    def layout(self) -> str:
+        """The format's name, empty where nothing is quantized."""
+        return "" if self.format is None else self.format.name
+
+    @property
+    def float_experts(self) -> tuple[str, ...]:
+        """Expert lists of which nothing is quantized."""
+        quantized = frozenset(self.quantized)
+        return tuple(dict.fromkeys(name for name in (*self.stacked, *self.split) if name not in quantized))
+
+    @property
+    def has_quantized_mtp(self) -> bool:
+        return any(form.is_mtp for form in (*self.linears, *self.experts))
+
+
+class _Stored(NamedTuple):
+    module: str
+    leaf: str
+    shape: tuple[int, int]
+    scheme: Scheme
+    count: int
+
+
+def facts_of(plan: Plan) -> Facts:
+    """Read the facts off a finished plan; nothing is read from disk."""
+    config = json.loads(plan.files.contents.get("config.json", b"{}"))
+    specs = plan.specs
+    settings = quantization_config(config)
+    format_, unreadable, modules = None, None, plan.quantized
+    if settings is not None:
+        try:
+            format_ = detect(config, specs)
+            if format_ is not None and not modules:
+                modules = format_.read_config(settings, specs)
+        except ConfigError as error:
+            format_, unreadable = None, str(error)
+    stored = () if format_ is None else tuple(_forms(modules, specs, format_))
+    stacked, split, stacked_quantized, float_mtp = _unquantized(specs, modules)
+    singles, experts = [s for s in stored if not s.leaf], [s for s in stored if s.leaf]
+    return Facts(
+        config=config,
+        settings=settings or {},
+        format=format_,
+        unreadable=unreadable,
+        linears=tuple(_linears(singles)),
+        experts=tuple(_experts(experts)),
+        quantized=tuple(dict.fromkeys(s.module for s in stored)),
+        stacked=stacked,
+        split=split,
+        stacked_quantized=stacked_quantized,
+        float_mtp=float_mtp,
+        heads=_heads(specs),
+    )
+
+
+def _forms(modules: Mapping[str, Scheme], specs: SpecMap, format_: Format) -> Iterable[_Stored]:
+    """Quantized modules with equal numbered experts put together: one entry per linear and per leaf of an expert list."""
+    names: dict[int, tuple[str, ...]] = {}
+    counts: dict[tuple[str, str, tuple[int, ...], int], list[Any]] = {}
+    ids: dict[Scheme, int] = {}
+    length = len(EXPERTS)
+    known: Scheme | None = None
+    local: tuple[str, ...] = ()
+    number = 0
+    for module, scheme in modules.items():
+        if scheme is not known:
+            # Equal schemes can be many objects; the first of them stands for all.
+            known = scheme
+            number = ids.setdefault(scheme, id(scheme))
+            if number not in names:
+                # The names that a scheme writes are the same for every shape; a multiple of all groups stands for it.
+                made = format_.tensors(TensorSpec("weight", BF16, (4096, 4096)), scheme)
+                names[number] = tuple("." + spec.name for spec in made)
+            local = names[number]
+        at = module.find(EXPERTS)
+        shape = specs[module + local[0]][2]
+        if at >= 0 and module[at + length].isdigit():
+            key = module[: at + length - 1], module[module.rfind(".") + 1 :], shape, number
+        else:
+            key = module, "", shape, number
+        entry = counts.get(key)
+        if entry is None:
+            counts[key] = [module, scheme, 1]
+        else:
+            entry[2] += 1
+    for (module, leaf, _, number), (example, scheme, count) in counts.items():
+        tensors = {name[1:]: specs[example + name] for name in names[number] if example + name in specs}
+        yield _Stored(module, leaf, format_.weight_shape(tensors, scheme), scheme, count)
+
+
+def _unquantized(specs: SpecMap, modules: Mapping[str, Scheme]) -> tuple[tuple[str, ...], ...]:
+    stacked: dict[str, None] = {}
+    split: dict[str, None] = {}
+    stacked_quantized: dict[str, None] = {}
+    float_mtp: dict[str, None] = {}
+    for name, dtype, shape in specs.values():
+        if len(shape) == 3:
+            module = name[: name.rfind(".")]
+            if not module.endswith(".experts"):
+                continue
+            if dtype not in WEIGHT_DTYPES:
+                stacked_quantized[module] = None
+                continue
+            stacked[module] = None
+            if name.startswith(MTP):
+                float_mtp[module] = None
+        elif name.endswith(".weight") and name[:-7] not in modules and len(shape) == 2 and dtype in WEIGHT_DTYPES:
+            module = name[:-7]
+            at = name.find(EXPERTS)
+            is_expert = at >= 0 and name[at + len(EXPERTS)].isdigit()
+            if is_expert:
+                split[name[: at + len(EXPERTS) - 1]] = None
+            if name.startswith(MTP):
+                float_mtp[module] = None
+    return tuple(stacked), tuple(split), tuple(stacked_quantized), tuple(float_mtp)
+
+
+def _linears(stored: Iterable[_Stored]) -> Iterable[Linear]:
+    """Linears as engines fuse them, those of one form put together."""
+    fused: dict[tuple[str, str], list[_Stored]] = {}
+    for entry in stored:
+        parent, _, leaf = entry.module.rpartition(".")
+        fused.setdefault((parent, FUSED_NAME.get(leaf, leaf)), []).append(entry)
+    forms: dict[tuple[Any, ...], list[Any]] = {}
+    for (parent, leaf), members in fused.items():
+        if leaf in FUSED:
+            order = FUSED[leaf]
+            members.sort(key=lambda entry: order.index(entry.module.rpartition(".")[2]))
+        parts = tuple((entry.module.rpartition(".")[2], entry.shape[0]) for entry in members)
+        subject = masked(f"{parent}.{leaf}" if parent else leaf)
+        key = subject, parts, members[0].shape[1], members[0].scheme
+        form = forms.setdefault(key, [leaf, members[0], 0])
+        form[2] += 1
+    for (subject, parts, columns, _), (leaf, member, count) in forms.items():
+        yield Linear(subject, leaf, parts, columns, member.scheme, count, member.module.startswith(MTP))
+
+
+def _experts(stored: Iterable[_Stored]) -> Iterable[Experts]:
+    layers: dict[str, list[_Stored]] = {}
+    for entry in stored:
+        layers.setdefault(entry.module, []).append(entry)
+    forms: dict[tuple[Any, ...], list[Any]] = {}
+    for prefix, entries in layers.items():
+        mixed = _mixed(entries)
+        leaves = {e.leaf: (*e.shape, e.scheme) for e in entries}
+        key = masked(prefix), tuple((e.leaf, e.shape, e.scheme) for e in entries), mixed
+        form = forms.setdefault(key, [leaves, prefix, 0])
+        form[2] += 1
+    for (subject, _, mixed), (leaves, prefix, count) in forms.items():
+        yield Experts(subject, leaves, count, mixed, prefix.startswith(MTP))
+
+
+def _mixed(entries: list[_Stored]) -> str | None:
+    leaves = {entry.leaf for entry in entries}
+    for names in GATED:
+        if leaves < names:
+            return f"{' and '.join(sorted(leaves))} quantized, {' and '.join(sorted(names - leaves))} not"
+    if len({entry.scheme for entry in entries}) > 1:
+        return "several schemes"
+    if len(entries) > len(leaves):
+        return "several shapes"
+    if len({entry.count for entry in entries}) > 1:
+        return "some experts quantized, others not"
+    return None
+
+
+def _heads(specs: SpecMap) -> Heads:
+    def number(key: str) -> int:
+        value = specs.config_value(key)
+        return value if isinstance(value, int) and value > 0 else 0
+
+    return Heads(
+        attention=number("num_attention_heads"),
+        key_values=number("num_key_value_heads"),
+        linear_values_count=number("linear_num_value_heads"),
+        linear_keys=number("linear_num_key_heads") * number("linear_key_head_dim"),
+        linear_values=number("linear_num_value_heads") * number("linear_value_head_dim"),
+    )
+
+
+@cache
+def masked(module: str) -> str:
+    """A name with ``*`` for its numbers."""
+    return ".".join("*" if part.isdigit() else part for part in module.split("."))
