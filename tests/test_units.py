@@ -49,7 +49,7 @@ def interpret(op, tensors: Tensors, name: str) -> Tensors:
         case Unsqueeze():
             out[name] = np.expand_dims(array, op.axis)
         case Unstack():
-            out |= {op.into.replace("{index}", str(i)): part for i, part in enumerate(array)}
+            out |= {op.into[0].replace("{index}", str(i)): part for i, part in enumerate(array)}
         case Transpose():
             out[name] = array.swapaxes(-1, -2)
         case Cast():
@@ -109,7 +109,7 @@ def random_chain(seed: int, length: int):
                     Split(where=(name,), into=(f"{new}.0", f"{new}.1"), axis=axis, sizes=(array.shape[axis] // 2,) * 2)
                 ] * 3
         if array.ndim > 1 and array.shape[0]:
-            choices += [Unstack(where=(name,), into=new + ".{index}")] * 3
+            choices += [Unstack(where=(name,), into=(new + ".{index}",))] * 3
         if array.ndim > 1:
             choices += [Transpose(where=(name,))]
         if 1 in array.shape:
@@ -181,8 +181,8 @@ def test_splitting_and_fusing_again_is_one_piece_of_the_source():
     start = {"e.gate_up": np.zeros((64, 8, 4), np.float32)}
     ops = [
         Split(where=("e.gate_up",), into=("e.gate", "e.up"), axis=1),
-        Unstack(where=("e.gate",), into="e.{index}.gate"),
-        Unstack(where=("e.up",), into="e.{index}.up"),
+        Unstack(where=("e.gate",), into=("e.{index}.gate",)),
+        Unstack(where=("e.up",), into=("e.{index}.up",)),
         Concat(parts=("e.{i}.gate", "e.{i}.up"), into="e.{i}.gate_up"),
         Stack(where=("e.{index}.gate_up",), into="e.gate_up"),
     ]
@@ -260,7 +260,7 @@ def test_the_order_of_tensors_is_that_of_what_they_were_made_of():
     "op",
     [
         Split(where=("p",), into=("x", "y")),
-        Unstack(where=("p",), into="x.{index}"),
+        Unstack(where=("p",), into=("x.{index}",)),
         Split(where=("p",), into=("x", "y"), axis=1, sizes=(1, 2)),
         Transpose(where=("p",)),
         Drop(where=("p",), only_if="zero"),

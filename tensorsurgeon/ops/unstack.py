@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from tensorsurgeon.errors import SpecError
+from tensorsurgeon.errors import RecipeError, SpecError
 from tensorsurgeon.names import Selector, fill
 from tensorsurgeon.spec import Region, SpecMap, TensorSpec
 from tensorsurgeon.transform import Array, Moves, Rewrite, move_arrays, turned_around
@@ -24,6 +24,10 @@ class Unstack:
     where: tuple[str, ...]
     into: tuple[str, ...]
     exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.into or isinstance(self.into, str):
+            raise RecipeError(f"unstack: into needs a tuple of at least one name, found {self.into!r}")
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         rewrites = []
