@@ -1,1 +1,85 @@
-"""tensorsurgeon: checkpoint surgery, streamed from shard to shard."""
+"""tensorsurgeon: checkpoint surgery, streamed from shard to shard.
+
+Everything public is listed here; each name is imported when it is first used, so that ``import tensorsurgeon`` costs
+nothing and planning never imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tensorsurgeon.version import __version__
+
+if TYPE_CHECKING:
+    from tensorsurgeon.api import apply, describe, diff, inspect, plan, transform, verify
+    from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
+    from tensorsurgeon.errors import SurgeonError
+    from tensorsurgeon.ops.cast import Cast
+    from tensorsurgeon.ops.concat import Concat
+    from tensorsurgeon.ops.dequantize import Dequantize
+    from tensorsurgeon.ops.drop import Drop
+    from tensorsurgeon.ops.expect import Expect
+    from tensorsurgeon.ops.keep import Keep
+    from tensorsurgeon.ops.quantize import Quantize
+    from tensorsurgeon.ops.rename import Rename
+    from tensorsurgeon.ops.repack import Repack
+    from tensorsurgeon.ops.reshape import Reshape
+    from tensorsurgeon.ops.split import Split
+    from tensorsurgeon.ops.squeeze import Squeeze
+    from tensorsurgeon.ops.stack import Stack
+    from tensorsurgeon.ops.transpose import Transpose
+    from tensorsurgeon.ops.unsqueeze import Unsqueeze
+    from tensorsurgeon.ops.unstack import Unstack
+    from tensorsurgeon.plan import Plan
+    from tensorsurgeon.run import RunResult
+    from tensorsurgeon.spec import Region, SpecMap, TensorSpec
+    from tensorsurgeon.transform import Chain, Rewrite, Transform
+
+_HOMES = {
+    "tensorsurgeon.api": ("apply", "describe", "diff", "inspect", "plan", "transform", "verify"),
+    "tensorsurgeon.checkpoint": ("Checkpoint", "open_checkpoint"),
+    "tensorsurgeon.errors": ("SurgeonError",),
+    "tensorsurgeon.ops.cast": ("Cast",),
+    "tensorsurgeon.ops.concat": ("Concat",),
+    "tensorsurgeon.ops.dequantize": ("Dequantize",),
+    "tensorsurgeon.ops.drop": ("Drop",),
+    "tensorsurgeon.ops.expect": ("Expect",),
+    "tensorsurgeon.ops.keep": ("Keep",),
+    "tensorsurgeon.ops.quantize": ("Quantize",),
+    "tensorsurgeon.ops.rename": ("Rename",),
+    "tensorsurgeon.ops.repack": ("Repack",),
+    "tensorsurgeon.ops.reshape": ("Reshape",),
+    "tensorsurgeon.ops.split": ("Split",),
+    "tensorsurgeon.ops.squeeze": ("Squeeze",),
+    "tensorsurgeon.ops.stack": ("Stack",),
+    "tensorsurgeon.ops.transpose": ("Transpose",),
+    "tensorsurgeon.ops.unsqueeze": ("Unsqueeze",),
+    "tensorsurgeon.ops.unstack": ("Unstack",),
+    "tensorsurgeon.plan": ("Plan",),
+    "tensorsurgeon.run": ("RunResult",),
+    "tensorsurgeon.spec": ("Region", "SpecMap", "TensorSpec"),
+    "tensorsurgeon.transform": ("Chain", "Rewrite", "Transform"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Cast", "Chain", "Checkpoint", "Concat", "Dequantize", "Drop", "Expect", "Keep", "Plan", "Quantize", "Region",
+    "Rename", "Repack", "Reshape", "Rewrite", "RunResult", "SpecMap", "Split", "Squeeze", "Stack", "SurgeonError",
+    "TensorSpec", "Transform", "Transpose", "Unsqueeze", "Unstack", "__version__", "apply", "describe", "diff",
+    "inspect", "open_checkpoint", "plan", "transform", "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'tensorsurgeon' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    # `plan` and `transform` are functions here and modules of the package too: importing the module would win.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,90 @@
+"""The Python API: the command line's words as functions.
+
+    import tensorsurgeon as ts
+
+    plan = ts.plan([ts.transform("split-experts"), ts.Quantize(where=("{p*}.up_proj.weight",), format="ct-packed")], "model")
+    print(ts.describe(plan))
+    ts.apply(plan, "out", workers=2)
+    assert ts.verify("out", against="model").is_sound
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from tensorsurgeon.checkpoint import open_checkpoint
+from tensorsurgeon.diffing import Difference, diff_checkpoints
+from tensorsurgeon.inspecting import inspect_checkpoint
+from tensorsurgeon.library import load_transform
+from tensorsurgeon.plan import Plan, make_plan
+from tensorsurgeon.report import plan_as_text
+from tensorsurgeon.run import RunResult, run_plan
+from tensorsurgeon.sizes import parse_size
+from tensorsurgeon.transform import AnyTransform, Chain
+from tensorsurgeon.verifying.verify import Verification
+from tensorsurgeon.verifying.verify import verify as verify_checkpoint
+
+Path = str | os.PathLike[str]
+
+
+def transform(name: str, **parameters: Any) -> Chain:
+    """A built-in transform or a YAML file by name, with its parameters; RecipeError if either is unknown."""
+    return load_transform(name, parameters)
+
+
+def plan(transform: AnyTransform | str, source: Path, *, max_shard_size: int | str = "5GB") -> Plan:
+    """What a transform (an op, a named transform, or a list of them) would do to a checkpoint, from headers alone.
+
+    Raises PlanError and its kin for whatever does not fit; nothing is written.
+    """
+    size = parse_size(max_shard_size, "max_shard_size") if isinstance(max_shard_size, str) else max_shard_size
+    chosen = load_transform(transform) if isinstance(transform, str) else transform
+    return make_plan(chosen, open_checkpoint(source), max_shard_bytes=size)
+
+
+def describe(plan: Plan) -> str:
+    """A plan as ``surgeon plan`` prints it."""
+    return plan_as_text(plan)
+
+
+def apply(
+    plan: Plan,
+    target: Path,
+    *,
+    workers: int | None = None,
+    max_ram: int | str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> RunResult:
+    """Write a plan's output into the folder ``target``; ``progress`` is told the bytes of each finished unit.
+
+    Neither ``workers`` nor ``max_ram`` changes a byte. A run that was stopped continues with ``resume``.
+    """
+    cap = parse_size(max_ram, "max_ram") if isinstance(max_ram, str) else max_ram
+    return run_plan(
+        plan,
+        target,
+        workers=workers,
+        max_ram_bytes=cap,
+        resume=resume,
+        overwrite=overwrite,
+        progress=lambda done: None if progress is None else progress(done.nbytes),
+    )
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """What is in a checkpoint, as ``surgeon inspect --json`` prints it."""
+    return inspect_checkpoint(path)
+
+
+def verify(target: Path, against: Path | None = None) -> Verification:
+    """Judge a finished checkpoint, and with ``against`` compare it with its source; look at ``faults``."""
+    return verify_checkpoint(target, against)
+
+
+def diff(a: Path, b: Path) -> Difference:
+    """How two checkpoints differ: names, dtypes, shapes, bytes, config."""
+    return diff_checkpoints(a, b)
