@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 from tensorsurgeon.dtypes import I8, DType
 from tensorsurgeon.formats.fused_modules import EXPERTS, FUSED, fused_name
+from tensorsurgeon.verifying.findings import Findings
 
 Layout = Literal["plain", "ct-packed", "nvfp4", "mxfp4", "gptq", "awq", "quark-packed"]
 TOP: Final = "quantization_config"
@@ -155,6 +156,28 @@ def experts_parent(module: str) -> str | None:
     """``x.mlp.experts`` of ``x.mlp.experts.3.up_proj`` or of a stacked ``x.mlp.experts.gate_up_proj``."""
     at = module.find(EXPERTS)
     return module[: at + len(EXPERTS) - 1] if at >= 0 else None
+
+
+def strings_of(config: Mapping[str, Any], key: str, findings: Findings, path: str | None = None) -> list[str]:
+    """A list of strings, empty where absent or null; a fault, and an empty list, for anything else."""
+    found = config.get(key)
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(e, str) for e in found):
+        findings.fault("config", f"config.json {TOP}.{path or key}", f"expected a list of strings, found {found!r}")
+        return []
+    return found
+
+
+def mapping_of(config: Mapping[str, Any], key: str, findings: Findings) -> Mapping[str, Any]:
+    """A mapping, empty where absent or null; a fault, and an empty one, for anything else."""
+    found = config.get(key)
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        findings.fault("config", f"config.json {TOP}.{key}", f"expected a mapping, found {found!r}")
+        return {}
+    return found
 
 
 def integer_of(config: Mapping[str, Any], key: str, default: int | None = None) -> int | None:

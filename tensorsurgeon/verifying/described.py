@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from tensorsurgeon.checkpoint import RECORD_NAME, Checkpoint
 from tensorsurgeon.configs import QUANTIZATION_FILES
@@ -26,6 +26,9 @@ from tensorsurgeon.verifying.layouts import (
     weight_shape,
 )  # fmt: skip
 from tensorsurgeon.verifying.reading import Reader
+
+# Never quantized in any engine (formats.md section 7).
+_ROUTERS: Final = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 class Module(NamedTuple):
@@ -64,6 +67,7 @@ def check_described(reader: Reader, claims: Claims | None, findings: Findings, *
     sound: dict[str, Module] = {}
     for name, tensors in stored.items():
         claim = claims.of(name) if claims is not None else None
+        _check_router(name, tensors, findings)
         if claim is None:
             _fault_unclaimed(name, tensors, claims, findings)
             continue
@@ -74,6 +78,16 @@ def check_described(reader: Reader, claims: Claims | None, findings: Findings, *
         _check_unquantized(specs, claims, stored, findings)
         check_entries(reader.checkpoint, claims, list(by_module), findings)
     return Described(sound, stored)
+
+
+def _check_router(name: str, tensors: Mapping[str, TensorSpec], findings: Findings) -> None:
+    if name.rpartition(".")[2] in _ROUTERS:
+        findings.fault(
+            "router",
+            name,
+            f"is stored quantized ({describe_stored(tensors)}), but engines hand routers and gates no quantization config; "
+            "keep it in float",
+        )
 
 
 def _fault_unclaimed(name: str, tensors: Mapping[str, TensorSpec], claims: Claims | None, findings: Findings) -> None:
@@ -249,7 +263,11 @@ def check_config_copies(checkpoint: Checkpoint, findings: Findings) -> None:
             continue
         if config is None:
             findings.fault("config-copy", name, "describes a quantization, but config.json has no quantization_config")
+        elif not isinstance(copy, Mapping) or not isinstance(config, Mapping):
+            findings.fault(
+                "config-copy", name, "is not the quantization_config of config.json, which should be a mapping in both"
+            )
         elif copy != config:
-            keys = sorted(k for k in {*copy, *config} if copy.get(k) != config.get(k)) if isinstance(copy, dict) else []
+            keys = sorted(k for k in {*copy, *config} if copy.get(k) != config.get(k))
             shown = ", ".join(f"{k} ({copy.get(k)!r} here, {config.get(k)!r} there)" for k in keys[:3])
             findings.fault("config-copy", name, f"differs from the quantization_config of config.json in {shown}")

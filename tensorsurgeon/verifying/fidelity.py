@@ -24,7 +24,8 @@ FLOOR_DB: Final = {2: 0.0, 3: 2.0, 4: 5.0, 5: 9.0, 6: 13.0, 7: 17.0, 8: 20.0}
 CAST_FLOOR_DB: Final = 40.0
 # -1 dB: out of reach for rounding, with room for rounded scales and calibrated codes; another row's codes give -3 dB.
 _ROW_NOISE: Final = 1.25
-_CHUNK_ELEMENTS: Final = 1 << 20
+# In float32 this and its copy stay in the cache, and the allocator keeps the pages.
+_CHUNK_ELEMENTS: Final = 1 << 17
 
 
 class Fidelity(NamedTuple):

@@ -14,7 +14,7 @@ from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.source import Source
 from tensorsurgeon.spec import TensorSpec
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
 
 
 class Reader:

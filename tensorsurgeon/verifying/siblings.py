@@ -74,6 +74,31 @@ def check_experts(specs: SpecMap, config_value: Any, findings: Findings) -> None
             )
 
 
+def check_expert_shapes(specs: SpecMap, described: Described, findings: Findings) -> None:
+    """Engines stack the experts of a layer, so each must have the shape of the others."""
+    shapes: dict[str, tuple[int, ...]] = {name: module.shape for name, module in described.modules.items()}
+    for name, spec in specs.items():
+        if name.endswith(".weight") and spec.module not in described.stored:
+            shapes[spec.module] = spec.shape
+    groups: dict[tuple[str, str], dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for module, shape in shapes.items():
+        prefix = experts_of(module)
+        if prefix is not None:
+            groups[prefix, module[len(prefix) + 1 :].partition(".")[2]][module] = shape
+    for members in groups.values():
+        counts = Counter(members.values())
+        if len(counts) > 1:
+            usual = max(counts, key=lambda shape: counts[shape])
+            example = next(module for module, shape in members.items() if shape == usual)
+            for module, shape in members.items():
+                if shape != usual:
+                    findings.fault(
+                        "expert-shape",
+                        module,
+                        f"is a weight {list(shape)}, but {example} is {list(usual)}, and engines stack them",
+                    )
+
+
 def _count(leaves: Mapping[str, set[int]], config_value: Any) -> int:
     """Experts of a layer: what the config says, or one more than the highest number."""
     highest = 1 + max(max(numbers) for numbers in leaves.values())

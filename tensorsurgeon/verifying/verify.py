@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
+from tensorsurgeon.checkpoint import RECORD_NAME, Checkpoint, open_checkpoint
 from tensorsurgeon.errors import SurgeonError
 from tensorsurgeon.record import read_record
 from tensorsurgeon.spec import TensorSpec
@@ -20,7 +20,7 @@ from tensorsurgeon.verifying.dialects import quantization_of, read_claims
 from tensorsurgeon.verifying.fidelity import Fidelity
 from tensorsurgeon.verifying.findings import Fault, Findings, Note
 from tensorsurgeon.verifying.reading import Reader
-from tensorsurgeon.verifying.siblings import check_experts, check_global_scales, check_siblings
+from tensorsurgeon.verifying.siblings import check_expert_shapes, check_experts, check_global_scales, check_siblings
 from tensorsurgeon.verifying.structure import check_digests, open_for_judgement
 from tensorsurgeon.verifying.values import check_values
 
@@ -55,14 +55,15 @@ class Verification:
 
 def bytes_to_read(target: str | os.PathLike[str], against: str | os.PathLike[str] | None) -> int:
     """About how many bytes ``verify`` will read; for a progress bar."""
-    total = 0
-    for path in (target, against):
-        if path is not None:
-            try:
-                total += open_checkpoint(path, tolerant=True).weight_bytes
-            except SurgeonError:
-                continue
-    return total * (1 if against is None else 2)
+    try:
+        checkpoint = open_checkpoint(target, tolerant=True)
+        total = checkpoint.weight_bytes if (checkpoint.root / RECORD_NAME).exists() else 0
+        if against is not None:
+            total += checkpoint.weight_bytes + open_checkpoint(against).weight_bytes
+    except SurgeonError:
+        # ``verify`` says what is wrong.
+        return 0
+    return total
 
 
 def verify(
@@ -93,6 +94,7 @@ def verify(
         check_config_copies(checkpoint, findings)
         check_siblings(checkpoint.specs, described, findings)
         check_experts(checkpoint.specs, checkpoint.specs.config_value, findings)
+        check_expert_shapes(checkpoint.specs, described, findings)
         global_scales = check_values(reader, described.modules.values(), findings, count)
         check_global_scales(global_scales, findings)
         equal = 0

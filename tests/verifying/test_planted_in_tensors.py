@@ -196,6 +196,21 @@ def siblings_with_two_global_scales(s: Spoilt) -> None:
     s.tensors[f"{L}.self_attn.k_proj.weight_global_scale"] *= np.float32(2)
 
 
+@planted("ct-int", "router", f"{L}.mlp.gate", "I8[4, 128]", "no quantization config", "keep it in float")
+def the_router_is_quantized_too(s: Spoilt) -> None:
+    s.tensors[f"{L}.mlp.gate.weight"] = np.ones((4, 128), np.int8)
+    s.tensors[f"{L}.mlp.gate.weight_scale"] = np.ones((4, 1), BF16)
+    s.quantization["ignore"] = [e for e in s.quantization["ignore"] if "gate" not in e]
+
+
+@planted("ct-int", "expert-shape", f"{L}.mlp.experts.2.up_proj", "a weight [64, 128]", "is [128, 128]", "stack")
+@planted("ct-float", "expert-shape", f"{L}.mlp.experts.2.up_proj", "a weight [64, 128]", "is [128, 128]", "stack")
+def an_expert_is_smaller_than_the_others(s: Spoilt) -> None:
+    for local in ("weight", "weight_scale"):
+        name = f"{L}.mlp.experts.2.up_proj.{local}"
+        s.tensors[name] = s.tensors[name][:64].copy()
+
+
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_a_planted_fault_is_found_and_named(case: Case, tmp_path: Path) -> None:
     check_found(case, tmp_path / "spoilt")

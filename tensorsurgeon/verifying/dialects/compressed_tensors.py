@@ -9,7 +9,7 @@ from typing import Any, Final
 from tensorsurgeon.dtypes import F8_E4M3, I8
 from tensorsurgeon.errors import did_you_mean
 from tensorsurgeon.spec import SpecMap
-from tensorsurgeon.verifying.claims import TOP, Claim, Claims, Entry, EntryList
+from tensorsurgeon.verifying.claims import TOP, Claim, Claims, Entry, EntryList, strings_of
 from tensorsurgeon.verifying.findings import Findings
 
 _LAYOUTS: Final = (
@@ -37,7 +37,7 @@ def read(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> Claim
     if not isinstance(raw_groups, Mapping) or not raw_groups:
         findings.fault("config", f"config.json {TOP}.config_groups", f"expected groups of targets, found {raw_groups!r}")
         return None
-    ignore = _entries(config.get("ignore"), "ignore", findings)
+    ignore = _entries(config, "ignore", "ignore", findings)
     groups: list[tuple[EntryList, bool, Claim]] = []
     entries = list(ignore)
     for name, group in raw_groups.items():
@@ -49,7 +49,7 @@ def read(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> Claim
         claim = _claim(group, group.get("format") or general, where, findings)
         if claim is None:
             return None
-        targets = _entries(group.get("targets"), f"config_groups.{name}.targets", findings)
+        targets = _entries(group, "targets", f"config_groups.{name}.targets", findings)
         takes_all = any(e.text in ("Linear", "RoutedExperts", "FusedMoE") for e in targets)
         named = [e for e in targets if e.how != "exact" or "." in e.text or e.text[:1].islower()]
         entries += named
@@ -70,18 +70,13 @@ def read(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> Claim
     return Claims(f"compressed-tensors {general}", of, entries, "ignore")
 
 
-def _entries(found: Any, key: str, findings: Findings) -> list[Entry]:
-    if found is None:
-        return []
-    if not isinstance(found, list) or not all(isinstance(e, str) for e in found):
-        findings.fault("config", f"config.json {TOP}.{key}", f"expected a list of strings, found {found!r}")
-        return []
+def _entries(config: Mapping[str, Any], key: str, path: str, findings: Findings) -> list[Entry]:
     entries = []
-    for text in found:
+    for text in strings_of(config, key, findings, path):
         try:
-            entries.append(Entry.parse(key, text, "match" if text.startswith("re:") else "exact"))
+            entries.append(Entry.parse(path, text, "match" if text.startswith("re:") else "exact"))
         except re.error as error:
-            findings.fault("config", f"config.json {TOP}.{key}", f"{text!r} is no regular expression: {error}")
+            findings.fault("config", f"config.json {TOP}.{path}", f"{text!r} is no regular expression: {error}")
     return entries
 
 

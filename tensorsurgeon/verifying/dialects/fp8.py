@@ -7,7 +7,7 @@ from typing import Any
 
 from tensorsurgeon.dtypes import F8_E4M3
 from tensorsurgeon.spec import SpecMap
-from tensorsurgeon.verifying.claims import TOP, Claim, Claims, Entry, EntryList, experts_parent
+from tensorsurgeon.verifying.claims import TOP, Claim, Claims, Entry, EntryList, experts_parent, strings_of
 from tensorsurgeon.verifying.findings import Findings
 
 
@@ -27,7 +27,7 @@ def read(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> Claim
         static_inputs=config.get("activation_scheme") == "static",
     )  # fmt: skip
     key = "modules_to_not_convert" if config.get("modules_to_not_convert") else "ignored_layers"
-    listed = config.get(key) or []
+    listed = strings_of(config, key, findings)
     entries = [Entry(key, text, "affix") for text in listed]
     kept_out = EntryList(entries)
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from tensorsurgeon.errors import did_you_mean
 from tensorsurgeon.spec import SpecMap
-from tensorsurgeon.verifying.claims import TOP, Claim, Claims, Entry, EntryList, integer_of
+from tensorsurgeon.verifying.claims import TOP, Claim, Claims, Entry, EntryList, integer_of, mapping_of, strings_of
 from tensorsurgeon.verifying.findings import Findings
 
 _CHECKPOINT_FORMATS: Final = ("gptq", "gptq_v2")
@@ -38,10 +38,9 @@ def read_gptq(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> 
     general = _words_claim(config, "gptq", findings, zero_offset=1 if version == "gptq" else 0)
     if general is None:
         return None
-    rules = config.get("dynamic") or {}
     entries: list[Entry] = []
     claims: list[tuple[Entry, Claim | None]] = []
-    for pattern, changed in rules.items() if isinstance(rules, Mapping) else ():
+    for pattern, changed in mapping_of(config, "dynamic", findings).items():
         try:
             entry = Entry.parse("dynamic", re.sub(r"^[-+]:", "", pattern), "match")
         except re.error as error:
@@ -66,7 +65,7 @@ def read_gptq(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> 
 def read_autoround(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> Claims | None:
     """Claims of an AutoRound config: every linear under the named blocks but what ``extra_config`` keeps at 16 bits."""
     packing = config.get("packing_format") or "auto_round:auto_gptq"
-    if packing not in _PACKING_FORMATS:
+    if not isinstance(packing, str) or packing not in _PACKING_FORMATS:
         findings.fault(
             "config", f"config.json {TOP}.packing_format",
             f"found {packing!r}, can read {', '.join(_PACKING_FORMATS)}{did_you_mean(str(packing), list(_PACKING_FORMATS))}",
@@ -76,11 +75,13 @@ def read_autoround(config: Mapping[str, Any], specs: SpecMap, findings: Findings
     general = _words_claim(config, "awq" if is_awq else "gptq", findings, zero_offset=offset)
     if general is None:
         return None
-    blocks = config.get("block_name_to_quantize") or config.get("to_quant_block_names") or ""
-    names = [b.strip() for b in (blocks.split(",") if isinstance(blocks, str) else blocks) if str(b).strip()]
+    key = "block_name_to_quantize" if config.get("block_name_to_quantize") else "to_quant_block_names"
+    blocks = config.get(key)
+    listed = blocks.split(",") if isinstance(blocks, str) else strings_of(config, key, findings)
+    names = [name.strip() for name in listed if name.strip()]
     entries: list[Entry] = []
     claims: list[tuple[Entry, Claim | None]] = []
-    for pattern, changed in (config.get("extra_config") or {}).items():
+    for pattern, changed in mapping_of(config, "extra_config", findings).items():
         try:
             # vLLM searches for keys that look like expressions.
             entry = Entry.parse("extra_config", pattern, "search" if _SPECIAL.search(pattern) else "exact")
@@ -124,11 +125,10 @@ def read_awq(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> C
         )  # fmt: skip
     # AWQ has no flag of its own for constant zero points; AutoRound's writer adds one.
     general = replace(general, symmetric=config.get("sym") is True)
-    listed = config.get("modules_to_not_convert")
-    entries = [Entry("modules_to_not_convert", text, "substring") for text in listed or []]
+    entries = [Entry("modules_to_not_convert", t, "substring") for t in strings_of(config, "modules_to_not_convert", findings)]
     kept_out = EntryList(entries)
     # Without the list vLLM takes it from the headers: then every float weight is meant.
-    stored = {name.removesuffix(".qweight") for name in specs if name.endswith(".qweight")} if listed is None else None
+    stored = {name.removesuffix(".qweight") for name in specs if name.endswith(".qweight")} if not entries else None
 
     def of(module: str) -> Claim | None:
         if kept_out.matches(module) or (stored is not None and module not in stored):

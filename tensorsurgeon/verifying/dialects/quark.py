@@ -9,7 +9,7 @@ from typing import Any, Final
 from tensorsurgeon.dtypes import F8_E4M3, I8
 from tensorsurgeon.errors import did_you_mean
 from tensorsurgeon.spec import SpecMap
-from tensorsurgeon.verifying.claims import TOP, Claim, Claims, Entry, EntryList, experts_parent
+from tensorsurgeon.verifying.claims import TOP, Claim, Claims, Entry, EntryList, experts_parent, mapping_of, strings_of
 from tensorsurgeon.verifying.findings import Findings
 
 _DTYPES: Final = ("int8", "int4", "uint4", "fp8_e4m3")
@@ -40,14 +40,13 @@ def read(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> Claim
     general = _claim(config.get("global_quant_config"), "global_quant_config", pack_method, findings)
     if general is None:
         return None
-    layers = config.get("layer_quant_config")
     special = []
-    for pattern, entry in (layers if isinstance(layers, Mapping) else {}).items():
+    for pattern, entry in mapping_of(config, "layer_quant_config", findings).items():
         claim = _claim(entry, f"layer_quant_config.{pattern}", pack_method, findings)
         if claim is None:
             return None
         special.append((Entry.parse("layer_quant_config", pattern, "glob"), claim))
-    excluded = _excluded(config.get("exclude"), findings)
+    excluded = _excluded(config, findings)
     by_layer = frozenset(e.text for e in excluded if e.how == "exact")
     lists = EntryList(excluded)
 
@@ -60,15 +59,10 @@ def read(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> Claim
     return Claims("quark " + general.describe(), of, [*excluded, *(entry for entry, _ in special)], "exclude")
 
 
-def _excluded(found: Any, findings: Findings) -> list[Entry]:
+def _excluded(config: Mapping[str, Any], findings: Findings) -> list[Entry]:
     where = f"config.json {TOP}.exclude"
-    if found is None:
-        return []
-    if not isinstance(found, list) or not all(isinstance(e, str) for e in found):
-        findings.fault("config", where, f"expected a list of strings, found {found!r}")
-        return []
     entries = []
-    for text in found:
+    for text in strings_of(config, "exclude", findings):
         if "*" in text and not text.startswith("re:"):
             findings.fault(
                 "config", where, f"{text!r} is a glob, which matches nothing in vLLM; spell the names out or write re:"
