@@ -9,7 +9,13 @@ from tests.contract.ops import Case, OpContract, Refusal
 from tests.ops.arrays import F32, bits
 
 A, B = bits((3, 4)), bits((), F32)
-ZEROS = {"z.i8": np.zeros((3, 2), np.int8), "z.bf16": np.zeros((4,), ml_dtypes.bfloat16), "z.minus": np.full((2,), -0.0, np.float32), "z.s": np.zeros((), np.int32), "z.e": np.zeros((0, 2), np.float16)}  # fmt: skip
+ZEROS = {
+    "z.i8": np.zeros((3, 2), np.int8),
+    "z.bf16": np.zeros((4,), ml_dtypes.bfloat16),
+    "z.minus": np.full((2,), -0.0, np.float32),
+    "z.s": np.zeros((), np.int32),
+    "z.e": np.zeros((0, 2), np.float16),
+}
 
 
 class TestDrop(OpContract):

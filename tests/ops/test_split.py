@@ -13,26 +13,84 @@ GATE_UP = bits((3, 4, 5))
 class TestSplit(OpContract):
     CASES = (
         *(
-            Case(f"gate_first_half_{d}", Split(where=("{p}.gate_up",), into=("{p}.gate", "{p}.up"), axis=1),
-                 {"e.gate_up": bits((3, 4, 5), d)}, {"e.gate": bits((3, 4, 5), d)[:, :2], "e.up": bits((3, 4, 5), d)[:, 2:]})
+            Case(
+                f"gate_first_half_{d}",
+                Split(where=("{p}.gate_up",), into=("{p}.gate", "{p}.up"), axis=1),
+                {"e.gate_up": bits((3, 4, 5), d)},
+                {"e.gate": bits((3, 4, 5), d)[:, :2], "e.up": bits((3, 4, 5), d)[:, 2:]},
+            )
             for d in DTYPES
         ),
         *(
-            Case(f"columns_{d}", Split(where=("x",), into=("a", "b"), axis=-1, sizes=(3, 1)),
-                 {"x": bits((2, 4), d)}, {"a": bits((2, 4), d)[:, :3], "b": bits((2, 4), d)[:, 3:]})
+            Case(
+                f"columns_{d}",
+                Split(where=("x",), into=("a", "b"), axis=-1, sizes=(3, 1)),
+                {"x": bits((2, 4), d)},
+                {"a": bits((2, 4), d)[:, :3], "b": bits((2, 4), d)[:, 3:]},
+            )
             for d in DTYPES
         ),
-        Case("unequal_qkv", Split(where=("qkv",), into=("q", "k", "v"), sizes=(5, 2, 2)), {"qkv": QKV}, {"q": QKV[:5], "k": QKV[5:7], "v": QKV[7:]}),
-        Case("vector", Split(where=("b",), into=("x", "y", "z")), {"b": bits((6,))}, {"x": bits((6,))[:2], "y": bits((6,))[2:4], "z": bits((6,))[4:]}),
-        Case("first_of_three_axes", Split(where=("x",), into=("a", "b"), sizes=(1, 2)), {"x": GATE_UP}, {"a": GATE_UP[:1], "b": GATE_UP[1:]}),
-        Case("last_of_three_axes", Split(where=("x",), into=("a", "b"), axis=2, sizes=(2, 3)), {"x": GATE_UP}, {"a": GATE_UP[..., :2], "b": GATE_UP[..., 2:]}),
-        Case("one_slice_only", Split(where=("x",), into=("a", "b"), axis=1), {"x": GATE_UP[:1]}, {"a": GATE_UP[:1, :2], "b": GATE_UP[:1, 2:]}),
-        Case("a_part_of_size_zero", Split(where=("x",), into=("a", "b"), axis=1, sizes=(0, 4)), {"x": GATE_UP}, {"a": GATE_UP[:, :0], "b": GATE_UP}),
-        Case("zero_in_the_middle", Split(where=("x",), into=("a", "b", "c"), sizes=(4, 0, 5)), {"x": QKV}, {"a": QKV[:4], "b": QKV[4:4], "c": QKV[4:]}),
-        Case("nothing_along_the_outer_axis", Split(where=("x",), into=("a", "b"), axis=1), {"x": bits((0, 4, 3))}, {"a": bits((0, 2, 3)), "b": bits((0, 2, 3))}),
-        Case("nothing_along_the_last_axis", Split(where=("x",), into=("a", "b"), axis=1), {"x": bits((2, 4, 0))}, {"a": bits((2, 2, 0)), "b": bits((2, 2, 0))}),
-        Case("four_axes", Split(where=("x",), into=("a", "b"), axis=1), {"x": bits((2, 2, 3, 2))}, {"a": bits((2, 2, 3, 2))[:, :1], "b": bits((2, 2, 3, 2))[:, 1:]}),
-    )  # fmt: skip
+        Case(
+            "unequal_qkv",
+            Split(where=("qkv",), into=("q", "k", "v"), sizes=(5, 2, 2)),
+            {"qkv": QKV},
+            {"q": QKV[:5], "k": QKV[5:7], "v": QKV[7:]},
+        ),
+        Case(
+            "vector",
+            Split(where=("b",), into=("x", "y", "z")),
+            {"b": bits((6,))},
+            {"x": bits((6,))[:2], "y": bits((6,))[2:4], "z": bits((6,))[4:]},
+        ),
+        Case(
+            "first_of_three_axes",
+            Split(where=("x",), into=("a", "b"), sizes=(1, 2)),
+            {"x": GATE_UP},
+            {"a": GATE_UP[:1], "b": GATE_UP[1:]},
+        ),
+        Case(
+            "last_of_three_axes",
+            Split(where=("x",), into=("a", "b"), axis=2, sizes=(2, 3)),
+            {"x": GATE_UP},
+            {"a": GATE_UP[..., :2], "b": GATE_UP[..., 2:]},
+        ),
+        Case(
+            "one_slice_only",
+            Split(where=("x",), into=("a", "b"), axis=1),
+            {"x": GATE_UP[:1]},
+            {"a": GATE_UP[:1, :2], "b": GATE_UP[:1, 2:]},
+        ),
+        Case(
+            "a_part_of_size_zero",
+            Split(where=("x",), into=("a", "b"), axis=1, sizes=(0, 4)),
+            {"x": GATE_UP},
+            {"a": GATE_UP[:, :0], "b": GATE_UP},
+        ),
+        Case(
+            "zero_in_the_middle",
+            Split(where=("x",), into=("a", "b", "c"), sizes=(4, 0, 5)),
+            {"x": QKV},
+            {"a": QKV[:4], "b": QKV[4:4], "c": QKV[4:]},
+        ),
+        Case(
+            "nothing_along_the_outer_axis",
+            Split(where=("x",), into=("a", "b"), axis=1),
+            {"x": bits((0, 4, 3))},
+            {"a": bits((0, 2, 3)), "b": bits((0, 2, 3))},
+        ),
+        Case(
+            "nothing_along_the_last_axis",
+            Split(where=("x",), into=("a", "b"), axis=1),
+            {"x": bits((2, 4, 0))},
+            {"a": bits((2, 2, 0)), "b": bits((2, 2, 0))},
+        ),
+        Case(
+            "four_axes",
+            Split(where=("x",), into=("a", "b"), axis=1),
+            {"x": bits((2, 2, 3, 2))},
+            {"a": bits((2, 2, 3, 2))[:, :1], "b": bits((2, 2, 3, 2))[:, 1:]},
+        ),
+    )
     REFUSALS = (
         Refusal("uneven", Split(where=("x",), into=("a", "b")), {"x": QKV}, SpecError, "does not divide into 2 equal parts"),
         Refusal(
@@ -57,7 +115,14 @@ class TestSplit(OpContract):
     )
 
 
-@pytest.mark.parametrize(("fields", "message"), [({"into": ("a",)}, "at least two"), ({"into": ("a", "b"), "sizes": (1,)}, "1 sizes for 2"), ({"into": ("a", "b"), "sizes": (-1, 5)}, "negative")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"into": ("a",)}, "at least two"),
+        ({"into": ("a", "b"), "sizes": (1,)}, "1 sizes for 2"),
+        ({"into": ("a", "b"), "sizes": (-1, 5)}, "negative"),
+    ],
+)
 def test_impossible_splits_are_refused_before_any_tensor_is_seen(fields, message):
     with pytest.raises(RecipeError, match=message):
         Split(where=("x",), **fields)

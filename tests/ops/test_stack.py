@@ -29,18 +29,36 @@ class TestStack(OpContract):
         Case("vectors", OP, numbered(2, (3,)), {"e.w": stacked(numbered(2, (3,)))}),
         Case("three_axes", OP, numbered(2, (2, 3, 2)), {"e.w": stacked(numbered(2, (2, 3, 2)))}),
         Case("empty", OP, numbered(2, (0, 3)), {"e.w": bits((2, 0, 3))}),
-        Case("two_stacks", OP, {**numbered(2, (2, 2)), **numbered(3, (1, 2), template="f.{}.w")}, {"e.w": stacked(numbered(2, (2, 2))), "f.w": stacked(numbered(3, (1, 2), template="f.{}.w"))}),
-        Case("by_regex", Stack(where=(r"re:(?P<p>.+)\.(?P<index>\d+)\.w",), into="{p}.s"), numbered(2, (2, 2)), {"e.s": stacked(numbered(2, (2, 2)))}),
-    )  # fmt: skip
+        Case(
+            "two_stacks",
+            OP,
+            {**numbered(2, (2, 2)), **numbered(3, (1, 2), template="f.{}.w")},
+            {"e.w": stacked(numbered(2, (2, 2))), "f.w": stacked(numbered(3, (1, 2), template="f.{}.w"))},
+        ),
+        Case(
+            "by_regex",
+            Stack(where=(r"re:(?P<p>.+)\.(?P<index>\d+)\.w",), into="{p}.s"),
+            numbered(2, (2, 2)),
+            {"e.s": stacked(numbered(2, (2, 2)))},
+        ),
+    )
     REFUSALS = (
         Refusal("a_gap", OP, {"e.0.w": bits((2, 2)), "e.2.w": bits((2, 2))}, MissingTensorError, "number 1 of 2 is missing"),
         Refusal("not_a_number", OP, {"e.x.w": bits((2, 2))}, SpecError, "must be a number, found 'x'"),
         Refusal("shapes", OP, {"e.0.w": bits((2, 2)), "e.1.w": bits((2, 3))}, SpecError, "must agree"),
         Refusal("dtypes", OP, {"e.0.w": bits((2, 2)), "e.1.w": bits((2, 2), F32)}, SpecError, "must agree"),
         Refusal("scalars", OP, {"e.0.w": bits(())}, SpecError, "scalars cannot be stacked"),
-        Refusal("same_number_twice", OP, {"e.1.w": bits((2,)), "e.01.w": bits((2,)), "e.0.w": bits((2,))}, SpecError, "both number 1"),
-        Refusal("layers_not_told_apart", Stack(where=(r"re:layers\.\d+\.(?P<index>\d+)",), into="s"), {"layers.0.0": bits((2,)), "layers.1.0": bits((2,))}, SpecError, "both number 0"),
-    )  # fmt: skip
+        Refusal(
+            "same_number_twice", OP, {"e.1.w": bits((2,)), "e.01.w": bits((2,)), "e.0.w": bits((2,))}, SpecError, "both number 1"
+        ),
+        Refusal(
+            "layers_not_told_apart",
+            Stack(where=(r"re:layers\.\d+\.(?P<index>\d+)",), into="s"),
+            {"layers.0.0": bits((2,)), "layers.1.0": bits((2,))},
+            SpecError,
+            "both number 0",
+        ),
+    )
 
 
 def test_a_stack_needs_the_field_that_numbers():
