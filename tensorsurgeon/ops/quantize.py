@@ -172,6 +172,12 @@ class Quantize:
             found = self.provider.quantized(region.spec.module, start, stop)
             if found is not None:
                 return found
+        if scheme.clip_search:
+            # The search runs in torch, which nothing else here needs.
+            from tensorsurgeon.quant.clipping import quantize_searched
+
+            plain = replace(scheme, clip_search=False)
+            return quantize_searched(weight, scheme, choose_backend(self.backend, plain, region.spec.dtype))
         return choose_backend(self.backend, scheme, region.spec.dtype).quantize(weight, scheme, global_amax=global_amax)
 
 
