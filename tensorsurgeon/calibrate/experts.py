@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tensorsurgeon.calibrate.hidden import HiddenStates
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.quant.hessian import CHUNK_TOKENS, HessianAccumulator
 
@@ -85,13 +86,12 @@ def _router_of(layer: nn.Module, experts: str, shape: tuple[int, int]) -> str | 
 class ExpertInputs:
     """What went into one stack of experts: hidden states in a scratch file, chosen experts in memory.
 
-    The file is mapped: single rows are picked from all over it, hundreds of thousands per layer.
+    Single rows are picked from all over the file, hundreds of thousands per layer, so it is mapped for that; each mapping
+    is let go at once, or the whole file would count as this process's memory.
     """
 
     def __init__(self, path: Path, tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
-        self._path = path
-        self._dtype = dtype
-        self._states = np.memmap(path, np.uint8, "w+", shape=(tokens, hidden_size * dtype.itemsize))
+        self._states = HiddenStates(path, (tokens, 1, hidden_size), dtype, create=True)
         self.tokens = tokens
         self._index: np.ndarray | None = None
 
@@ -104,7 +104,7 @@ class ExpertInputs:
         """Inputs [t, hidden] and chosen experts [t, k] of tokens from ``first_token`` on; any thread, any order."""
         assert self._index is not None
         rows = slice(first_token, first_token + len(chosen))
-        self._states[rows] = hidden.cpu().contiguous().view(torch.uint8).numpy()
+        self._states.write(first_token, hidden.cpu())
         self._index[rows] = chosen.cpu().numpy()
 
     def routed(self, expert: int) -> np.ndarray:
@@ -119,12 +119,15 @@ class ExpertInputs:
 
     def gather(self, tokens: np.ndarray | slice) -> Tensor:
         """Hidden states [t, hidden] of these tokens; a new tensor."""
-        return torch.from_numpy(np.array(self._states[tokens])).view(self._dtype)
+        _, _, features = self._states.shape
+        dtype = self._states.dtype
+        mapped = np.memmap(self._states.path, np.uint8, "r", shape=(self.tokens, features * dtype.itemsize))
+        return torch.from_numpy(np.array(mapped[tokens])).view(dtype)
 
     def close(self) -> None:
         """Remove the scratch file."""
-        del self._states
-        self._path.unlink(missing_ok=True)
+        self._states.close()
+        self._states.path.unlink(missing_ok=True)
 
 
 class ExpertStatistics:
