@@ -67,8 +67,8 @@ def verify(ctx: click.Context, target: str, against: str | None, workers: int | 
     surgeon verify Qwen3.6-35B-A3B-INT8 --against Qwen3.6-35B-A3B
     """
     from tensorsurgeon import verifying
+    from tensorsurgeon.verifying.judging import bytes_to_read
     from tensorsurgeon.verifying.reporting import verification_as_data, verification_as_text
-    from tensorsurgeon.verifying.verify import bytes_to_read
 
     with _reading_bar(lambda: bytes_to_read(target, against), quiet) as advance:
         found = verifying.verify(target, against, workers=workers, progress=advance)

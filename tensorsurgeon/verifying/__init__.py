@@ -9,6 +9,6 @@ read, and every byte where a record or a source gives something to compare it wi
 from __future__ import annotations
 
 from tensorsurgeon.verifying.findings import Fault, Note
-from tensorsurgeon.verifying.verify import Verification, verify
+from tensorsurgeon.verifying.judging import Verification, verify
 
 __all__ = ["Fault", "Note", "Verification", "verify"]

@@ -82,6 +82,11 @@ def _complaint(result: Fidelity, claim: Claim | None) -> str:
     stored = "a cast of the source" if claim is None else claim.describe()
     if result.not_finite:
         return f"{result.not_finite} rows read as NaN or infinity, row {result.first_bad_row} first"
+    if result.is_shifted and not result.bad_rows:
+        return (
+            f"is {abs(result.shift):.1f} steps too {'high' if result.shift > 0 else 'low'} on average ({result.snr_db:.1f} dB), "
+            "and errors of rounding cancel out: the zero points are read wrongly"
+        )
     if result.snr_db < result.floor_db:
         return (
             f"has {result.snr_db:.1f} dB against the source, where {stored} gives more than "

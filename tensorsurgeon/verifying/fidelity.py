@@ -17,20 +17,23 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from tensorsurgeon.verifying.claims import Claim
-from tensorsurgeon.verifying.weights import Weight
+from tensorsurgeon.verifying.weights import CodedWeight, Weight
 
 FLOOR_DB: Final = {2: 0.0, 3: 2.0, 4: 5.0, 5: 9.0, 6: 13.0, 7: 17.0, 8: 20.0}
 # BF16 has 8 significant bits: rounding alone costs about 51 dB.
 CAST_FLOOR_DB: Final = 40.0
 # -1 dB: out of reach for rounding, with room for rounded scales and calibrated codes; another row's codes give -3 dB.
 _ROW_NOISE: Final = 1.25
+# A zero point that is one too high, as between the versions of GPTQ, costs 10 dB and shifts all values by one step.
+_MOST_SHIFT: Final = 0.5
 # In float32 this and its copy stay in the cache, and the allocator keeps the pages.
 _CHUNK_ELEMENTS: Final = 1 << 17
 
 
 class Fidelity(NamedTuple):
     """One weight compared: ``snr_db`` is infinite where every value is the source's. ``bad_rows`` are noisier than
-    rounding can make them; ``not_finite`` counts rows with NaN or infinity in what readers compute."""
+    rounding can make them; ``not_finite`` counts rows with NaN or infinity in what readers compute. ``shift``: by how
+    many steps of its grid the weight is too high on average, for grids with zero points."""
 
     name: str
     num_bits: int
@@ -39,11 +42,17 @@ class Fidelity(NamedTuple):
     bad_rows: int
     first_bad_row: int
     not_finite: int
+    shift: float = 0.0
 
     @property
     def is_sound(self) -> bool:
         """Whether rounding can explain the error."""
-        return self.snr_db >= self.floor_db and not self.bad_rows and not self.not_finite
+        return self.snr_db >= self.floor_db and not self.bad_rows and not self.not_finite and not self.is_shifted
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether zero points are read wrongly: errors of rounding cancel out, and never add up to half a step."""
+        return abs(self.shift) > _MOST_SHIFT
 
 
 def floor_of(claim: Claim | None) -> float:
@@ -56,12 +65,16 @@ def compare(name: str, source: Weight, stored: Weight, claim: Claim | None) -> F
     rows, columns = source.shape
     step = max(8, _CHUNK_ELEMENTS // columns // 8 * 8)
     signal_sum = noise_sum = 0.0
+    error_sum = step_sum = 0.0
     bad_rows, first_bad, not_finite = 0, -1, 0
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         weight = source.rows(start, stop)
         noise = stored.rows(start, stop)
         np.subtract(weight, noise, out=noise)
+        if isinstance(stored, CodedWeight) and stored.zero_point is not None:
+            error_sum -= float(noise.sum(dtype=np.float64))
+            step_sum += float(np.abs(stored.scale[start:stop]).sum(dtype=np.float64)) * columns / stored.scale.shape[1]
         # In float32 by row, which is a sum of thousands at most, then in float64.
         signal = np.einsum("ij,ij->i", weight, weight).astype(np.float64)
         error = np.einsum("ij,ij->i", noise, noise).astype(np.float64)
@@ -75,13 +88,14 @@ def compare(name: str, source: Weight, stored: Weight, claim: Claim | None) -> F
         signal_sum += float(signal.sum())
         noise_sum += float(error[finite].sum())
     return Fidelity(
-        name,
-        16 if claim is None else claim.num_bits,
-        _decibels(signal_sum, noise_sum),
-        floor_of(claim),
-        bad_rows,
-        first_bad,
-        not_finite,
+        name=name,
+        num_bits=16 if claim is None else claim.num_bits,
+        snr_db=_decibels(signal_sum, noise_sum),
+        floor_db=floor_of(claim),
+        bad_rows=bad_rows,
+        first_bad_row=first_bad,
+        not_finite=not_finite,
+        shift=error_sum / step_sum if step_sum and np.isfinite(error_sum) else 0.0,
     )
 
 

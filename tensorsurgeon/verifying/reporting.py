@@ -11,7 +11,7 @@ from tensorsurgeon.report import grouped_name, table
 from tensorsurgeon.sizes import show_size
 from tensorsurgeon.verifying.fidelity import Fidelity
 from tensorsurgeon.verifying.findings import Fault, Note
-from tensorsurgeon.verifying.verify import Verification
+from tensorsurgeon.verifying.judging import Verification
 
 _WORST: Final = 10
 _SHOWN_GROUPS: Final = 30
@@ -48,6 +48,7 @@ def _weight(found: Fidelity) -> dict[str, Any]:
     return {
         "name": found.name, "num_bits": found.num_bits, "snr_db": _number(found.snr_db), "exact": found.snr_db == math.inf,
         "floor_db": found.floor_db, "bad_rows": found.bad_rows, "rows_not_finite": found.not_finite,
+        "shift": found.shift,
     }  # fmt: skip
 
 
@@ -108,16 +109,21 @@ def _decibels(value: float) -> str:
     return "exact" if value == math.inf else f"{value:.1f}"
 
 
+def _tensor(where: str) -> str:
+    """The name without the position in it."""
+    return where.partition("[")[0]
+
+
 def _findings_as_text(findings: Iterable[Fault | Note], label: str = "fault  ") -> list[str]:
     """One line for all findings that differ only in their numbers: a broken expert is rarely alone."""
     groups: dict[tuple[str, str], list[Fault | Note]] = defaultdict(list)
     for finding in findings:
         # Entries of one config list are told apart by what they say.
-        key = finding.message if finding.where.startswith("config.json") else grouped_name(finding.where)
+        key = finding.message if finding.where.startswith("config.json") else grouped_name(_tensor(finding.where))
         groups[finding.kind, key].append(finding)
     lines = []
     for members in list(groups.values())[:_SHOWN_GROUPS]:
-        more = f" (and {len(members) - 1} more such: {grouped_name(members[0].where)})" if len(members) > 1 else ""
+        more = f" (and {len(members) - 1} more such: {grouped_name(_tensor(members[0].where))})" if len(members) > 1 else ""
         lines.append(f"{label}{members[0]}{more}")
     if len(groups) > _SHOWN_GROUPS:
         lines.append(f"{label}and {len(groups) - _SHOWN_GROUPS} more kinds; --json has all")

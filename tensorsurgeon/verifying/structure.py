@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Final
 
 import xxhash
 
@@ -17,6 +19,9 @@ from tensorsurgeon.layout import INDEX_NAME
 from tensorsurgeon.record import Range, read_record, recorded_ranges
 from tensorsurgeon.verifying.findings import Findings
 from tensorsurgeon.verifying.reading import CHUNK_BYTES, Reader
+
+# ``model-00002-of-00005.safetensors``, but not 1 of 1.
+_OF_SEVERAL: Final = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.safetensors$")
 
 
 def open_for_judgement(path: Path, findings: Findings) -> Checkpoint | None:
@@ -109,6 +114,8 @@ def check_digests(reader: Reader, findings: Findings, workers: int) -> int | Non
     ranges: dict[str, list[Range]] = {}
     for found in recorded_ranges(record):
         ranges.setdefault(found.shard, []).append(found)
+    if is_one_shard(checkpoint):
+        ranges = {name: own for name, own in ranges.items() if name in numbers}
     for name in numbers.keys() - ranges.keys():
         findings.fault("record", name, f"{RECORD_NAME} does not know this shard; it was added or renamed after the run")
     jobs: list[tuple[int, Range]] = []
@@ -136,6 +143,12 @@ def check_digests(reader: Reader, findings: Findings, workers: int) -> int | Non
 
     with ThreadPoolExecutor(workers) as pool:
         return sum(pool.map(compare, jobs))
+
+
+def is_one_shard(checkpoint: Checkpoint) -> bool:
+    """Whether only one of several shards was opened: then nothing can be said about what the others hold."""
+    names = [shard.path.name for shard in checkpoint.shards]
+    return len(names) == 1 and _OF_SEVERAL.search(names[0]) is not None and not checkpoint.has_index
 
 
 def _tiles(ranges: list[Range], file_bytes: int, name: str, findings: Findings) -> bool:

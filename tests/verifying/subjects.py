@@ -43,6 +43,7 @@ RECIPES: Final[dict[str, tuple[str, dict[str, str], Path]]] = {
     "ct-mxfp4": ("quantize-linears", {"format": "ct-mxfp4"}, MOE),
     "gptq": ("quantize-linears", {"format": "gptq", "group_size": "32"}, MOE),
     "gptq-v2": ("quantize-linears", {"format": "gptq-v2", "group_size": "32"}, MOE),
+    "gptq-asym": ("quantize-linears", {"format": "gptq-v2", "group_size": "32", "symmetric": "false"}, MOE),
     "autoround": ("quantize-linears", {"format": "autoround"}, MOE),
     "autoround-awq": ("quantize-linears", {"format": "autoround-awq"}, MOE),
     "awq": ("quantize-linears", {"format": "awq", "group_size": "32"}, MOE),

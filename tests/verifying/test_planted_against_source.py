@@ -23,6 +23,30 @@ def quark_words_in_the_other_order(s: Spoilt) -> None:
     s.quantization["export"]["pack_method"] = "reorder"
 
 
+@planted("gptq-asym", "fidelity", E1, "1.0 steps too low", "zero points", "read with gptq_v2", against=True)
+def v2_words_of_asymmetric_weights_declared_as_v1(s: Spoilt) -> None:
+    """The words alone cannot tell: only constant zero points give their version away."""
+    for key in ("checkpoint_format", "format"):
+        s.quantization[key] = "gptq"
+
+
+@planted("awq", "fidelity", E1, "1.0 steps too", "the zero points are read wrongly", against=True)
+def awq_zero_points_in_the_convention_of_gptq(s: Spoilt) -> None:
+    qzeros = s.tensors[f"{E1}.qzeros"]
+    # No nibble of these is 0, so that taking 1 from each borrows from none.
+    nibbles = (qzeros.view(np.uint32)[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
+    assert nibbles.min() > 0
+    s.tensors[f"{E1}.qzeros"] = (qzeros.view(np.uint32) - np.uint32(0x11111111)).view(np.int32)
+
+
+@planted("ct-asym", "fidelity", E1, "1.0 steps too", "the zero points are read wrongly", against=True)
+def ct_zero_points_that_are_one_too_high(s: Spoilt) -> None:
+    words = s.tensors[f"{E1}.weight_zero_point"].view(np.uint32)
+    nibbles = (words[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
+    assert nibbles.max() < 15
+    s.tensors[f"{E1}.weight_zero_point"] = (words + np.uint32(0x11111111)).view(np.int32)
+
+
 @planted("quark-int8", "fidelity", E1, "dB against the source", "other weights", against=True)
 @planted("ct-float", "fidelity", E1, "dB against the source", "other weights", against=True)
 def two_experts_swapped(s: Spoilt) -> None:

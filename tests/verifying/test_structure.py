@@ -157,9 +157,24 @@ def test_what_is_no_checkpoint_is_no_verdict(tmp_path: Path) -> None:
         verify(MOE, tmp_path / "nowhere")
 
 
-def test_a_single_file_without_config_is_judged_by_its_header(tmp_path: Path) -> None:
-    shutil.copy(MOE / "model-00001-of-00002.safetensors", tmp_path / "one.safetensors")
-    assert verify(tmp_path / "one.safetensors").is_sound
+def test_a_single_file_is_judged_with_the_config_beside_it(tmp_path: Path) -> None:
+    shutil.copy(subject("gptq") / "model.safetensors", tmp_path / "one.safetensors")
+    assert [f.kind for f in verify(tmp_path / "one.safetensors").faults] == ["not-in-config"] * 16
+    shutil.copy(subject("gptq") / "config.json", tmp_path)
+    assert verify(tmp_path / "one.safetensors", MOE).is_sound
+
+
+def test_one_shard_of_several_is_judged_by_its_header_and_digests(sharded: Path) -> None:
+    found = verify(sharded / SHARD)
+    assert found.is_sound
+    assert [n.kind for n in found.notes] == ["one-shard"]
+    assert found.digested_bytes == (sharded / SHARD).stat().st_size
+    with pytest.raises(CheckpointError, match="give the folder"):
+        verify(sharded / SHARD, FIXTURE)
+    data = bytearray((sharded / SHARD).read_bytes())
+    data[-1] ^= 1
+    (sharded / SHARD).write_bytes(data)
+    assert [f.kind for f in verify(sharded / SHARD).faults] == ["digest"]
 
 
 def test_dropped_tensors_are_excused_by_the_record_and_by_nothing_else(tmp_path: Path) -> None:

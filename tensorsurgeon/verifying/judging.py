@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tensorsurgeon.checkpoint import RECORD_NAME, Checkpoint, open_checkpoint
-from tensorsurgeon.errors import SurgeonError
+from tensorsurgeon.errors import CheckpointError, SurgeonError
 from tensorsurgeon.record import read_record
 from tensorsurgeon.spec import TensorSpec
 from tensorsurgeon.verifying.against import dropped_by_record, pair_tensors
@@ -21,7 +21,7 @@ from tensorsurgeon.verifying.fidelity import Fidelity
 from tensorsurgeon.verifying.findings import Fault, Findings, Note
 from tensorsurgeon.verifying.reading import Reader
 from tensorsurgeon.verifying.siblings import check_expert_shapes, check_experts, check_global_scales, check_siblings
-from tensorsurgeon.verifying.structure import check_digests, open_for_judgement
+from tensorsurgeon.verifying.structure import check_digests, is_one_shard, open_for_judgement
 from tensorsurgeon.verifying.values import check_values
 
 Progress = Callable[[int], None]
@@ -84,6 +84,8 @@ def verify(
     checkpoint = open_for_judgement(Path(target), findings)
     if checkpoint is None:
         return _result(Path(target), None, None, Described({}, {}), None, source, 0, (), findings)
+    if is_one_shard(checkpoint):
+        return _judge_shard(Path(target), checkpoint, source, findings, count, progress)
     with ExitStack() as stack:
         reader = stack.enter_context(Reader(checkpoint, progress))
         digested = check_digests(reader, findings, count)
@@ -104,6 +106,20 @@ def verify(
             compared, equal = _check_against(original, reader, described, findings, count)
     label = None if claims is None else claims.label
     return _result(Path(target), checkpoint, label, described, digested, source, equal, compared, findings)
+
+
+def _judge_shard(
+    path: Path, checkpoint: Checkpoint, source: Checkpoint | None, findings: Findings, workers: int, progress: Progress
+) -> Verification:
+    """One shard of several: its header and digests; scales and experts may lie in any of the others."""
+    if source is not None:
+        raise CheckpointError(
+            "is one of several shards, and a source can only be compared with all of them; give the folder", where=str(path)
+        )
+    findings.note("one-shard", path.name, "is one of several shards, so only its header and digests were judged")
+    with Reader(checkpoint, progress) as reader:
+        digested = check_digests(reader, findings, workers)
+    return _result(path, checkpoint, None, Described({}, {}), digested, None, 0, (), findings)
 
 
 def _check_against(
