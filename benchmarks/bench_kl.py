@@ -201,11 +201,12 @@ def _row(grid: str, method: str, value: str, runs: list[dict[str, Any]], referen
 
 
 def _missed(rows: list[dict[str, Any]]) -> list[str]:
-    missed = []
-    for row in rows:
-        if row["method"] == "polished" and not (row["of_rtn"] <= TARGETS[row["grid"]] and row["of_gptq"] <= TARGET_OF_GPTQ):
-            missed.append(f"{row['grid']}: {row['of_rtn']:.3f} of RTN, {row['of_gptq']:.3f} of GPTQ")
-    return missed
+    polished = [row for row in rows if row["method"] == "polished"]
+    return [
+        f"{row['grid']}: {row['of_rtn']:.3f} of RTN, {row['of_gptq']:.3f} of GPTQ"
+        for row in polished
+        if not (row["of_rtn"] <= TARGETS[row["grid"]] and row["of_gptq"] <= TARGET_OF_GPTQ)
+    ]
 
 
 if __name__ == "__main__":

@@ -71,8 +71,8 @@ def calibrate(source: Path, target: Path, tokens: Path, samples: int, workers: i
     rows = read_log(target / LOG_NAME)
     return {
         "seconds": time.monotonic() - began, "layer_seconds": times.seconds, "methods": result.summary["methods"],
-        "codes_worker_seconds": sum(row.seconds for row in rows), "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "rtn_reasons": result.summary["rtn_reasons"],
+        "codes_worker_seconds": sum(row.seconds for row in rows), "rtn_reasons": result.summary["rtn_reasons"],
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }  # fmt: skip
 
 

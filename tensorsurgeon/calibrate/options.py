@@ -63,7 +63,7 @@ class CalibrationOptions:
     minimum_tokens: int = 512
     fallback_tokens: int = 32
     sequential: bool = True
-    gptq: GptqOptions = field(default_factory=lambda: GptqOptions(polish=Polish()))
+    gptq: GptqOptions = field(default_factory=lambda: CalibrationOptions.default_gptq())
     write_statistics: Path | None = None
     read_statistics: Path | None = None
 
@@ -80,6 +80,11 @@ class CalibrationOptions:
             raise RecipeError("calibration needs data: give --calibration FILE, or --read-statistics FOLDER")
         if self.sources and self.read_statistics is not None:
             raise RecipeError("--read-statistics replaces the walk, so --calibration would not be read; give one of them")
+
+    @staticmethod
+    def default_gptq() -> GptqOptions:
+        """GPTQ as it is run where nothing is said."""
+        return GptqOptions(polish=Polish())
 
     def identity(self) -> dict[str, Any]:
         """What decides the result apart from the data, in a form that JSON holds; no paths of this machine."""

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tensorsurgeon.calibrate import needs_calibration
 from tensorsurgeon.calibrate.data import CalibrationData, load_data
 from tensorsurgeon.calibrate.log import LOG_NAME, LogRow, log_bytes, read_log, summarize, summary_text
 from tensorsurgeon.calibrate.model import StreamedModel
@@ -64,11 +65,6 @@ class Codes:
         return Quantized(found.codes[rows], found.scale[rows], zero_point)
 
 
-def needs_calibration(plan: Plan) -> bool:
-    """Whether a step of the plan asks for statistics."""
-    return any(isinstance(step, Quantize) and step.method != "rtn" for step in plan.steps)
-
-
 def run_calibrated(
     plan: Plan,
     target: str | os.PathLike[str],
@@ -88,7 +84,7 @@ def run_calibrated(
     CPU. Raises what ``run_plan`` raises, RecipeError for data that cannot be used, NumericError for a model whose hidden
     states are not finite.
     """
-    if not needs_calibration(plan):
+    if not needs_calibration(plan.steps):
         raise RecipeError("no step of this transform asks for statistics (method gptq or imatrix); leave --calibration away")
     if device != "cpu" and not torch.cuda.is_available():
         raise RecipeError(f"--device {device}: this torch sees no such device")

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.checkpoints import FIXTURE
 
 from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
 from tensorsurgeon.checkpoint import open_checkpoint
@@ -17,6 +16,7 @@ from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.plan import Plan, make_plan
 from tensorsurgeon.quant.gptq import GptqOptions
 from tensorsurgeon.transform import steps_of
+from tests.checkpoints import FIXTURE
 
 TEXT = FIXTURE.parent / "text" / "calibration.txt"
 _SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -30,8 +30,13 @@ def save_random(folder: Path, kind: str) -> Path:
         "llama": lambda: transformers.LlamaConfig(**_SIZES, num_hidden_layers=2),
         "tied": lambda: transformers.Qwen2Config(**_SIZES, num_hidden_layers=2, tie_word_embeddings=True),
         # Sliding and full attention in turn, each with its own mask and rotary embedding; scaled embeddings.
-        "gemma3": lambda: transformers.Gemma3TextConfig(**_SIZES, num_hidden_layers=3, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
-        "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**_SIZES, num_hidden_layers=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8),
+        "gemma3": lambda: transformers.Gemma3TextConfig(
+            **_SIZES, num_hidden_layers=3, head_dim=8, sliding_window=8,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+        "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+            **_SIZES, num_hidden_layers=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8
+        ),
         # Named block_sparse_moe.experts.N.w1 on disk.
         "mixtral": lambda: transformers.MixtralConfig(**_SIZES, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2),
     }  # fmt: skip
@@ -54,13 +59,11 @@ def split_fixture(folder: Path) -> Path:
     return folder
 
 
-def plan_of(source: Path, *, method: str = "gptq", format: str = "ct-packed", **fields: Any) -> Plan:
+def plan_of(source: Path, *, method: str = "gptq", layout: str = "ct-packed", **fields: Any) -> Plan:
     """Quantize the linears of the decoder layers."""
-    given = {"format": format, "num_bits": 4, "group_size": 32, **fields}
+    given = {"format": layout, "num_bits": 4, "group_size": 32, **fields}
     steps = steps_of(load_transform("quantize-linears", given))
-    return make_plan(
-        [replace(s, method=method) if isinstance(s, Quantize) else s for s in steps], open_checkpoint(source)
-    )
+    return make_plan([replace(s, method=method) if isinstance(s, Quantize) else s for s in steps], open_checkpoint(source))
 
 
 def options_of(*locations: str | Path, **fields: Any) -> CalibrationOptions:

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tests.calibrate.models import TEXT, options_of
-from tests.checkpoints import FIXTURE
 
 from tensorsurgeon.calibrate.data import CalibrationData, load_data, shares
 from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
 from tensorsurgeon.errors import RecipeError
+from tests.calibrate.models import TEXT, options_of
+from tests.checkpoints import FIXTURE
 
 _ROWS = 2048
 

@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.calibrate.models import options_of, plan_of, save_random, write_ids
-from tests.checkpoints import FIXTURE, apply, folder_bytes, read_all
 
+from tensorsurgeon.calibrate import needs_calibration
 from tensorsurgeon.calibrate.log import LOG_NAME, LogRow, read_log
 from tensorsurgeon.calibrate.options import CalibrationOptions
-from tensorsurgeon.calibrate.run import CalibratedResult, needs_calibration, run_calibrated
+from tensorsurgeon.calibrate.run import CalibratedResult, run_calibrated
 from tensorsurgeon.calibrate.walk import Walk
-from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.errors import JournalError, NumericError, PlanError, RecipeError
 from tensorsurgeon.library import load_transform
 from tensorsurgeon.quant.gptq import GptqOptions
 from tensorsurgeon.quant.polish import Polish
 from tensorsurgeon.transform import steps_of
+from tests.calibrate.models import options_of, plan_of, save_random, write_ids
+from tests.checkpoints import FIXTURE, apply, folder_bytes, read_all
 
 
 def calibrate(source: Path, target: Path, options: CalibrationOptions, **fields: Any) -> CalibratedResult:
@@ -112,7 +112,9 @@ def test_what_is_not_quantized_passes_through_untouched(tmp_path: Path) -> None:
     assert all(out[name].tobytes() == source[name].tobytes() for name in kept)
 
 
-@pytest.mark.parametrize("fields", [{"format": "ct-int", "num_bits": 8, "group_size": -1}, {"symmetric": False}, {"group_size": -1}])
+@pytest.mark.parametrize(
+    "fields", [{"layout": "ct-int", "num_bits": 8, "group_size": -1}, {"symmetric": False}, {"group_size": -1}]
+)
 def test_other_grids_are_calibrated_too(fields: dict[str, Any], tmp_path: Path) -> None:
     result = calibrate(FIXTURE, tmp_path / "out", options_of(), **fields)
     assert result.summary["methods"] == {"gptq": 127}
@@ -228,7 +230,8 @@ def test_four_tokens_round_everything_to_nearest_and_say_so(tmp_path: Path) -> N
 
 def test_four_tokens_without_a_fallback_still_give_finite_weights(tmp_path: Path) -> None:
     ids = write_ids(tmp_path / "ids.npy", rows=1, length=4)
-    options = options_of(ids, samples=1, sequence_length=4, fallback_tokens=0, gptq=GptqOptions(polish=Polish()), experts="routed")
+    polished = GptqOptions(polish=Polish())
+    options = options_of(ids, samples=1, sequence_length=4, fallback_tokens=0, gptq=polished, experts="routed")
     result = calibrate(FIXTURE, tmp_path / "out", options)
     assert result.summary["rtn_reasons"].keys() <= {"saw no calibration token"}
     assert result.summary["methods"]["rtn"] > 0
@@ -272,14 +275,14 @@ def test_inputs_that_overflow_fall_back_and_are_logged(tmp_path: Path, monkeypat
 
 def test_a_transform_that_asks_for_no_statistics_takes_no_data(tmp_path: Path) -> None:
     plan = plan_of(FIXTURE, method="rtn")
-    assert not needs_calibration(plan)
+    assert not needs_calibration(plan.steps)
     with pytest.raises(RecipeError, match="leave --calibration away"):
         run_calibrated(plan, tmp_path / "out", options_of())
 
 
 def test_floating_point_formats_have_no_gptq(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="fp8 has only method rtn"):
-        calibrate(FIXTURE, tmp_path / "out", options_of(), format="ct-float", num_bits=None, group_size=None)
+        calibrate(FIXTURE, tmp_path / "out", options_of(), layout="ct-float", num_bits=None, group_size=None)
     assert not (tmp_path / "out").exists()
 
 

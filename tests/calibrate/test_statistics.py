@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.calibrate.models import options_of
-from tests.checkpoints import FIXTURE
 from torch import nn
 
 from tensorsurgeon.calibrate.experts import ExpertInputs, ExpertStatistics, find_stacks
@@ -32,6 +30,8 @@ from tensorsurgeon.calibrate.workers import Turns, run_parallel
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.errors import Interrupted, RecipeError
 from tensorsurgeon.source import Source
+from tests.calibrate.models import options_of
+from tests.checkpoints import FIXTURE
 
 
 class Observed:
@@ -54,7 +54,9 @@ class Observed:
         turns = Turns()
         observer = LayerObserver(linears, [self.stack], {self.stack.name: self.inputs}, turns)
         with observer.watching():
-            walk.run_layer(0, self.layer, hidden, None, workers=workers, stop=threading.Event(), observer=observer.observe, turns=turns)
+            walk.run_layer(
+                0, self.layer, hidden, None, workers=workers, stop=threading.Event(), observer=observer.observe, turns=turns
+            )
         self.seen: dict[str, torch.Tensor] = {}
         self._run_again(walk, hidden, linears)
         options = options_of(**fields)
@@ -106,7 +108,7 @@ def test_linears_called_with_one_tensor_share_one_hessian(tmp_path: Path) -> Non
     with observed(tmp_path) as made:
         key = made.statistics.shared_key
         mixer = {key(f"{made.name}.linear_attn.in_proj_{part}") for part in ("qkv", "z", "a", "b")}
-        moe = {key(f"{made.name}.mlp.shared_expert.gate_proj"), key(f"{made.name}.mlp.shared_expert.up_proj"), key(made.stack.first_name)}
+        moe = {key(f"{made.name}.mlp.shared_expert.{part}_proj") for part in ("gate", "up")} | {key(made.stack.first_name)}
         assert len(mixer) == len(moe) == 1
         assert mixer != moe
         assert key(f"{made.name}.linear_attn.out_proj") not in mixer | moe

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.calibrate.models import save_random
-from tests.checkpoints import FIXTURE
 
 from tensorsurgeon.calibrate.hidden import HiddenStates
 from tensorsurgeon.calibrate.model import StreamedModel
@@ -21,9 +19,13 @@ from tensorsurgeon.calibrate.workers import one_torch_thread
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.errors import CheckpointError, NumericError
 from tensorsurgeon.source import Source
+from tests.calibrate.models import save_random
+from tests.checkpoints import FIXTURE
 
 
-def walk_through(folder: Path, tokens: np.ndarray, work: Path, *, implementation: str | None, workers: int = 2) -> list[torch.Tensor]:
+def walk_through(
+    folder: Path, tokens: np.ndarray, work: Path, *, implementation: str | None, workers: int = 2
+) -> list[torch.Tensor]:
     """Hidden states before the first layer and after each."""
     checkpoint = open_checkpoint(folder)
     model = StreamedModel(checkpoint, experts_implementation=implementation)
@@ -50,7 +52,8 @@ def full_forward(folder: Path, tokens: np.ndarray, implementation: str | None) -
     import transformers
 
     known = {} if implementation is None else {"experts_implementation": implementation}
-    auto = transformers.AutoModelForImageTextToText if folder == FIXTURE or "split" in folder.name else transformers.AutoModelForCausalLM
+    has_vision = folder == FIXTURE or "split" in folder.name
+    auto = transformers.AutoModelForImageTextToText if has_vision else transformers.AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype=torch.bfloat16, **known).eval()
     size = max(1, 2048 // tokens.shape[1])
     parts = []
@@ -80,7 +83,8 @@ def test_hidden_states_equal_the_full_forward_with_fused_and_per_expert_experts(
 ) -> None:
     folder = FIXTURE if experts == "fused" else split_checkpoint
     tokens = np.random.default_rng(1).integers(0, 2000, (19, 200))  # a last batch that is smaller than the others
-    assert_equal(walk_through(folder, tokens, tmp_path, implementation=implementation), full_forward(folder, tokens, implementation))
+    found = walk_through(folder, tokens, tmp_path, implementation=implementation)
+    assert_equal(found, full_forward(folder, tokens, implementation))
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "gemma3", "qwen3_moe", "mixtral"])
