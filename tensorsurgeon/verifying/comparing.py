@@ -81,7 +81,7 @@ def _same_weight(source: Reader, target: Reader, pair: SameWeight, findings: Fin
 def _complaint(result: Fidelity, claim: Claim | None) -> str:
     stored = "a cast of the source" if claim is None else claim.describe()
     if result.not_finite:
-        return f"{result.not_finite} rows read as NaN or infinity, row {result.first_bad_row} first"
+        return f"NaN or infinity in {_rows(result.not_finite)} of what readers compute, row {result.first_bad_row} first"
     if result.is_shifted and not result.bad_rows:
         return (
             f"is {abs(result.shift):.1f} steps too {'high' if result.shift > 0 else 'low'} on average ({result.snr_db:.1f} dB), "
@@ -93,9 +93,13 @@ def _complaint(result: Fidelity, claim: Claim | None) -> str:
             f"{result.floor_db:g} dB: these are other weights, or they are read wrongly"
         )
     return (
-        f"{result.bad_rows} rows, row {result.first_bad_row} first, have an error larger than the weights themselves, which "
+        f"{_rows(result.bad_rows)}, row {result.first_bad_row} first, with an error larger than the weights themselves, which "
         f"rounding never makes ({result.snr_db:.1f} dB over all rows)"
     )
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' if count > 1 else ''}"
 
 
 def _weight(reader: Reader, side: Part | Module, shape: tuple[int, int]) -> Weight:

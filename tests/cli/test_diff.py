@@ -11,6 +11,8 @@ from click.testing import CliRunner, Result
 
 from tensorsurgeon.cli import main
 from tensorsurgeon.diffing import diff_checkpoints
+from tensorsurgeon.verifying import verify
+from tensorsurgeon.verifying.reading import Reader
 from tests.checkpoints import Tensors, moe_config, tiny_moe, write_checkpoint
 
 
@@ -100,3 +102,20 @@ def test_what_is_no_checkpoint_is_neither_equal_nor_different(tmp_path: Path) ->
     result = run(a, tmp_path / "nowhere")
     assert result.exit_code == 20
     assert result.stderr.count("\n") == 1
+
+
+def test_a_large_tensor_is_never_held_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = {"w": np.zeros((1 << 12, 1 << 10), np.float32)}
+    a, b = (write_checkpoint(tmp_path / name, large, config=moe_config()) for name in "ab")
+    sizes: list[int] = []
+    read = Reader.bytes_of
+
+    def watched(self: Reader, name: str, start: int, nbytes: int) -> np.ndarray:
+        sizes.append(nbytes)
+        return read(self, name, start, nbytes)
+
+    monkeypatch.setattr(Reader, "bytes_of", watched)
+    assert diff_checkpoints(a, b).is_equal
+    assert verify(a, b).is_sound
+    assert sum(sizes) == 4 * large["w"].nbytes
+    assert max(sizes) <= 1 << 20

@@ -62,8 +62,8 @@ def words_of_another_expert(s: Spoilt) -> None:
     s.tensors[f"{E1}.qweight"] = s.tensors[f"{L}.mlp.experts.2.up_proj.qweight"].copy()
 
 
-@planted("ct-packed", "fidelity", E1, "1 rows, row 33 first", "larger than the weights themselves", against=True)
-@planted("ct-nvfp4", "fidelity", E1, "1 rows, row 33 first", "larger than the weights themselves", against=True)
+@planted("ct-packed", "fidelity", E1, "1 row, row 33 first", "larger than the weights themselves", against=True)
+@planted("ct-nvfp4", "fidelity", E1, "1 row, row 33 first", "larger than the weights themselves", against=True)
 def one_row_of_garbage(s: Spoilt) -> None:
     packed = s.tensors[f"{E1}.weight_packed"]
     packed[33] = packed[34]
