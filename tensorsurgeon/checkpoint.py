@@ -6,6 +6,7 @@ A checkpoint is a folder with or without an index, a single ``.safetensors`` fil
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -283,7 +284,10 @@ def _other_files(root: Path, shard_names: set[str]) -> tuple[tuple[str, ...], tu
                 continue
             if _OTHER_WEIGHTS.fullmatch(file):
                 left.append(name)
-            elif os.path.isfile(os.path.join(folder, file)):
+            elif os.path.isfile(path := os.path.join(folder, file)):
+                if not os.access(path, os.R_OK):
+                    # Now, and not after an hour, when it is to be copied.
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
                 kept.append(name)
             else:
                 strange.append(f"{name} is a broken link or no regular file and stays behind")
