@@ -85,6 +85,8 @@ def _transform_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output shard."),
         click.option("--backend", type=click.Choice(["auto", "fast", "torch"]), default="auto", show_default=True,
                      help="Who computes: compiled CPU kernels or torch; the bits are the same."),
+        click.option("--require", multiple=True, metavar="ENGINE[:tp=N]",
+                     help="Stop if this engine would not serve the result, such as vllm:tp=4; give it as often as needed."),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -127,14 +129,23 @@ def _load(transform: str, then: Sequence[str], settings: Sequence[str], backend:
 @_transform_options
 @_json_option
 def plan(
-    transform: str, source: str, settings: tuple[str, ...], then: tuple[str, ...], max_shard_size: str, backend: str, as_json: bool
+    transform: str,
+    source: str,
+    settings: tuple[str, ...],
+    then: tuple[str, ...],
+    max_shard_size: str,
+    backend: str,
+    require: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Show what TRANSFORM would do to SOURCE, from headers alone: nothing is read but headers, nothing written.
 
     \b
     surgeon plan quark-w8a8-int8 Qwen3.6-35B-A3B
+    surgeon plan ct-w4a16-g32 Qwen3.6-35B-A3B --require vllm:tp=4 --require sglang
     """
     from tensorsurgeon.checkpoint import open_checkpoint
+    from tensorsurgeon.engines.advice import advice_as_data, advice_as_text, advise_all, check_requirements
     from tensorsurgeon.plan import make_plan
     from tensorsurgeon.report import plan_as_data, plan_as_text
 
@@ -143,10 +154,12 @@ def plan(
         open_checkpoint(source),
         max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
     )
+    check_requirements(made, require)
+    advice = advise_all(made)
     if as_json:
-        emit(plan_as_data(made), "", True)
+        emit(plan_as_data(made) | {"engines": advice_as_data(advice)}, "", True)
     else:
-        emit(None, plan_as_text(made), False)
+        emit(None, f"{plan_as_text(made)}\n\n{advice_as_text(advice)}", False)
 
 
 @main.command()
@@ -168,6 +181,7 @@ def apply(
     then: tuple[str, ...],
     max_shard_size: str,
     backend: str,
+    require: tuple[str, ...],
     workers: int | None,
     max_ram: str | None,
     resume: bool,
@@ -182,6 +196,7 @@ def apply(
     surgeon apply split-experts model out --then my-renames.yaml --max-ram 8GB --workers 4
     """
     from tensorsurgeon.checkpoint import open_checkpoint
+    from tensorsurgeon.engines.advice import check_requirements
     from tensorsurgeon.plan import make_plan
     from tensorsurgeon.run import run_plan
 
@@ -192,6 +207,7 @@ def apply(
         open_checkpoint(source),
         max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
     )
+    check_requirements(made, require)
     if not quiet:
         for name in made.source.left_behind:
             note(f"note: {name} stays behind: it holds other weights than this checkpoint's")

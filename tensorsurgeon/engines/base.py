@@ -83,12 +83,12 @@ class Engine:
     def judge(self, facts: Facts, target: Target) -> list[Advice]:
         """All advice for one target, the worst first; a single ``loads`` if nothing stands against it."""
         findings = list(dict.fromkeys(finding for rule in self.rules for finding in rule(facts, target)))
-        if not any(f.severity in ("refuses", "silent-garbage") for f in findings):
+        if facts.unreadable is None and not any(f.severity in ("refuses", "silent-garbage") for f in findings):
             findings.append(self.verdict(facts, target))
         findings.sort(key=lambda f: -SEVERITIES.index(f.severity))
         return [Advice(self.name, f.severity, target.tp, f.subject, f.reason, f.source) for f in findings]
 
 
 def loads(advice: Iterable[Advice]) -> bool:
-    """Whether an engine will load the checkpoint and mean it."""
-    return not any(a.severity in ("refuses", "silent-garbage") for a in advice)
+    """Whether an engine will load the checkpoint and mean it, as far as that could be judged."""
+    return any(a.severity == "loads" for a in advice)

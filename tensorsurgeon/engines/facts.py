@@ -16,7 +16,7 @@ from tensorsurgeon.dtypes import BF16, WEIGHT_DTYPES
 from tensorsurgeon.engines.sharding import Experts, Heads, Linear
 from tensorsurgeon.errors import ConfigError
 from tensorsurgeon.formats.base import Format
-from tensorsurgeon.formats.fused_modules import EXPERTS, FUSED, FUSED_NAME
+from tensorsurgeon.formats.fused_modules import EXPERTS, FUSED, FUSED_NAME, describe
 from tensorsurgeon.formats.registry import detect, quantization_config
 from tensorsurgeon.plan import Plan
 from tensorsurgeon.quant.grid import Scheme
@@ -62,8 +62,40 @@ class Facts:
         return tuple(dict.fromkeys(name for name in (*self.stacked, *self.split) if name not in quantized))
 
     @property
+    def forms(self) -> tuple[Linear | Experts, ...]:
+        """Whatever is quantized."""
+        return (*self.experts, *self.linears)
+
+    @property
+    def quantized_experts(self) -> tuple[str, ...]:
+        """Expert lists that are quantized, by name."""
+        return tuple(name for name in self.quantized if name.endswith(".experts"))
+
+    @property
     def has_quantized_mtp(self) -> bool:
-        return any(form.is_mtp for form in (*self.linears, *self.experts))
+        return any(form.is_mtp for form in self.forms)
+
+    def stored_both_ways(self) -> tuple[str, str] | None:
+        """A stacked expert list of the main model and one that is stored one by one, if it has both."""
+        stacked = next((m for m in self.stacked if not m.startswith(MTP)), None)
+        split = next((m for m in (*self.split, *self.quantized_experts) if not m.startswith(MTP)), None)
+        return None if stacked is None or split is None else (stacked, split)
+
+    def names_in_engines(self) -> tuple[str, ...]:
+        """The quantized linears and expert lists under their own names, fused ones under both."""
+        names = dict.fromkeys(self.quantized)
+        for name in self.quantized:
+            parent, dot, leaf = name.rpartition(".")
+            if leaf in FUSED_NAME:
+                names[parent + dot + FUSED_NAME[leaf]] = None
+        return tuple(names)
+
+    def described(self) -> str:
+        """The layout and its schemes in a few words."""
+        if not self.layout:
+            return "not judged" if self.unreadable else "unquantized"
+        kinds = dict.fromkeys(describe(form.scheme) for form in self.forms)
+        return f"{self.layout} ({'; '.join(kinds)})"
 
 
 class _Stored(NamedTuple):
@@ -71,7 +103,7 @@ class _Stored(NamedTuple):
     leaf: str
     shape: tuple[int, int]
     scheme: Scheme
-    count: int
+    number: int
 
 
 def facts_of(plan: Plan) -> Facts:
@@ -80,14 +112,15 @@ def facts_of(plan: Plan) -> Facts:
     specs = plan.specs
     settings = quantization_config(config)
     format_, unreadable, modules = None, None, plan.quantized
+    stored: tuple[_Stored, ...] = ()
     if settings is not None:
         try:
             format_ = detect(config, specs)
-            if format_ is not None and not modules:
-                modules = format_.read_config(settings, specs)
+            if format_ is not None:
+                modules = modules or format_.read_config(settings, specs)
+                stored = tuple(_forms(modules, specs, format_))
         except ConfigError as error:
             format_, unreadable = None, str(error)
-    stored = () if format_ is None else tuple(_forms(modules, specs, format_))
     stacked, split, stacked_quantized, float_mtp = _unquantized(specs, modules)
     singles, experts = [s for s in stored if not s.leaf], [s for s in stored if s.leaf]
     return Facts(
@@ -126,7 +159,10 @@ def _forms(modules: Mapping[str, Scheme], specs: SpecMap, format_: Format) -> It
                 names[number] = tuple("." + spec.name for spec in made)
             local = names[number]
         at = module.find(EXPERTS)
-        shape = specs[module + local[0]][2]
+        spec = specs.get(module + local[0])
+        if spec is None or len(spec[2]) != 2:
+            raise ConfigError(f"{module}: quantized, but there is no matrix {module}{local[0]}")
+        shape = spec[2]
         if at >= 0 and module[at + length].isdigit():
             key = module[: at + length - 1], module[module.rfind(".") + 1 :], shape, number
         else:
@@ -212,7 +248,7 @@ def _mixed(entries: list[_Stored]) -> str | None:
         return "several schemes"
     if len(entries) > len(leaves):
         return "several shapes"
-    if len({entry.count for entry in entries}) > 1:
+    if len({entry.number for entry in entries}) > 1:
         return "some experts quantized, others not"
     return None
 

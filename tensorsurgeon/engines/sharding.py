@@ -42,7 +42,7 @@ class Linear(NamedTuple):
     """A linear as an engine holds it, standing for all of the same form.
 
     ``subject``: the name with numbers masked. ``leaf``: the last part of the fused name. ``parts``: leaf and
-    out_features of each stored part, in the order in which they are stacked. ``count``: how many there are.
+    out_features of each stored part, in the order in which they are stacked. ``number``: how many there are.
     """
 
     subject: str
@@ -50,7 +50,7 @@ class Linear(NamedTuple):
     parts: tuple[tuple[str, int], ...]
     in_features: int
     scheme: Scheme
-    count: int
+    number: int
     is_mtp: bool
 
     @property
