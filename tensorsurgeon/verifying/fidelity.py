@@ -33,7 +33,7 @@ _CHUNK_ELEMENTS: Final = 1 << 17
 class Fidelity(NamedTuple):
     """One weight compared: ``snr_db`` is infinite where every value is the source's. ``bad_rows`` are noisier than
     rounding can make them; ``not_finite`` counts rows with NaN or infinity in what readers compute. ``shift``: by how
-    many steps of its grid the weight is too high on average, for grids with zero points."""
+    many steps of its grid the weight is too high on average, for asymmetric grids."""
 
     name: str
     num_bits: int
@@ -67,17 +67,18 @@ def compare(name: str, source: Weight, stored: Weight, claim: Claim | None) -> F
     signal_sum = noise_sum = 0.0
     error_sum = step_sum = 0.0
     bad_rows, first_bad, not_finite = 0, -1, 0
+    has_zeros = claim is not None and not claim.symmetric
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         weight = source.rows(start, stop)
-        noise = stored.rows(start, stop)
-        np.subtract(weight, noise, out=noise)
-        if isinstance(stored, CodedWeight) and stored.zero_point is not None:
-            error_sum -= float(noise.sum(dtype=np.float64))
-            step_sum += float(np.abs(stored.scale[start:stop]).sum(dtype=np.float64)) * columns / stored.scale.shape[1]
-        # In float32 by row, which is a sum of thousands at most, then in float64.
-        signal = np.einsum("ij,ij->i", weight, weight).astype(np.float64)
-        error = np.einsum("ij,ij->i", noise, noise).astype(np.float64)
+        # A scale that is infinite or NaN is what this looks for, and no accident.
+        with np.errstate(invalid="ignore", over="ignore"):
+            noise = stored.rows(start, stop)
+            np.subtract(weight, noise, out=noise)
+            if has_zeros and isinstance(stored, CodedWeight):
+                error_sum -= float(noise.sum(dtype=np.float64))
+                step_sum += float(np.abs(stored.scale[start:stop]).sum(dtype=np.float64)) * columns / stored.scale.shape[1]
+            signal, error = _energy(weight), _energy(noise)
         finite = np.isfinite(error)
         not_finite += int(np.count_nonzero(~finite))
         wrong = ~finite | (error > _ROW_NOISE * signal)
@@ -97,6 +98,15 @@ def compare(name: str, source: Weight, stored: Weight, claim: Claim | None) -> F
         not_finite=not_finite,
         shift=error_sum / step_sum if step_sum and np.isfinite(error_sum) else 0.0,
     )
+
+
+def _energy(values: np.ndarray) -> np.ndarray:
+    """Sum of squares by row, [N] in float64; summed in float32, which is twice as fast, unless that overflows."""
+    energy = np.einsum("ij,ij->i", values, values).astype(np.float64)
+    if np.isfinite(energy).all():
+        return energy
+    exact: np.ndarray = np.einsum("ij,ij->i", values, values, dtype=np.float64)
+    return exact
 
 
 def _decibels(signal: float, noise: float) -> float:

@@ -108,6 +108,19 @@ def an_expert_of_another_size(s: Spoilt) -> None:
     s.tensors[f"{name}.weight_shape"][0] = 128
 
 
+@planted("ct-float", "source-shape", f"{L}.mlp.experts.2.up_proj", "[64, 128]", "the source has", "[128, 128]", against=True)
+def a_linear_of_another_size(s: Spoilt) -> None:
+    for local in ("weight", "weight_scale"):
+        name = f"{L}.mlp.experts.2.up_proj.{local}"
+        s.tensors[name] = s.tensors[name][:64].copy()
+
+
+@planted("gptq", "fidelity", E1, "reads as NaN or infinity in 1 row", "row 5 first", against=True)
+@planted("awq", "fidelity", E1, "reads as NaN or infinity in 1 row", "row 5 first", against=True)
+def an_infinite_scale(s: Spoilt) -> None:
+    s.tensors[f"{E1}.scales"][2, 5] = np.inf
+
+
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_a_planted_fault_is_found_and_named(case: Case, tmp_path: Path) -> None:
     check_found(case, tmp_path / "spoilt")
