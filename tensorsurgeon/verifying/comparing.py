@@ -81,7 +81,7 @@ def _same_weight(source: Reader, target: Reader, pair: SameWeight, findings: Fin
 def _complaint(result: Fidelity, claim: Claim | None) -> str:
     stored = "a cast of the source" if claim is None else claim.describe()
     if result.not_finite:
-        return f"NaN or infinity in {_rows(result.not_finite)} of what readers compute, row {result.first_bad_row} first"
+        return f"reads as NaN or infinity in {_rows(result.not_finite)}, row {result.first_bad_row} first"
     if result.is_shifted and not result.bad_rows:
         return (
             f"is {abs(result.shift):.1f} steps too {'high' if result.shift > 0 else 'low'} on average ({result.snr_db:.1f} dB), "

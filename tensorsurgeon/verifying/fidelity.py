@@ -102,7 +102,7 @@ def compare(name: str, source: Weight, stored: Weight, claim: Claim | None) -> F
 
 def _energy(values: np.ndarray) -> np.ndarray:
     """Sum of squares by row, [N] in float64; summed in float32, which is twice as fast, unless that overflows."""
-    energy = np.einsum("ij,ij->i", values, values).astype(np.float64)
+    energy: np.ndarray = np.einsum("ij,ij->i", values, values).astype(np.float64)
     if np.isfinite(energy).all():
         return energy
     exact: np.ndarray = np.einsum("ij,ij->i", values, values, dtype=np.float64)
