@@ -125,7 +125,7 @@ def _load(transform: str, then: Sequence[str], settings: Sequence[str], backend:
 
 @main.command()
 @click.argument("transform")
-@click.argument("source", type=click.Path())
+@click.argument("source", type=click.Path(readable=False))
 @_transform_options
 @_json_option
 def plan(
@@ -164,8 +164,8 @@ def plan(
 
 @main.command()
 @click.argument("transform")
-@click.argument("source", type=click.Path())
-@click.argument("target", type=click.Path())
+@click.argument("source", type=click.Path(readable=False))
+@click.argument("target", type=click.Path(readable=False))
 @_transform_options
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; the cores of this machine by default.")
 @click.option("--max-ram", metavar="SIZE", help="Cap on the tensors in flight, such as 8GB; half of the free memory by default.")
