@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tensorsurgeon.verifying import verify
 from tests.checkpoints import FIXTURE
-from tests.verifying.subjects import DENSE, GOLDEN, MOE, RECIPES, source_of, subject
+from tests.verifying.subjects import DENSE, GOLDEN, MOE, RECIPES, Spoilt, source_of, subject
 
 PEERS = sorted(p.parent.name for p in GOLDEN.glob("*/config.json") if list(p.parent.glob("*.safetensors")))
 
@@ -66,3 +67,17 @@ def test_progress_counts_the_bytes_read() -> None:
     verify(subject("quark-int8"), MOE, workers=1, progress=read.append)
     files = sum(p.stat().st_size for p in Path(subject("quark-int8")).glob("*.safetensors"))
     assert sum(read) > files
+
+
+def test_fp8_with_one_scale_for_each_tensor_is_sound_as_autofp8_wrote_it(tmp_path: Path) -> None:
+    made = Spoilt(subject("hf-fp8"), tmp_path / "autofp8")
+    for name in [name for name in made.tensors if name.endswith(".weight_scale_inv")]:
+        # Every weight of this model is one block.
+        made.tensors[name.removesuffix("_inv")] = made.tensors.pop(name).reshape(())
+        made.tensors[name.replace("weight_scale_inv", "input_scale")] = np.ones((), np.float32)
+    del made.quantization["weight_block_size"]
+    made.quantization["activation_scheme"] = "static"
+    found = verify(made.save(), MOE)
+    assert not found.faults
+    assert found.schemes == {"fp8 8 bits, per tensor": 16}
+    assert min(f.snr_db for f in found.compared) > 30

@@ -14,18 +14,22 @@ from tensorsurgeon.verifying.findings import Findings
 def read(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> Claims | None:
     """Claims of an fp8 config: every linear that no list names."""
     block = config.get("weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
-        findings.fault(
-            "config", f"config.json {TOP}.weight_block_size", f"expected two sizes such as [128, 128], found {block!r}"
-        )
+    if block is not None and not _is_block(block):
+        found = f"expected two sizes such as [128, 128], found {block!r}"
+        findings.fault("config", f"config.json {TOP}.weight_block_size", found)
         return None
     if config.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         findings.fault("config", f"config.json {TOP}.fmt", f"found {config['fmt']!r}, can read 'e4m3'")
         return None
-    claim = Claim(
-        layout="plain", num_bits=8, code_dtype=F8_E4M3, block=(block[0], block[1]), scale_name="weight_scale_inv",
-        static_inputs=config.get("activation_scheme") == "static",
-    )  # fmt: skip
+    static = config.get("activation_scheme") == "static"
+    if block is None:
+        # As AutoFP8 wrote them: one scale for each weight, and one for its inputs.
+        claim = Claim(layout="plain", num_bits=8, code_dtype=F8_E4M3, group_size=0, static_inputs=static)
+    else:
+        claim = Claim(
+            layout="plain", num_bits=8, code_dtype=F8_E4M3, block=(block[0], block[1]), scale_name="weight_scale_inv",
+            static_inputs=static,
+        )  # fmt: skip
     key = "modules_to_not_convert" if config.get("modules_to_not_convert") else "ignored_layers"
     listed = strings_of(config, key, findings)
     entries = [Entry(key, text, "affix") for text in listed]
@@ -37,4 +41,8 @@ def read(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> Claim
         parent = experts_parent(module)
         return None if parent is not None and kept_out.matches(parent) else claim
 
-    return Claims(f"fp8 block {block[0]}x{block[1]}", of, entries, "modules_to_not_convert")
+    return Claims(claim.describe(), of, entries, "modules_to_not_convert")
+
+
+def _is_block(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
