@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.errors import BudgetError, Interrupted, PlanViolationError, SourceError
@@ -15,11 +21,13 @@ from tensorsurgeon.ops.cast import Cast
 from tensorsurgeon.ops.rename import Rename
 from tensorsurgeon.ops.transpose import Transpose
 from tensorsurgeon.plan import make_plan
+from tensorsurgeon.record import read_record, recorded_ranges
 from tensorsurgeon.run import run_plan
 from tensorsurgeon.spec import Region
 from tensorsurgeon.transform import Rewrite
 from tests.checkpoints import apply, assert_same, folder_bytes, moe_config, read_all, tiny_moe, write_checkpoint
 from tests.contract.engine import EngineContract
+from tests.test_units import lengths, random_chain, seeds
 
 
 def surgery():
@@ -86,6 +94,18 @@ def test_nothing_to_do_copies_everything_and_keeps_metadata_and_side_files(tmp_p
     assert found.metadata == {"format": "pt", "note": "kept"}
     assert (tmp_path / "t" / "config.json").read_bytes() == (source / "config.json").read_bytes()
     assert (tmp_path / "t" / "tokenizer.json").read_text() == '{"a": 1}'
+
+
+@settings(max_examples=60)
+@given(seeds, lengths, st.integers(1, 4), st.sampled_from([7, 64, 1 << 20]), st.sampled_from([1, 50, 1 << 20]), st.integers(1, 5))
+def test_any_chain_of_ops_is_written_as_numpy_says_it(seed, length, workers, copy_bytes, max_shard_bytes, shards):
+    start, ops, wanted = random_chain(seed, length)
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tensorsurgeon.plan.COPY_BYTES", copy_bytes)
+        source = write_checkpoint(Path(place) / "s", start, shards=min(shards, len(start)), seed=seed % 7)
+        apply(ops, source, Path(place) / "t", workers=workers, max_shard_bytes=max_shard_bytes)
+        assert_same(read_all(Path(place) / "t"), wanted)
 
 
 def test_the_source_is_not_changed_by_a_byte(tmp_path):
@@ -197,6 +217,56 @@ def test_a_stop_ends_in_order_and_the_same_call_with_resume_completes(tmp_path, 
     result = run_plan(plan, tmp_path / "t", resume=True)
     assert 5 <= result.resumed_units <= 6
     assert folder_bytes(tmp_path / "t") == folder_bytes(tmp_path / "whole")
+
+
+def test_no_line_of_the_journal_claims_bytes_that_a_power_cut_could_take(tmp_path, monkeypatch):
+    """What the disk surely holds is what was written before the last sync began; every claim must rest on that."""
+    from tensorsurgeon.journal import Journal
+    from tensorsurgeon.sink import Sink
+
+    monkeypatch.setattr("tensorsurgeon.plan.COPY_BYTES", 256)
+    monkeypatch.setattr("tensorsurgeon.executor.COMMIT_BYTES", 700)
+    source = write_checkpoint(tmp_path / "s", tiny_moe(), shards=3, config=moe_config())
+    plan = make_plan(surgery(), open_checkpoint(source), max_shard_bytes=3000)
+    durable, claims = {}, []
+    sync, append = Sink.sync, Journal.append
+
+    def syncing(sink):
+        seen = {p.name.removesuffix(".partial"): p.read_bytes() for p in sink.target.glob("*.partial")}
+        sync(sink)
+        durable.update(seen)
+
+    def appending(journal, units):
+        units = list(units)
+        for number, digests in units:
+            unit = plan.units[number]
+            places = [(w.shard, w.offset, w.nbytes) for w in unit.writes] + [(c.shard, c.offset, c.nbytes) for c in unit.copies]
+            for (shard, offset, nbytes), digest in zip(places, digests, strict=True):
+                content = durable[plan.layout.shards[shard].name][offset : offset + nbytes]
+                assert xxhash.xxh3_64_hexdigest(content) == digest
+                claims.append(nbytes)
+        append(journal, units)
+
+    monkeypatch.setattr(Sink, "sync", syncing)
+    monkeypatch.setattr(Journal, "append", appending)
+    run_plan(plan, tmp_path / "t", workers=4)
+    assert sum(claims) == plan.output_bytes
+
+
+def test_the_record_has_a_digest_for_every_byte_of_every_shard(tmp_path):
+    source = write_checkpoint(tmp_path / "s", tiny_moe(), shards=3, config=moe_config())
+    apply(surgery(), source, tmp_path / "t", max_shard_bytes=2500)
+    record = read_record(tmp_path / "t")
+    shards = {p.name: p.read_bytes() for p in (tmp_path / "t").glob("*.safetensors")}
+    assert record["shards"].keys() == shards.keys()
+    ends = dict.fromkeys(shards, 0)
+    for shard, offset, nbytes, digest in recorded_ranges(record):
+        assert offset == ends[shard]
+        assert xxhash.xxh3_64_hexdigest(shards[shard][offset : offset + nbytes]) == digest
+        ends[shard] = offset + nbytes
+    assert ends == {name: len(content) for name, content in shards.items()}
+    # Nothing in it tells when or where: the same run writes the same record everywhere.
+    assert str(tmp_path) not in (tmp_path / "t" / "surgeon.json").read_text()
 
 
 def test_progress_adds_up_to_the_output_also_when_resumed(tmp_path):

@@ -185,8 +185,9 @@ def recipe(folder: Path, steps: str, head: str = "") -> Path:
         (23, "  - concat: {parts: ['{p*}.q_proj.weight', '{p*}.gate.weight'], into: '{p}.x'}\n", "has no counterpart"),
         (
             23,
-            "  - stack: {where: 'model.layers.{index}.mlp.gate.weight', into: x}\n  - drop: {where: x}\n  - unstack: {where: '{x*}.experts.gate_up_proj', into: '{x}.{index}'}\n  - drop: {where: '{x*}.mlp.0'}\n  - stack: {where: '{x*}.mlp.{index}', into: '{x}.y'}\n",
-            "number 0 of",
+            "  - rename: {where: model.layers.1.mlp.gate.weight, to: model.layers.5.mlp.gate.weight}\n"
+            "  - stack: {where: 'model.layers.{index}.mlp.gate.weight', into: x}\n",
+            "number 1 of 2 is missing",
         ),
         (20, "  - drop: {where: '{x*}'}\n", "no tensor would be left"),
         (33, "  - expect: {where: 'lm_head.weight', shape: [vocab, hidden_size]}\n", "config.json has no vocab"),
