@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 from tensorsurgeon.checkpoint import RECORD_NAME, Checkpoint
@@ -28,7 +28,7 @@ from tensorsurgeon.verifying.layouts import (
 from tensorsurgeon.verifying.reading import Reader
 
 # Never quantized in any engine (formats.md section 7).
-_ROUTERS: Final = frozenset({"gate", "router", "shared_expert_gate"})
+_ROUTERS: Final = ("gate", "router", "shared_expert_gate")
 
 
 class Module(NamedTuple):
@@ -65,9 +65,11 @@ def check_described(reader: Reader, claims: Claims | None, findings: Findings, *
     if not known_method:
         return Described({}, stored)
     sound: dict[str, Module] = {}
+    routers = _routers(by_module)
     for name, tensors in stored.items():
         claim = claims.of(name) if claims is not None else None
-        _check_router(name, tensors, findings)
+        if name in routers:
+            _fault_router(name, tensors, findings)
         if claim is None:
             _fault_unclaimed(name, tensors, claims, findings)
             continue
@@ -80,14 +82,19 @@ def check_described(reader: Reader, claims: Claims | None, findings: Findings, *
     return Described(sound, stored)
 
 
-def _check_router(name: str, tensors: Mapping[str, TensorSpec], findings: Findings) -> None:
-    if name.rpartition(".")[2] in _ROUTERS:
-        findings.fault(
-            "router",
-            name,
-            f"is stored quantized ({describe_stored(tensors)}), but engines hand routers and gates no quantization config; "
-            "keep it in float",
-        )
+def _routers(modules: Iterable[str]) -> set[str]:
+    """Names that the routers beside experts may have; a ``gate`` elsewhere is a linear like any other."""
+    layers = {name[:at] for name in modules if (at := name.find(".experts")) >= 0}
+    return {f"{layer}.{leaf}" for layer in layers for leaf in _ROUTERS}
+
+
+def _fault_router(name: str, tensors: Mapping[str, TensorSpec], findings: Findings) -> None:
+    findings.fault(
+        "router",
+        name,
+        f"is stored quantized ({describe_stored(tensors)}), but engines hand routers and gates no quantization config; "
+        "keep it in float",
+    )
 
 
 def _fault_unclaimed(name: str, tensors: Mapping[str, TensorSpec], claims: Claims | None, findings: Findings) -> None:
