@@ -7,6 +7,7 @@ from typing import Final
 
 from tensorsurgeon.engines.base import Finding, Target
 from tensorsurgeon.engines.facts import Facts
+from tensorsurgeon.engines.sharding import Linear
 from tensorsurgeon.formats.fused_modules import describe
 
 WORDS: Final = {"ct_packed", "gptq", "autoround", "awq", "quark_int4"}
@@ -14,6 +15,16 @@ WORDS: Final = {"ct_packed", "gptq", "autoround", "awq", "quark_int4"}
 
 GROUPED: Final = WORDS | {"ct_nvfp4", "ct_mxfp4"}
 MARLIN_GROUPS: Final = (-1, 32, 64, 128)
+
+
+def ranks_of(linear: Linear, facts: Facts, target: Target) -> int:
+    """Among how many ranks an engine cuts a linear.
+
+    vLLM keeps ``in_proj_ba`` whole on every NVIDIA rank under GPTQ, AWQ and AutoRound, for it is narrower than Marlin's tile
+    (qwen_gdn_linear_attn.py, maybe_disable_tp), and cuts it under every other layout.
+    """
+    whole = linear.leaf == "in_proj_ba" and facts.layout in ("gptq", "awq", "autoround")
+    return 1 if whole and target.engine == "vllm" and target.device == "gpu" else target.tp
 
 
 def unreadable_config(facts: Facts, target: Target) -> Iterator[Finding]:
@@ -33,16 +44,16 @@ def heads_among_ranks(facts: Facts, target: Target) -> Iterator[Finding]:
 
 def features_among_ranks(facts: Facts, target: Target) -> Iterator[Finding]:
     """Every rank gets as many features as any other."""
-    tp = target.tp
     for linear in facts.linears:
+        tp = ranks_of(linear, facts, target)
         uneven = linear.uneven(tp, facts.heads)
         if uneven is not None:
             yield Finding("refuses", linear.subject, f"{uneven} cannot be shared by {tp} ranks")
         if tp > 1 and linear.cut == "unknown":
             yield Finding("warns", linear.subject, f"not known how it is cut among {tp} ranks; judged as if it were not")
     for experts in facts.experts:
-        if experts.intermediate % tp:
-            reason = f"{experts.intermediate} features of each expert cannot be shared by {tp} ranks"
+        if experts.intermediate % target.tp:
+            reason = f"{experts.intermediate} features of each expert cannot be shared by {target.tp} ranks"
             yield Finding("refuses", experts.subject, reason)
 
 
@@ -68,11 +79,10 @@ def words_among_ranks(facts: Facts, target: Target) -> Iterator[Finding]:
     """A word holds several codes and cannot be divided between ranks."""
     if facts.layout not in WORDS:
         return
-    tp = target.tp
     along_outputs = facts.layout in ("awq", "quark_int4") or str(facts.settings.get("packing_format", "")).endswith("awq")
     has_zero_words = facts.layout in ("gptq", "autoround", "awq", "quark_int4")
     for linear in facts.linears:
-        bits = linear.scheme.num_bits
+        bits, tp = linear.scheme.num_bits, ranks_of(linear, facts, target)
         if not along_outputs and linear.cut == "inputs" and tp > 1 and linear.inputs(tp) * bits % 32:
             yield Finding(
                 "refuses",

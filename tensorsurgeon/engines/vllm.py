@@ -14,7 +14,7 @@ from typing import Final
 from tensorsurgeon.engines.base import Engine, Finding, Target
 from tensorsurgeon.engines.facts import Facts
 from tensorsurgeon.engines.mtp import mtp_left_alone
-from tensorsurgeon.engines.parallel import MARLIN_GROUPS, RULES, WORDS
+from tensorsurgeon.engines.parallel import MARLIN_GROUPS, RULES, WORDS, ranks_of
 from tensorsurgeon.engines.sharding import Experts
 from tensorsurgeon.formats.fused_modules import describe
 
@@ -75,10 +75,8 @@ def marlin_tiles(facts: Facts, target: Target) -> Iterator[Finding]:
     if facts.layout not in WORDS or target.device != "gpu":
         return
     pads = not target.is_before(*PADS_SINCE)
-    # Replicated there instead of cut (qwen_gdn_linear_attn.py, maybe_disable_tp); compressed-tensors and Quark are not.
-    replicates = facts.layout in ("gptq", "awq", "autoround")
     for linear in facts.linears:
-        tp = 1 if replicates and linear.leaf == "in_proj_ba" else target.tp
+        tp = ranks_of(linear, facts, target)
         outputs, inputs = sum(linear.outputs(tp, facts.heads)), linear.inputs(tp)
         if not outputs % TILE_OUTPUTS and not inputs % TILE_INPUTS:
             continue
