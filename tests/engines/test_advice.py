@@ -45,6 +45,7 @@ SKELETON = REPOSITORY / "fixtures" / "qwen3.6-35b-a3b"
 VLLM = REPOSITORY / ".venvs" / "vllm" / "bin" / "python"
 LAYERS = "model.language_model.layers"
 EXPERTS = f"{LAYERS}.*.mlp.experts"
+IN_PROJ_BA = ["{path*}.in_proj_a.weight", "{path*}.in_proj_b.weight"]
 NO_MTP_NO_GATES = ["maybe:{path*}norm.weight", "maybe:{path*}.conv1d.weight", "maybe:mtp.{rest*}", "maybe:{path*}visual.{rest*}"]
 
 
@@ -291,9 +292,17 @@ def test_zero_points_are_refused_where_only_symmetric_is_read(planned: Maker) ->
     gptq = planned(*linears("gptq-v2", symmetric=False))
     assert found(advise(gptq, "vllm", 1), "refuses", EXPERTS, "symmetric with 4 or 8 bits only")
     assert found(advise(gptq, "sglang", 1), "refuses", EXPERTS, "plain GPTQ does not support MoE")
-    autoround = planned(*linears("autoround", symmetric=False))
-    assert found(advise(autoround, "vllm", 1), "refuses", "o_proj", "read symmetric only")
-    assert found(advise(autoround, "sglang", 1), "refuses", EXPERTS, "must suit Marlin")
+    assert loads(advise(planned(*linears("autoround-awq", symmetric=False)), "vllm", 1))
+    # Not written here, but found on disk.
+    facts = facts_of(planned(*linears("autoround")))
+    asymmetric = replace(facts.linears[0].scheme, symmetric=False)
+    of_others = replace(
+        facts,
+        linears=tuple(f._replace(scheme=asymmetric) for f in facts.linears),
+        experts=tuple(f._replace(leaves={k: (*v[:2], asymmetric) for k, v in f.leaves.items()}) for f in facts.experts),
+    )
+    assert found(engine_named("vllm").judge(of_others, Target(engine="vllm")), "refuses", "o_proj", "read symmetric only")
+    assert found(engine_named("sglang").judge(of_others, Target(engine="sglang")), "refuses", EXPERTS, "must suit Marlin")
 
 
 def test_autoround_s_own_packing_is_read_by_neither(planned: Maker) -> None:
@@ -448,7 +457,7 @@ def test_awq_exceptions_that_are_part_of_quantized_names_are_found_also_in_fused
         (("gptq-int4-g128", {}), "silent-garbage", "read"),
         (("awq-int4-g128", {}), "silent-garbage", "read"),
         (("ct-w8a8-int8", {}), "refuses", "tested"),
-        (linears("ct-float", block=[128, 128], also_exclude=["{path*}.in_proj_a.weight", "{path*}.in_proj_b.weight"]), "refuses", "tested"),
+        (linears("ct-float", block=[128, 128], also_exclude=IN_PROJ_BA), "refuses", "tested"),
         (linears("quark-int4"), "refuses", "tested"),
         (("ct-w4a16-g32", {}), "loads", "tested"),
         (("ct-w8a16", {}), "loads", "tested"),
@@ -549,7 +558,7 @@ def test_requirements_have_a_syntax() -> None:
     assert parse_requirement("vllm") == Target(engine="vllm")
     assert parse_requirement("vllm:tp=4,version=0.21,device=cpu") == Target(engine="vllm", tp=4, version=(0, 21), device="cpu")
     for wrong, words in {
-        "vlm": "did you mean 'vllm'", "vllm:tp": "none of its keys", "vllm:tp=0": "a positive number", "vllm:tp=2.5": "a positive",
+        "vlm": "did you mean 'vllm'", "vllm:tp": "none of its keys", "vllm:tp=0": "a positive", "vllm:tp=2.5": "a positive",
         "vllm:version=new": "as 0.32", "sglang:device=cpu": "device must be gpu", "vllm:ranks=4": "none of its keys",
     }.items():  # fmt: skip
         with pytest.raises(RecipeError, match=words):
@@ -673,7 +682,9 @@ json.dump({
     "desc_act": gptq(4, True, True),
     "packings": {p: autoround(p) for p in ("auto_round:auto_gptq", "auto_round:auto_awq", "auto_round", "auto_round:gptqmodel")},
     "refined": {str(n): refined(n) for n in (16, 64, 128)},
-    "substring": is_layer_skipped("x.mlp.gate_up_proj", ["mlp.gate"], {"gate_up_proj": ["gate_proj", "up_proj"]}, match_mode="substring"),
+    "substring": is_layer_skipped(
+        "x.mlp.gate_up_proj", ["mlp.gate"], {"gate_up_proj": ["gate_proj", "up_proj"]}, match_mode="substring"
+    ),
 }, open(sys.argv[2], "w"))
 """
 
