@@ -69,8 +69,8 @@ def write_bench_model(target: Path, *, layers: int = 4, experts: int = 64, shard
                     block[start : start + count].tofile(file)
                     start = (start + 1_000_003) % (8 << 20)
                     left -= count
-    if layout.index is not None:
-        (target / INDEX_NAME).write_bytes(layout.index)
+    if layout.index_json is not None:
+        (target / INDEX_NAME).write_bytes(layout.index_json)
     (target / "config.json").write_text(json.dumps(bench_config(layers, experts), indent=2))
     return total
 

@@ -23,8 +23,8 @@ from tensorsurgeon.report import plan_as_text
 from tensorsurgeon.run import RunResult, run_plan
 from tensorsurgeon.sizes import parse_size
 from tensorsurgeon.transform import AnyTransform, Chain
-from tensorsurgeon.verifying.verify import Verification
-from tensorsurgeon.verifying.verify import verify as verify_checkpoint
+from tensorsurgeon.verifying.judging import Verification
+from tensorsurgeon.verifying.judging import verify as verify_checkpoint
 
 Path = str | os.PathLike[str]
 

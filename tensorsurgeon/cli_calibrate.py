@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from tensorsurgeon.calibrate import needs_calibration
 from tensorsurgeon.errors import RecipeError
-from tensorsurgeon.plan import Plan
-from tensorsurgeon.run import RunResult, run_plan
+
+if TYPE_CHECKING:
+    from tensorsurgeon.plan import Plan
+    from tensorsurgeon.run import RunResult
 
 _OPTIONS: Final = (
     click.option("--calibration", "sources", multiple=True, metavar="FILE[:WEIGHT]",
@@ -59,6 +60,13 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return collected
 
 
+def settings_for(calibration: Mapping[str, Any], settings: Sequence[str]) -> tuple[str, ...]:
+    """The ``--set`` of a run: data to calibrate on means GPTQ, unless the method was named."""
+    wants = "sources" in calibration or "read_statistics" in calibration
+    named = any(setting.partition("=")[0] == "method" for setting in settings)
+    return (*settings, "method=gptq") if wants and not named else tuple(settings)
+
+
 def run_with_calibration(
     plan: Plan, target: str, calibration: Mapping[str, Any], *, note: Callable[[str], None] | None = None, **running: Any
 ) -> tuple[RunResult, dict[str, Any] | None]:
@@ -67,6 +75,9 @@ def run_with_calibration(
     ``note`` is told of each layer and of the summary, which is the second result. Raises RecipeError where data is given
     that no step wants, and where it is wanted and not given.
     """
+    from tensorsurgeon.calibrate import needs_calibration
+    from tensorsurgeon.run import run_plan
+
     if not needs_calibration(plan.steps):
         if calibration:
             named = ", ".join(f"--{'calibration' if name == 'sources' else name.replace('_', '-')}" for name in calibration)

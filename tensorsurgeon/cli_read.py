@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import click
 
-from tensorsurgeon.cli import emit, main
+from tensorsurgeon.cli_terminal import emit
 from tensorsurgeon.errors import VerifyError
 
 _workers = click.option("--workers", type=click.IntRange(1, 256), help="Threads; the cores of this machine by default.")
@@ -35,7 +35,7 @@ def _reading_bar(total: Callable[[], int], quiet: bool) -> Iterator[Callable[[in
         yield advance
 
 
-@main.command()
+@click.command()
 @click.argument("path", type=click.Path())
 @_json
 def inspect(path: str, as_json: bool) -> None:
@@ -50,7 +50,7 @@ def inspect(path: str, as_json: bool) -> None:
     emit(data, "" if as_json else inspection_as_text(data), as_json)
 
 
-@main.command()
+@click.command()
 @click.argument("target", type=click.Path())
 @click.option("--against", type=click.Path(), help="The checkpoint TARGET was made from: account for every tensor of it.")
 @_workers
@@ -77,7 +77,7 @@ def verify(ctx: click.Context, target: str, against: str | None, workers: int | 
         ctx.exit(VerifyError.exit_code)
 
 
-@main.command()
+@click.command()
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @click.option("--headers-only", is_flag=True, help="Compare names, types and shapes, and no bytes.")

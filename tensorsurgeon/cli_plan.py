@@ -1,0 +1,121 @@
+"""``surgeon plan`` and ``surgeon transforms``: what would happen, and what there is to choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from tensorsurgeon.cli_terminal import emit, json_option
+from tensorsurgeon.errors import RecipeError, did_you_mean
+from tensorsurgeon.sizes import parse_size
+
+
+def transform_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that plan and apply share."""
+    for option in (
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a parameter of the transform."),
+        click.option("--then", multiple=True, metavar="NAME", help="Chain another transform; --set KEY=VALUE goes to those that have KEY."),
+        click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output shard."),
+        click.option("--backend", type=click.Choice(["auto", "fast", "torch"]), default="auto", show_default=True,
+                     help="Who computes: compiled CPU kernels or torch; the bits are the same."),
+        click.option("--require", multiple=True, metavar="ENGINE[:tp=N]",
+                     help="Stop if this engine would not serve the result, such as vllm:tp=4; give it as often as needed."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def load_chain(transform: str, then: Sequence[str], settings: Sequence[str], backend: str) -> Any:
+    from tensorsurgeon.library import find_recipe, load_transform
+
+    given = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set takes KEY=VALUE, found {setting!r}")
+        given[key] = value
+    names = [transform, *then]
+    parameters = {name: find_recipe(name).parameters for name in names}
+    known = [key for own in parameters.values() for key in own]
+    for key in given:
+        if key not in known:
+            where = " and ".join(names)
+            raise RecipeError(f"{where} has no parameter {key!r}{did_you_mean(key, known)}" + ("" if known else "; it has none"))
+    return [
+        load_transform(name, {k: v for k, v in given.items() if k in parameters[name]}, backend=backend) for name in names
+    ]
+
+
+@click.command()
+@click.argument("transform")
+@click.argument("source", type=click.Path(readable=False))
+@transform_options
+@json_option
+def plan(
+    transform: str,
+    source: str,
+    settings: tuple[str, ...],
+    then: tuple[str, ...],
+    max_shard_size: str,
+    backend: str,
+    require: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Show what TRANSFORM would do to SOURCE, from headers alone: nothing is read but headers, nothing written.
+
+    \b
+    surgeon plan quark-w8a8-int8 Qwen3.6-35B-A3B
+    surgeon plan ct-w4a16-g32 Qwen3.6-35B-A3B --require vllm:tp=4 --require sglang
+    """
+    from tensorsurgeon.checkpoint import open_checkpoint
+    from tensorsurgeon.engines.advice import advice_as_data, advice_as_text, advise_all, check_requirements
+    from tensorsurgeon.plan import make_plan
+    from tensorsurgeon.report import plan_as_data, plan_as_text
+
+    made = make_plan(
+        load_chain(transform, then, settings, backend),
+        open_checkpoint(source),
+        max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
+    )
+    check_requirements(made, require)
+    advice = advise_all(made)
+    if as_json:
+        emit(plan_as_data(made) | {"engines": advice_as_data(advice)}, "", True)
+    else:
+        emit(None, f"{plan_as_text(made)}\n\n{advice_as_text(advice)}", False)
+
+
+@click.command()
+@click.argument("name", required=False)
+@json_option
+def transforms(name: str | None, as_json: bool) -> None:
+    """List the built-in transforms, or show one with its parameters and steps.
+
+    \b
+    surgeon transforms
+    surgeon transforms quark-w8a8-int8
+    """
+    from tensorsurgeon.library import builtin_names, find_recipe
+    from tensorsurgeon.report import table
+
+    if name is None:
+        recipes = [find_recipe(n) for n in builtin_names()]
+        data: Any = [{"name": r.name, "description": r.description} for r in recipes]
+        emit(data, "\n".join(f"{r.name}\n    {r.description}" for r in recipes), as_json)
+        return
+    recipe = find_recipe(name)
+    parameters = [
+        {"name": p.name, "default": p.default, "description": p.description, "choices": p.choices and list(p.choices)}
+        for p in recipe.parameters.values()
+    ]
+    data = {"name": recipe.name, "description": recipe.description, "file": recipe.where, "parameters": parameters, "steps": recipe.steps}
+    rows = [[f"  --set {p['name']}={_shown(p['default'])}", str(p["description"])] for p in parameters]
+    text = f"{recipe.name}: {recipe.description}\n\n" + (f"parameters:\n{table(rows)}\n\n" if rows else "") + f"file: {recipe.where}"
+    emit(data, text, as_json)
+
+
+def _shown(default: Any) -> str:
+    text = ",".join(map(str, default)) if isinstance(default, list) else "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    return text if len(text) < 50 else text[:47] + "..."

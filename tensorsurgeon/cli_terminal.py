@@ -1,0 +1,65 @@
+"""What the commands share at the terminal: results, notes, progress, and the wish to stop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--json`` to a command."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")(command)
+
+
+def emit(data: Any, text: str, as_json: bool) -> None:
+    """Print a result: JSON for machines, text for people."""
+    click.echo(json.dumps(data, indent=2) if as_json else text)
+
+
+def note(text: str) -> None:
+    """A message to the person at the terminal."""
+    click.echo(text, err=True)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM end the run in order: units under way are finished and journalled."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        note("\nstopping after the units under way (again: at once)")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def progress_bar(total_bytes: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar in bytes with time left, on stderr; silent when nobody looks."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from tqdm import tqdm
+
+    lock = threading.Lock()
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="writing", file=sys.stderr) as bar:
+
+        def advance(nbytes: int) -> None:
+            with lock:
+                bar.update(nbytes)
+
+        yield advance
