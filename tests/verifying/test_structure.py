@@ -222,3 +222,47 @@ def test_a_repacked_checkpoint_is_exactly_what_it_was_made_from(tmp_path: Path) 
     found = verify(tmp_path / "awq", source)
     assert found.is_sound
     assert {f.snr_db for f in found.compared} == {float("inf")}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "is not valid JSON"), ("3", "should be a mapping in both"), ('{"bits": 4}', "differs from the quantization_config")],
+)
+def test_a_copy_of_the_config_that_is_none(tmp_path: Path, text: str, words: str) -> None:
+    shutil.copytree(subject("gptq"), tmp_path / "out")
+    (tmp_path / "out" / "quantize_config.json").write_text(text)
+    assert words in the_fault(tmp_path / "out", "config-copy", "quantize_config.json").message
+
+
+def test_a_copy_of_a_config_that_is_gone(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURE, tmp_path / "out")
+    (tmp_path / "out" / "quantize_config.json").write_text('{"bits": 4}')
+    assert "config.json has no quantization_config" in the_fault(tmp_path / "out", "config-copy", "quantize_config.json").message
+
+
+@pytest.mark.parametrize(
+    ("value", "where", "words"),
+    [
+        ("gptq", "config.json quantization_config", "expected a mapping, found 'gptq'"),
+        ({"quant_method": "gptq5"}, "config.json quantization_config.quant_method", "no reader knows 'gptq5'"),
+        (
+            {"quant_method": "compressed-tensors", "quantization_status": "compressed", "config_groups": {"g": 3}},
+            "config.json quantization_config.config_groups.g",
+            "expected a mapping, found 3",
+        ),
+    ],
+)
+def test_a_config_of_the_wrong_kind(tmp_path: Path, value: object, where: str, words: str) -> None:
+    shutil.copytree(subject("ct-int"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
+    assert words in the_fault(tmp_path / "out", "config", where).message
+
+
+def test_a_method_of_others_is_noted_and_nothing_is_guessed(tmp_path: Path) -> None:
+    shutil.copytree(subject("ct-int"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "modelopt"}}))
+    found = verify(tmp_path / "out")
+    assert found.is_sound
+    assert [n.kind for n in found.notes] == ["unknown-method"]
