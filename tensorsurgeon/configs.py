@@ -14,6 +14,7 @@ from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.dtypes import WEIGHT_DTYPES
 from tensorsurgeon.errors import PlanError
 from tensorsurgeon.formats.base import Format, QuantizedModel
+from tensorsurgeon.formats.registry import quantization_config
 from tensorsurgeon.quant.grid import Scheme
 from tensorsurgeon.spec import SpecMap
 from tensorsurgeon.transform import Rewrite, Transform
@@ -96,8 +97,9 @@ def output_files(
         if isinstance(step, ConfigEditor):
             config = step.edit_config(config)
     if quantized:
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "an unknown method")
+        found = quantization_config(config) or config.get("quantization_config")
+        if found:
+            method = found.get("quant_method", "an unknown method") if isinstance(found, Mapping) else repr(found)
             raise PlanError(
                 f"config.json says that the source is already quantized ({method}); quantize the original instead, "
                 "or dequantize this one first"

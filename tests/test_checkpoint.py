@@ -231,15 +231,15 @@ def test_a_name_in_two_shards_is_refused(tmp_path):
 
 
 def test_a_place_that_is_no_checkpoint_is_named_with_what_lies_there(tmp_path):
+    (tmp_path / "model").mkdir()
     with pytest.raises(CheckpointError, match=r"no such file or folder; did you mean 'model'"):
-        (tmp_path / "model").mkdir()
         open_checkpoint(tmp_path / "modle")
     with pytest.raises(CheckpointError, match="found: nothing"):
         open_checkpoint(tmp_path / "model")
     (tmp_path / "model" / "pytorch_model.bin").write_text("")
-    with pytest.raises(CheckpointError, match="found: pytorch_model.bin"):
+    with pytest.raises(CheckpointError, match=r"found: pytorch_model.bin"):
         open_checkpoint(tmp_path / "model")
-    with pytest.raises(CheckpointError, match="neither a folder nor a .safetensors file"):
+    with pytest.raises(CheckpointError, match=r"neither a folder nor a .safetensors file"):
         open_checkpoint(tmp_path / "model" / "pytorch_model.bin")
 
 
@@ -254,5 +254,5 @@ def test_an_unfinished_run_is_no_source(moe):
 def test_a_damaged_shard_is_named(moe):
     path = moe / "model-00002-of-00003.safetensors"
     os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(HeaderError, match="model-00002-of-00003.safetensors: .*truncated"):
+    with pytest.raises(HeaderError, match=r"model-00002-of-00003.safetensors: .*truncated"):
         open_checkpoint(moe)

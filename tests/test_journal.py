@@ -15,7 +15,7 @@ from tensorsurgeon.library import load_transform
 from tensorsurgeon.ops.transpose import Transpose
 from tensorsurgeon.plan import make_plan
 from tensorsurgeon.run import run_plan
-from tests.checkpoints import folder_bytes, moe_config
+from tests.checkpoints import INDEX, folder_bytes, moe_config
 
 STEPS = [load_transform("split-experts"), Transpose(where=("{p*}.{m}_proj.weight",))]
 
@@ -230,9 +230,28 @@ def test_a_run_that_died_while_it_removed_its_journal_is_complete(plan, tmp_path
     assert folder_bytes(target) == whole
 
 
+def test_no_index_leads_to_shards_that_are_opened_again(plan, tmp_path, whole, monkeypatch):
+    """A run that died after its last file but before its journal was gone is checked again, shard by shard."""
+    from tensorsurgeon.sink import Sink
+
+    target = tmp_path / "t"
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", lambda _: None)
+        run_plan(plan, target)
+    assert (target / INDEX).exists()
+    seen = []
+    opened = Sink.open
+    monkeypatch.setattr(Sink, "open", lambda sink: seen.append((target / INDEX).exists()) or opened(sink))
+    assert run_plan(plan, target, resume=True).resumed_units == len(plan.units)
+    assert seen == [False]
+    assert folder_bytes(target) == whole
+
+
 def test_lines_of_an_earlier_run_never_count_for_a_new_one(plan, stopped, tmp_path, moe):
     other = make_plan(STEPS[:1], open_checkpoint(moe))
     run_plan(other, tmp_path / "other")
+    Journal.start(stopped, {"fingerprint": other.fingerprint}).close()
+    assert lines(stopped) == []
     result = run_plan(other, stopped, overwrite=True)
     assert result.resumed_units == 0
     assert folder_bytes(stopped) == folder_bytes(tmp_path / "other")

@@ -271,6 +271,12 @@ def test_elements_narrower_than_a_byte_are_never_cut_inside_a_byte(op):
         resolve([op], SpecMap([PACKED]))
 
 
+def test_elements_narrower_than_a_byte_are_not_joined_inside_a_byte():
+    specs = SpecMap([TensorSpec("a", F4, (2,)), TensorSpec("b", F4, (2,))])
+    with pytest.raises(SpecError, match="does not fill whole bytes"):
+        resolve([Concat(parts=("a", "b"), into="x")], specs)
+
+
 def test_elements_narrower_than_a_byte_move_whole_and_in_rows_of_whole_bytes():
     even = TensorSpec("p", F4, (4, 6))
     resolved = resolve([Rename(where=("p",), to="q"), Split(where=("q",), into=("x", "y"))], SpecMap([even]))

@@ -266,7 +266,8 @@ def test_a_second_command_in_the_same_target_is_refused_while_the_first_runs(slo
 
 
 def test_a_reader_that_goes_away_is_no_fault(tmp_path):
-    script = f"import sys; from tensorsurgeon.cli import run; sys.argv = ['surgeon', 'plan', 'split-experts', {str(FIXTURE)!r}, '--json']; run()"
+    arguments = ["surgeon", "plan", "split-experts", str(FIXTURE), "--json"]
+    script = f"import sys; from tensorsurgeon.cli import run; sys.argv = {arguments}; run()"
     command = ["bash", "-c", f'{sys.executable} -c "$0" | head -c 1 > {tmp_path / "out"}; echo "${{PIPESTATUS[0]}}"', script]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
