@@ -210,7 +210,9 @@ def test_vision_fc2_of_4304_inputs_cuts_words_at_tp_8_and_suits_no_tile(planned:
     plan = planned("ct-w8a16")
     assert loads(advise(plan, "vllm", 4))
     assert found(advise(plan, "vllm", 1), "warns", "linear_fc1", "4304 x 1152")
-    assert found(advise(plan, "vllm", 8), "refuses", "linear_fc2", "538 codes of 8 bits")
+    for engine in ("vllm", "sglang"):
+        assert found(advise(plan, engine, 8), "refuses", "linear_fc2", "538 codes of 8 bits")
+        assert not found(advise(plan, engine, 4), "refuses", "linear_fc2", "codes of 8 bits")
     assert found(advise(plan, "sglang", 1), "refuses", "linear_fc2", "1152 x 4304")
     assert loads(advise(planned("ct-w8a16", {"vision": False}), "sglang", 4))
 
@@ -232,11 +234,13 @@ def test_ranks_that_cannot_share_the_heads_are_refused(planned: Maker) -> None:
 
 def test_ranks_that_cannot_share_the_features_are_refused(planned: Maker) -> None:
     plan = planned("quark-w8a8-int8", shared=516, inner=516)
-    advice = advise(plan, "vllm", 8)
-    assert found(advice, "refuses", "shared_expert.down_proj", "in_features 516 cannot be shared by 8 ranks")
-    assert found(advice, "refuses", "shared_expert.gate_up_proj", "out_features 516 of gate_proj")
-    assert found(advice, "refuses", EXPERTS, "516 features of each expert")
-    assert not found(advice, "refuses", "qkv_proj"), "two key heads are repeated on eight ranks"
+    # SGLang reads no Quark INT8 anyway, and says this besides.
+    for engine in ("vllm", "sglang"):
+        advice = advise(plan, engine, 8)
+        assert found(advice, "refuses", "shared_expert.down_proj", "in_features 516 cannot be shared by 8 ranks")
+        assert found(advice, "refuses", "shared_expert.gate_up_proj", "out_features 516 of gate_proj")
+        assert found(advice, "refuses", EXPERTS, "516 features of each expert")
+        assert not found(advice, "refuses", "qkv_proj"), "two key heads are repeated on eight ranks"
 
 
 def test_a_linear_of_unknown_name_is_said_not_to_be_judged_when_cut(planned: Maker) -> None:
@@ -486,6 +490,14 @@ def test_int8_of_compressed_tensors_loads_in_transformers_while_experts_stay_sta
     assert found(advise(split, "transformers", 1), "refuses", "experts", "quantized or not")
 
 
+def test_transformers_needs_the_publishers_library_and_was_not_looked_at_for_several_ranks(planned: Maker) -> None:
+    plan = planned("ct-w4a16-g32")
+    assert found(advise(plan, "transformers", 1), "warns", "checkpoint", "needs compressed-tensors")
+    assert not found(advise(planned(None), "transformers", 1), "warns", "checkpoint")
+    assert found(advise(plan, "transformers", 2), "warns", "checkpoint", "was not looked at")
+    assert not found(advise(plan, "transformers", 1), "warns", "checkpoint", "was not looked at")
+
+
 # CPUs
 
 
@@ -516,9 +528,10 @@ def test_vllm_on_a_cpu_is_judged_as_it_was_seen_to_serve(planned: Maker, transfo
 
 def test_what_cannot_be_read_is_not_judged_and_meets_no_requirement(planned: Maker) -> None:
     plan = planned(None, config=CONFIG | {"quantization_config": {"quant_method": "bitsandbytes"}})
-    advice = advise(plan, "vllm", 1)
-    assert [a.severity for a in advice] == ["warns"]
-    assert "bitsandbytes" in advice[0].reason
+    for engine in ENGINES:
+        advice = advise(plan, engine, 1)
+        assert [a.severity for a in advice] == ["warns"]
+        assert "bitsandbytes" in advice[0].reason
     assert "vllm 0.32: not judged" in advice_as_text(advise_all(plan))
     with pytest.raises(EngineError, match="could not be read"):
         check_requirements(plan, ["vllm"])
