@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from tensorsurgeon.cli_calibrate import calibration_options, run_with_calibration, settings_for
-from tensorsurgeon.cli_plan import load_chain, transform_options
+from tensorsurgeon.cli_plan import plan_named, transform_options
 from tensorsurgeon.cli_terminal import emit, json_option, note, progress_bar, stop_on_signals
 from tensorsurgeon.errors import SurgeonError
 from tensorsurgeon.sizes import parse_size, show_size
@@ -51,17 +51,11 @@ def apply(
     surgeon apply split-experts model out --then my-renames.yaml --max-ram 8GB --workers 4
     surgeon apply gptq-int4-g128 Qwen3.6-35B-A3B out --calibration chats.jsonl:3 --calibration prose.txt
     """
-    from tensorsurgeon.checkpoint import open_checkpoint
     from tensorsurgeon.engines.advice import check_requirements
-    from tensorsurgeon.plan import make_plan
 
     if resume and overwrite:
         raise click.UsageError("--resume continues a run and --overwrite replaces it; give one of them")
-    made = make_plan(
-        load_chain(transform, then, settings_for(calibration, settings), backend),
-        open_checkpoint(source),
-        max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
-    )
+    made = plan_named(transform, then, settings_for(calibration, settings), backend, source, max_shard_size)
     check_requirements(made, require)
     if not quiet:
         for name in made.source.left_behind:

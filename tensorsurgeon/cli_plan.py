@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tensorsurgeon.cli_terminal import emit, json_option
-from tensorsurgeon.errors import RecipeError, did_you_mean
+from tensorsurgeon.errors import NoMatchError, RecipeError, did_you_mean
 from tensorsurgeon.sizes import parse_size
+
+if TYPE_CHECKING:
+    from tensorsurgeon.plan import Plan
 
 
 def transform_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,6 +51,21 @@ def load_chain(transform: str, then: Sequence[str], settings: Sequence[str], bac
     ]
 
 
+def plan_named(
+    transform: str, then: Sequence[str], settings: Sequence[str], backend: str, source: str, max_shard_size: str
+) -> Plan:
+    """The plan that the arguments of a command ask for."""
+    from tensorsurgeon.checkpoint import open_checkpoint
+    from tensorsurgeon.plan import make_plan
+
+    chain = load_chain(transform, then, settings, backend)
+    try:
+        return make_plan(chain, open_checkpoint(source), max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"))
+    except NoMatchError as error:
+        error.message += f"; what can be set: surgeon transforms {transform}"
+        raise
+
+
 @click.command()
 @click.argument("transform")
 @click.argument("source", type=click.Path(readable=False))
@@ -69,16 +87,10 @@ def plan(
     surgeon plan quark-w8a8-int8 Qwen3.6-35B-A3B
     surgeon plan ct-w4a16-g32 Qwen3.6-35B-A3B --require vllm:tp=4 --require sglang
     """
-    from tensorsurgeon.checkpoint import open_checkpoint
     from tensorsurgeon.engines.advice import advice_as_data, advice_as_text, advise_all, check_requirements
-    from tensorsurgeon.plan import make_plan
     from tensorsurgeon.report import plan_as_data, plan_as_text
 
-    made = make_plan(
-        load_chain(transform, then, settings, backend),
-        open_checkpoint(source),
-        max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
-    )
+    made = plan_named(transform, then, settings, backend, source, max_shard_size)
     check_requirements(made, require)
     advice = advise_all(made)
     if as_json:
@@ -117,5 +129,10 @@ def transforms(name: str | None, as_json: bool) -> None:
 
 
 def _shown(default: Any) -> str:
-    text = ",".join(map(str, default)) if isinstance(default, list) else "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    if isinstance(default, list):
+        text = ",".join(map(str, default))
+    elif default is None or isinstance(default, bool):
+        text = {None: "null", True: "true", False: "false"}[default]
+    else:
+        text = str(default)
     return text if len(text) < 50 else text[:47] + "..."
