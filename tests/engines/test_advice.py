@@ -646,6 +646,7 @@ def test_parts_of_a_linear_are_shared_as_heads_demand() -> None:
 # The engines themselves
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(("transform", "library"), [("fp8-block", "accelerate"), ("gptq-int4-g128", "optimum")])
 def test_transformers_wants_the_library_that_the_advice_names(tmp_path: Path, transform: str, library: str) -> None:
     from importlib.util import find_spec
@@ -702,6 +703,7 @@ json.dump({
 """
 
 
+@pytest.mark.engine
 @pytest.mark.skipif(not VLLM.exists(), reason="no vLLM here; tests/engines/vllm_env.sh installs it")
 def test_rules_agree_with_the_installed_vllm(tmp_path: Path, planned: Maker) -> None:
     shapes = [(64, 128), (128, 64), (64, 64), (32, 2048), (4304, 1152), (1152, 4304), (2048, 64), (2048, 576), (864, 1152)]
