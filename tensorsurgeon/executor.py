@@ -181,8 +181,7 @@ def run_unit(unit: Unit, plan: Plan, source: Source, sink: Sink, workspace: Work
     made: dict[int, Array] = {}
     for task in unit.tasks:
         arrays = _apply(task, plan.steps, source, plan, made)
-        for origin, array in zip(task.outputs, arrays, strict=True):
-            made[origin] = array
+        made.update(zip(task.outputs, arrays, strict=True))
     digests = []
     for write in unit.writes:
         data = _bytes_of(made[write.origin])[write.start : write.start + write.nbytes]

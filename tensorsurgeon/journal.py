@@ -69,13 +69,7 @@ class Journal:
         folder = state_folder(target)
         lock = _lock(folder)
         try:
-            identity = _read_identity(folder)
-            if identity.get("fingerprint") != fingerprint:
-                raise JournalError(
-                    "the run that was stopped here had another source, recipe, package version or shard size; "
-                    "run exactly the command that was stopped, or start over with --overwrite",
-                    where=str(target),
-                )
+            _refuse_other_run(target, fingerprint)
             done = _read_lines(folder / _LINES)
             return cls(target, lock), done
         except BaseException:
@@ -141,6 +135,15 @@ def _lock(folder: Path) -> int:
         os.close(fd)
         raise TargetError("another surgeon has just finished here; look at what it wrote", where=str(folder.parent))
     return fd
+
+
+def _refuse_other_run(target: Path, fingerprint: str) -> None:
+    if _read_identity(state_folder(target)).get("fingerprint") != fingerprint:
+        raise JournalError(
+            "the run that was stopped here had another source, recipe, package version or shard size; "
+            "run exactly the command that was stopped, or start over with --overwrite",
+            where=str(target),
+        )
 
 
 def _read_identity(folder: Path) -> dict[str, Any]:

@@ -193,11 +193,13 @@ class _Tiles:
         self.written: dict[TensorSpec, list[tuple[int, int]]] = defaultdict(list)
 
     def read(self, region: Region) -> None:
-        assert region.start is not None and region.stop is not None
+        assert region.start is not None
+        assert region.stop is not None
         self._reads[region.spec].append((region.start, region.stop))
 
     def write(self, region: Region) -> None:
-        assert region.start is not None and region.stop is not None
+        assert region.start is not None
+        assert region.stop is not None
         self.written[region.spec].append((region.start, region.stop))
 
     def check(self) -> None:

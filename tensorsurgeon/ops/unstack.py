@@ -26,7 +26,7 @@ class Unstack:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.into or isinstance(self.into, str):
+        if not isinstance(self.into, tuple) or not self.into:
             raise RecipeError(f"unstack: into needs a tuple of at least one name, found {self.into!r}")
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:

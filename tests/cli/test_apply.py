@@ -161,7 +161,7 @@ SLOW = """
 import sys, time
 from tensorsurgeon import executor, plan
 plan.COPY_BYTES = 4096
-executor.COMMIT_BYTES = 1 << 14
+executor.COMMIT_BYTES = 1
 real = executor.run_unit
 def slowly(*arguments):
     time.sleep(0.05)
@@ -172,9 +172,9 @@ main(sys.argv[1:])
 """
 
 
-def start_slow(*arguments: object) -> subprocess.Popen[str]:
+def start_slow(*arguments: object, seconds: float = 0.05) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", SLOW, *map(str, arguments)],
+        [sys.executable, "-c", SLOW.replace("0.05", str(seconds)), *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -232,7 +232,7 @@ def test_a_signal_stops_in_order_says_how_to_resume_and_loses_nothing(number, sl
 
 def test_an_impatient_second_ctrl_c_also_leaves_a_run_that_resumes(slow_source, tmp_path):
     target = tmp_path / "out"
-    process = start_slow("apply", "split-experts", slow_source, target, "--workers", "1")
+    process = start_slow("apply", "split-experts", slow_source, target, "--workers", "1", seconds=1.0)
     wait_for_lines(target, process)
     process.send_signal(signal.SIGINT)
     time.sleep(0.02)
