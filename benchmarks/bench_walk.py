@@ -72,7 +72,7 @@ def calibrate(source: Path, target: Path, tokens: Path, samples: int, workers: i
     return {
         "seconds": time.monotonic() - began, "layer_seconds": times.seconds, "methods": result.summary["methods"],
         "codes_worker_seconds": sum(row.seconds for row in rows), "rtn_reasons": result.summary["rtn_reasons"],
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "cpu_seconds": time.process_time(), "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }  # fmt: skip
 
 
@@ -114,8 +114,9 @@ def main() -> None:
                 f"{layers} layers ({total / 1e9:.1f} GB), {samples * _LENGTH} tokens, {given.workers} workers: peak resident "
                 f"{found['peak_bytes'] / 1e9:.2f} GB; {found['seconds']:.0f} s, per layer "
                 f"{', '.join(f'{s:.0f}' for s in found['layer_seconds'])} s; of these choosing codes "
-                f"{found['codes_worker_seconds'] / layers / given.workers:.0f} s a layer; {found['methods']}; "
-                f"{_REAL_LAYERS} layers: {each * _REAL_LAYERS / 3600:.2f} h",
+                f"{found['codes_worker_seconds'] / layers / given.workers:.0f} s a layer; {found['cpu_seconds'] / layers:.0f} CPU s "
+                f"a layer; {found['methods']}; {_REAL_LAYERS} layers: {each * _REAL_LAYERS / 3600:.2f} h, or "
+                f"{found['cpu_seconds'] / layers * _REAL_LAYERS / given.workers / 3600:.2f} h if no other process took the cores",
                 flush=True,
             )
             shutil.rmtree(work / "model")

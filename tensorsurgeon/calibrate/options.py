@@ -61,7 +61,7 @@ class CalibrationOptions:
     experts: ExpertFeeding = "balanced"
     expert_hessian: ExpertHessian = "shared"
     minimum_tokens: int = 512
-    fallback_tokens: int = 32
+    fallback_tokens: int = 8
     sequential: bool = True
     gptq: GptqOptions = field(default_factory=lambda: CalibrationOptions.default_gptq())
     write_statistics: Path | None = None
