@@ -189,6 +189,8 @@ def _from_text(text: str, default: Any) -> Any:
         return int(text) if re.fullmatch(r"-?\d+", text) else text
     if default is None:
         # The default says nothing of the type: read the text as YAML would.
+        if re.fullmatch(r"[\w.+-]+(,[\w.+-]+)+", text):
+            return [parse_yaml(part, "--set") for part in text.split(",")]
         return parse_yaml(text, "--set") if re.fullmatch(r"[\w.+-]+", text) else text
     if isinstance(default, list):
         return [part.strip() for part in text.split(",") if part.strip()]

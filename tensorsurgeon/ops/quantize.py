@@ -133,7 +133,10 @@ class Quantize:
                 f"{weight.name}: cannot quantize a tensor of shape {list(weight.shape)}; a linear weight [out, in] is "
                 "needed. Exclude it, or split stacked experts first"
             )
-        self.layout.check(weight, self.scheme_for(weight.dtype))
+        scheme = self.scheme_for(weight.dtype)
+        self.layout.check(weight, scheme)
+        # A rule that no backend knows is told now, not after an hour.
+        choose_backend(self.backend, replace(scheme, clip_search=False), weight.dtype)
         return self.layout.tensors(weight, self.scheme_for(weight.dtype))
 
     def _refuse_fused_experts(self, specs: SpecMap) -> None:

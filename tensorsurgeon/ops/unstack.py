@@ -26,7 +26,8 @@ class Unstack:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.into, tuple) or not self.into:
+        if not self.into or type(self.into) is not tuple:
+            # A string is a sequence too, of names of one letter.
             raise RecipeError(f"unstack: into needs a tuple of at least one name, found {self.into!r}")
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:

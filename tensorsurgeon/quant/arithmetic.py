@@ -48,6 +48,9 @@ def arithmetic_of(scheme: Scheme, weight: DType) -> Arithmetic:
         return Arithmetic(math, stored, math, adds_zero_first=True, zero_group="replace", floor=_EPSILON[stored])
     if scheme.rule == "quark":
         stored = scheme.scale_dtype or F32
+        if scheme.type == "fp8":
+            # As the exporter in memory has it; from file to file Quark takes the scale in F32 and still divides so.
+            return Arithmetic(weight, stored, weight, zero_group="replace", floor=_EPSILON[F32])
         return Arithmetic(weight, stored, F32, reciprocal=True, zero_group="floor", floor=_EPSILON[F32])
     stored = scheme.scale_dtype or F16
     if scheme.rule == "gptq":

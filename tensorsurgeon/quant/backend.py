@@ -69,7 +69,8 @@ def is_supported(scheme: Scheme, dtype: DType) -> bool:
     """Whether a rule exists for weights of this dtype: both backends know the same ones."""
     if dtype not in WEIGHT_DTYPES or scheme.clip_search:
         return False
-    if scheme.type != "int" and (scheme.rule != "compressed-tensors" or not scheme.symmetric):
+    rules = {"fp8": ("compressed-tensors", "quark"), "nvfp4": ("compressed-tensors",), "mxfp4": ("compressed-tensors",)}
+    if scheme.type != "int" and (scheme.rule not in rules[scheme.type] or not scheme.symmetric):
         return False
     return scheme.type in ("nvfp4", "mxfp4") or scheme.scale_dtype is None or scheme.scale_dtype in WEIGHT_DTYPES
 
