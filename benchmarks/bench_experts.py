@@ -29,9 +29,9 @@ from tensorsurgeon.calibrate.run import run_calibrated
 from tensorsurgeon.calibrate.statistics import StoredStatistics, layer_path
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.library import load_transform
-from tensorsurgeon.plan import make_plan
+from tensorsurgeon.planning import make_plan
 from tensorsurgeon.run import run_plan
-from tensorsurgeon.transform import steps_of
+from tensorsurgeon.rewriting import steps_of
 
 _FIXTURES = Path(__file__).parents[1] / "fixtures"
 _EXPERT = re.compile(r"(.*\.layers\.(\d+)\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj")
@@ -116,11 +116,8 @@ def main() -> None:
                     run_calibrated(plan_for(given.model, given.grid, "gptq"), work / "out", options)
                     rows = read_log(work / "out" / LOG_NAME)
                     if mode == "routed" and seed not in cold:
-                        few = {
-                            (row.layer, row.expert)
-                            for row in rows
-                            if row.module.endswith("down_proj") and row.tokens < given.cold
-                        }
+                        downs = [row for row in rows if row.module.endswith("down_proj") and row.expert is not None]
+                        few = {(row.layer, row.expert) for row in downs if row.tokens < given.cold}
                         cold[seed] = {row.module for row in rows if row.expert is not None and (row.layer, row.expert) in few}
                     errors = judge.errors(rewritten("dequantize", {}, work / "out", work / "back"))
                     shutil.rmtree(work / "out")
@@ -133,11 +130,8 @@ def main() -> None:
 def _show(samples: int, mode: str, hessian: str, results: list[dict[str, float]]) -> None:
     cells = []
     for parts in (("gate", "up"), ("down",)):
-        means = [
-            np.mean([error for name, error in found.items() if name.endswith(tuple(f"{p}_proj" for p in parts))])
-            for found in results
-            if found
-        ]
+        ends = tuple(f"{part}_proj" for part in parts)
+        means = [np.mean([error for name, error in found.items() if name.endswith(ends)]) for found in results if found]
         spread = np.std(means, ddof=1) if len(means) > 1 else 0.0
         cells.append(f"{np.mean(means):.4f} ± {spread:.4f}" if means else "none")
     print(f"| {samples} | {mode} | {hessian} | {sum(map(len, results))} | {cells[0]} | {cells[1]} |", flush=True)

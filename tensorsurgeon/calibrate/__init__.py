@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tensorsurgeon.ops.quantize import Quantize
-from tensorsurgeon.transform import Transform
+from tensorsurgeon.rewriting import Transform
 
 
 def needs_calibration(steps: Sequence[Transform]) -> bool:

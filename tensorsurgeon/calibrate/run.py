@@ -27,11 +27,11 @@ from tensorsurgeon.calibrate.stage import LayerStage
 from tensorsurgeon.calibrate.statistics import layer_path
 from tensorsurgeon.calibrate.targets import Target, find_targets
 from tensorsurgeon.calibrate.workers import one_torch_thread
-from tensorsurgeon.errors import NoMatchError, RecipeError
+from tensorsurgeon.errors import BudgetError, NoMatchError, RecipeError
 from tensorsurgeon.executor import Progress, run_units
 from tensorsurgeon.journal import Journal, state_folder
 from tensorsurgeon.ops.quantize import Quantize
-from tensorsurgeon.plan import Plan
+from tensorsurgeon.planning import Plan
 from tensorsurgeon.quant.grid import Quantized
 from tensorsurgeon.run import RunResult, run_plan
 from tensorsurgeon.sink import Sink, publish_bytes
@@ -91,6 +91,8 @@ def run_calibrated(
     if options.write_statistics is not None and options.read_statistics is not None:
         raise RecipeError("--write-statistics and --read-statistics together would only copy a folder")
     model = StreamedModel(plan.source, device=device)
+    if max_ram_bytes is not None:
+        _check_budget(plan, model, max_ram_bytes)
     data = None
     if options.sources:
         data = load_data(options, plan.source.root, model.vocabulary_rows)
@@ -110,6 +112,18 @@ def run_calibrated(
     for line in summary_text(summary).splitlines():
         logger.info("%s", line)
     return CalibratedResult(result, summary)
+
+
+def _check_budget(plan: Plan, model: StreamedModel, max_ram_bytes: int) -> None:
+    """Raise BudgetError if one layer's weights and codes do not fit the memory cap; hidden states lie in files."""
+    specs = plan.source.specs
+    largest = max(sum(specs[name].nbytes for name in model.source_names(n)) for n in range(len(model.layers)))
+    needed = largest + largest // 2
+    if needed > max_ram_bytes:
+        raise BudgetError(
+            f"calibration holds a decoder layer and its codes at once, {needed} bytes, more than --max-ram {max_ram_bytes}; "
+            f"give at least {-(-needed // 1_000_000)}MB"
+        )
 
 
 def _identity(options: CalibrationOptions, data: CalibrationData | None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from tensorsurgeon.calibrate.targets import Keys, Part, Target, parts_of
 from tensorsurgeon.calibrate.walk import Walk
 from tensorsurgeon.calibrate.workers import Turns, run_parallel
 from tensorsurgeon.errors import JournalError
-from tensorsurgeon.plan import Plan
+from tensorsurgeon.planning import Plan
 from tensorsurgeon.quant.grid import Quantized
 from tensorsurgeon.quant.rtn import tensor_of
 from tensorsurgeon.quant.scale_search import dequantize

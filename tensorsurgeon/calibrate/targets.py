@@ -13,7 +13,7 @@ from tensorsurgeon.calibrate.naming import ParameterRows, rows_of
 from tensorsurgeon.calibrate.reading import TensorReader
 from tensorsurgeon.errors import PlanError
 from tensorsurgeon.ops.quantize import Quantize
-from tensorsurgeon.plan import Plan
+from tensorsurgeon.planning import Plan
 from tensorsurgeon.quant.grid import Scheme
 from tensorsurgeon.spec import Region, TensorSpec
 from tensorsurgeon.units import Pieces

@@ -13,9 +13,9 @@ from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.library import load_transform
 from tensorsurgeon.ops.quantize import Quantize
-from tensorsurgeon.plan import Plan, make_plan
+from tensorsurgeon.planning import Plan, make_plan
 from tensorsurgeon.quant.gptq import GptqOptions
-from tensorsurgeon.transform import steps_of
+from tensorsurgeon.rewriting import steps_of
 from tests.checkpoints import FIXTURE
 
 TEXT = FIXTURE.parent / "text" / "calibration.txt"

@@ -21,11 +21,11 @@ from tensorsurgeon.calibrate.log import LOG_NAME, LogRow, read_log
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.run import CalibratedResult, run_calibrated
 from tensorsurgeon.calibrate.walk import Walk
-from tensorsurgeon.errors import JournalError, NumericError, PlanError, RecipeError
+from tensorsurgeon.errors import BudgetError, JournalError, NumericError, PlanError, RecipeError
 from tensorsurgeon.library import load_transform
 from tensorsurgeon.quant.gptq import GptqOptions
 from tensorsurgeon.quant.polish import Polish
-from tensorsurgeon.transform import steps_of
+from tensorsurgeon.rewriting import steps_of
 from tests.calibrate.models import options_of, plan_of, save_random, write_ids
 from tests.checkpoints import FIXTURE, apply, folder_bytes, read_all
 
@@ -283,6 +283,12 @@ def test_a_transform_that_asks_for_no_statistics_takes_no_data(tmp_path: Path) -
 def test_floating_point_formats_have_no_gptq(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="fp8 has only method rtn"):
         calibrate(FIXTURE, tmp_path / "out", options_of(), layout="ct-float", num_bits=None, group_size=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_memory_cap_below_one_layer_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match=r"a decoder layer and its codes at once.*give at least \d+MB"):
+        calibrate(FIXTURE, tmp_path / "out", options_of(), max_ram_bytes=1_000_000)
     assert not (tmp_path / "out").exists()
 
 
