@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from tensorsurgeon.ops.transpose import Transpose
     from tensorsurgeon.ops.unsqueeze import Unsqueeze
     from tensorsurgeon.ops.unstack import Unstack
-    from tensorsurgeon.plan import Plan
+    from tensorsurgeon.planning import Plan
     from tensorsurgeon.run import RunResult
     from tensorsurgeon.spec import Region, SpecMap, TensorSpec
-    from tensorsurgeon.transform import Chain, Rewrite, Transform
+    from tensorsurgeon.rewriting import Chain, Rewrite, Transform
 
 _HOMES = {
     "tensorsurgeon.api": ("apply", "describe", "diff", "inspect", "plan", "transform", "verify"),
@@ -56,10 +56,10 @@ _HOMES = {
     "tensorsurgeon.ops.transpose": ("Transpose",),
     "tensorsurgeon.ops.unsqueeze": ("Unsqueeze",),
     "tensorsurgeon.ops.unstack": ("Unstack",),
-    "tensorsurgeon.plan": ("Plan",),
+    "tensorsurgeon.planning": ("Plan",),
     "tensorsurgeon.run": ("RunResult",),
     "tensorsurgeon.spec": ("Region", "SpecMap", "TensorSpec"),
-    "tensorsurgeon.transform": ("Chain", "Rewrite", "Transform"),
+    "tensorsurgeon.rewriting": ("Chain", "Rewrite", "Transform"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

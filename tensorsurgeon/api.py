@@ -18,11 +18,11 @@ from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.diffing import Difference, diff_checkpoints
 from tensorsurgeon.inspecting import inspect_checkpoint
 from tensorsurgeon.library import load_transform
-from tensorsurgeon.plan import Plan, make_plan
+from tensorsurgeon.planning import Plan, make_plan
 from tensorsurgeon.report import plan_as_text
 from tensorsurgeon.run import RunResult, run_plan
 from tensorsurgeon.sizes import parse_size
-from tensorsurgeon.transform import AnyTransform, Chain
+from tensorsurgeon.rewriting import AnyTransform, Chain
 from tensorsurgeon.verifying.judging import Verification
 from tensorsurgeon.verifying.judging import verify as verify_checkpoint
 

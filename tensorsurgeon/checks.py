@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tensorsurgeon.errors import PlanViolationError
-from tensorsurgeon.transform import Rewrite
+from tensorsurgeon.rewriting import Rewrite
 
 
 def check_produced(rewrite: Rewrite, arrays: Sequence[np.ndarray]) -> None:

@@ -14,7 +14,7 @@ import click
 from tensorsurgeon.errors import RecipeError
 
 if TYPE_CHECKING:
-    from tensorsurgeon.plan import Plan
+    from tensorsurgeon.planning import Plan
     from tensorsurgeon.run import RunResult
 
 _OPTIONS: Final = (

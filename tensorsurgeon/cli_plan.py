@@ -12,7 +12,7 @@ from tensorsurgeon.errors import NoMatchError, RecipeError, did_you_mean
 from tensorsurgeon.sizes import parse_size
 
 if TYPE_CHECKING:
-    from tensorsurgeon.plan import Plan
+    from tensorsurgeon.planning import Plan
 
 
 def transform_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +56,7 @@ def plan_named(
 ) -> Plan:
     """The plan that the arguments of a command ask for."""
     from tensorsurgeon.checkpoint import open_checkpoint
-    from tensorsurgeon.plan import make_plan
+    from tensorsurgeon.planning import make_plan
 
     chain = load_chain(transform, then, settings, backend)
     try:

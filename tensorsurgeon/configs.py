@@ -17,7 +17,7 @@ from tensorsurgeon.formats.base import Format, QuantizedModel
 from tensorsurgeon.formats.registry import quantization_config
 from tensorsurgeon.quant.grid import Scheme
 from tensorsurgeon.spec import SpecMap
-from tensorsurgeon.transform import Rewrite, Transform
+from tensorsurgeon.rewriting import Rewrite, Transform
 from tensorsurgeon.units import Resolved
 
 CONFIG_NAME = "config.json"

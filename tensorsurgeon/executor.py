@@ -18,11 +18,11 @@ from tensorsurgeon.arrays import Workspace, empty, workspace_of_thread
 from tensorsurgeon.checks import check_produced
 from tensorsurgeon.errors import Interrupted, SurgeonError
 from tensorsurgeon.journal import Journal
-from tensorsurgeon.plan import Copy, Plan, Unit
+from tensorsurgeon.planning import Copy, Plan, Unit
 from tensorsurgeon.sink import Sink
 from tensorsurgeon.source import Source
 from tensorsurgeon.spec import Region
-from tensorsurgeon.transform import Array, Transform
+from tensorsurgeon.rewriting import Array, Transform
 from tensorsurgeon.units import Pieces, Task
 
 # Data is made durable and journalled in batches: a sync per unit would cost more than the unit.

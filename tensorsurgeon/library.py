@@ -8,7 +8,7 @@ from typing import Any
 
 from tensorsurgeon.errors import RecipeError, did_you_mean
 from tensorsurgeon.recipe import Recipe, build, read_recipe
-from tensorsurgeon.transform import Chain
+from tensorsurgeon.rewriting import Chain
 
 _SUFFIXES = (".yaml", ".yml")
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 from tensorsurgeon.errors import RecipeError, SurgeonError, did_you_mean
 from tensorsurgeon.located_yaml import Located, parse_yaml
 from tensorsurgeon.registry import OPS, op_named
-from tensorsurgeon.transform import Chain
+from tensorsurgeon.rewriting import Chain
 
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 _MAX_DEPTH = 8

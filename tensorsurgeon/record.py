@@ -14,7 +14,7 @@ import xxhash
 
 from tensorsurgeon.checkpoint import RECORD_NAME
 from tensorsurgeon.errors import CheckpointError
-from tensorsurgeon.plan import Plan
+from tensorsurgeon.planning import Plan
 from tensorsurgeon.version import __version__
 
 _ALGORITHM = "xxh3_64"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from tensorsurgeon.plan import Plan
+from tensorsurgeon.planning import Plan
 from tensorsurgeon.sizes import show_size
 from tensorsurgeon.spec import TensorSpec
 
@@ -112,7 +112,7 @@ def _dropped(plan: Plan) -> dict[str, int]:
 
 def one_way_steps(plan: Plan) -> list[str]:
     """Steps that have no inverse."""
-    from tensorsurgeon.transform import Reversible
+    from tensorsurgeon.rewriting import Reversible
 
     return [type(step).__name__.lower() for step in plan.steps if not isinstance(step, Reversible)]
 

@@ -16,7 +16,7 @@ from tensorsurgeon.errors import PlanViolationError
 from tensorsurgeon.executor import Progress, run_units
 from tensorsurgeon.header import read_header
 from tensorsurgeon.layout import INDEX_NAME
-from tensorsurgeon.plan import Plan, Unit
+from tensorsurgeon.planning import Plan, Unit
 from tensorsurgeon.record import record_bytes
 from tensorsurgeon.sink import Sink, publish_bytes, publish_copy, sync_folder
 from tensorsurgeon.source import Source

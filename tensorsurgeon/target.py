@@ -10,7 +10,7 @@ from tensorsurgeon.checkpoint import RECORD_NAME, STATE_FOLDER, Checkpoint
 from tensorsurgeon.errors import JournalError, TargetError
 from tensorsurgeon.journal import Journal, has_traces_of_run, has_unfinished_run
 from tensorsurgeon.layout import INDEX_NAME
-from tensorsurgeon.plan import Plan
+from tensorsurgeon.planning import Plan
 from tensorsurgeon.record import read_record
 
 # Room for the journal, directory entries and what a file system keeps to itself.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from tensorsurgeon.errors import PlanError, SpecError
 from tensorsurgeon.spec import Region, SpecMap
-from tensorsurgeon.transform import Rewrite, Transform, advance
+from tensorsurgeon.rewriting import Rewrite, Transform, advance
 
 
 class Piece(NamedTuple):

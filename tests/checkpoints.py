@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.dtypes import DTYPES
-from tensorsurgeon.plan import make_plan
+from tensorsurgeon.planning import make_plan
 from tensorsurgeon.run import RunResult, run_plan
 
 Tensors = dict[str, np.ndarray]

@@ -20,11 +20,11 @@ from tensorsurgeon.library import load_transform
 from tensorsurgeon.ops.cast import Cast
 from tensorsurgeon.ops.rename import Rename
 from tensorsurgeon.ops.transpose import Transpose
-from tensorsurgeon.plan import make_plan
+from tensorsurgeon.planning import make_plan
 from tensorsurgeon.record import read_record, recorded_ranges
 from tensorsurgeon.run import run_plan
 from tensorsurgeon.spec import Region
-from tensorsurgeon.transform import Rewrite
+from tensorsurgeon.rewriting import Rewrite
 from tests.checkpoints import apply, assert_same, folder_bytes, moe_config, read_all, tiny_moe, write_checkpoint
 from tests.contract.engine import EngineContract
 from tests.test_units import lengths, random_chain, seeds
@@ -102,7 +102,7 @@ def test_any_chain_of_ops_is_written_as_numpy_says_it(seed, length, workers, cop
     start, ops, wanted = random_chain(seed, length)
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as place, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tensorsurgeon.plan.COPY_BYTES", copy_bytes)
+        patch.setattr("tensorsurgeon.planning.COPY_BYTES", copy_bytes)
         source = write_checkpoint(Path(place) / "s", start, shards=min(shards, len(start)), seed=seed % 7)
         apply(ops, source, Path(place) / "t", workers=workers, max_shard_bytes=max_shard_bytes)
         assert_same(read_all(Path(place) / "t"), wanted)
@@ -201,7 +201,7 @@ def test_a_source_that_becomes_shorter_during_the_run_is_named(tmp_path):
 
 
 def test_a_stop_ends_in_order_and_the_same_call_with_resume_completes(tmp_path, monkeypatch):
-    monkeypatch.setattr("tensorsurgeon.plan.COPY_BYTES", 256)
+    monkeypatch.setattr("tensorsurgeon.planning.COPY_BYTES", 256)
     source = write_checkpoint(tmp_path / "s", tiny_moe(), shards=3, config=moe_config())
     plan = make_plan(surgery(), open_checkpoint(source))
     run_plan(plan, tmp_path / "whole")
@@ -224,7 +224,7 @@ def test_no_line_of_the_journal_claims_bytes_that_a_power_cut_could_take(tmp_pat
     from tensorsurgeon.journal import Journal
     from tensorsurgeon.sink import Sink
 
-    monkeypatch.setattr("tensorsurgeon.plan.COPY_BYTES", 256)
+    monkeypatch.setattr("tensorsurgeon.planning.COPY_BYTES", 256)
     monkeypatch.setattr("tensorsurgeon.executor.COMMIT_BYTES", 700)
     source = write_checkpoint(tmp_path / "s", tiny_moe(), shards=3, config=moe_config())
     plan = make_plan(surgery(), open_checkpoint(source), max_shard_bytes=3000)

@@ -22,12 +22,12 @@ PACKAGE = ROOT / "tensorsurgeon"
 FLOORS = (
     ("errors", "dtypes", "spec", "arrays", "version", "sizes"),
     ("header", "names"),
-    ("transform", "layout"),
+    ("rewriting", "layout"),
     ("units", "checkpoint"),
     ("quant",),
     ("formats",),
     ("configs",),
-    ("plan",),
+    ("planning",),
     ("ops",),
     ("engines",),
     ("source", "sink", "journal", "checks", "record"),
@@ -177,7 +177,7 @@ FIXTURE = str(ROOT / "fixtures" / "tiny-qwen3_5-moe")
 @pytest.mark.parametrize("transform", ["quark-w8a8-int8", "ct-w8a8-int8", "split-experts"])
 def test_planning_loads_neither_torch_nor_the_compiler(transform):
     loaded = modules_after(surgeon("plan", transform, FIXTURE))
-    assert "tensorsurgeon.plan" in loaded
+    assert "tensorsurgeon.planning" in loaded
     assert not loaded & {"torch", "transformers", "numba", "safetensors", "huggingface_hub"}
 
 

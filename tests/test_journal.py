@@ -13,7 +13,7 @@ from tensorsurgeon.errors import Interrupted, JournalError, TargetError
 from tensorsurgeon.journal import Journal
 from tensorsurgeon.library import load_transform
 from tensorsurgeon.ops.transpose import Transpose
-from tensorsurgeon.plan import make_plan
+from tensorsurgeon.planning import make_plan
 from tensorsurgeon.run import run_plan
 from tests.checkpoints import INDEX, folder_bytes, moe_config
 
@@ -22,7 +22,7 @@ STEPS = [load_transform("split-experts"), Transpose(where=("{p*}.{m}_proj.weight
 
 @pytest.fixture
 def plan(moe, monkeypatch):
-    monkeypatch.setattr("tensorsurgeon.plan.COPY_BYTES", 256)
+    monkeypatch.setattr("tensorsurgeon.planning.COPY_BYTES", 256)
     return make_plan(STEPS, open_checkpoint(moe), max_shard_bytes=3000)
 
 
@@ -145,7 +145,7 @@ def test_another_run_is_refused_and_nothing_is_lost(change, moe, stopped, plan, 
         case "recipe":
             steps = STEPS[:1]
         case "version":
-            monkeypatch.setattr("tensorsurgeon.plan.__version__", "9.9.9")
+            monkeypatch.setattr("tensorsurgeon.planning.__version__", "9.9.9")
         case "shard_size":
             size = 4000
         case "config":
@@ -160,7 +160,7 @@ def test_another_run_is_refused_and_nothing_is_lost(change, moe, stopped, plan, 
 
 def test_a_plan_with_an_inverse_has_the_same_name_in_every_process(moe):
     """Its fingerprint once held an address in memory, so that no such run could be resumed."""
-    from tensorsurgeon.transform import Chain
+    from tensorsurgeon.rewriting import Chain
 
     def undone():
         there = make_plan(STEPS[0], open_checkpoint(moe))

@@ -13,7 +13,7 @@ from tensorsurgeon.ops.reshape import Reshape
 from tensorsurgeon.ops.split import Split
 from tensorsurgeon.recipe import make_op
 from tensorsurgeon.registry import OPS, op_named
-from tensorsurgeon.transform import steps_of
+from tensorsurgeon.rewriting import steps_of
 
 HEAD = "description: for a test\n"
 

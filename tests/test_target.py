@@ -14,7 +14,7 @@ import pytest
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.errors import JournalError, SinkError, TargetError
 from tensorsurgeon.ops.transpose import Transpose
-from tensorsurgeon.plan import make_plan
+from tensorsurgeon.planning import make_plan
 from tensorsurgeon.run import run_plan
 from tests.checkpoints import apply, assert_same, folder_bytes, moe_config, read_all, tiny_moe, write_checkpoint, write_snapshot
 

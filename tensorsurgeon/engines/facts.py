@@ -18,7 +18,7 @@ from tensorsurgeon.errors import ConfigError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.fused_modules import EXPERTS, FUSED, FUSED_NAME, describe
 from tensorsurgeon.formats.registry import detect, quantization_config
-from tensorsurgeon.plan import Plan
+from tensorsurgeon.planning import Plan
 from tensorsurgeon.quant.grid import Scheme
 from tensorsurgeon.spec import SpecMap, TensorSpec
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tensorsurgeon.arrays import empty
-from tensorsurgeon.transform import Array, Rewrite
+from tensorsurgeon.rewriting import Array, Rewrite
 
 
 def split_columns(rewrite: Rewrite, inputs: Sequence[Array]) -> list[Array]:

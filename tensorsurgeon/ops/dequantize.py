@@ -12,7 +12,7 @@ from tensorsurgeon.formats.base import Format
 from tensorsurgeon.ops.stored_modules import StoredModule, stored_format, stored_modules
 from tensorsurgeon.quant.backend import choose_backend
 from tensorsurgeon.spec import Region, SpecMap, TensorSpec
-from tensorsurgeon.transform import Array, Rewrite
+from tensorsurgeon.rewriting import Array, Rewrite
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 from tensorsurgeon.errors import NumericError
 from tensorsurgeon.names import Selector
 from tensorsurgeon.spec import Region, SpecMap
-from tensorsurgeon.transform import Array, Rewrite
+from tensorsurgeon.rewriting import Array, Rewrite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tensorsurgeon.names import Selector
 from tensorsurgeon.spec import Region, SpecMap
-from tensorsurgeon.transform import Array, Rewrite
+from tensorsurgeon.rewriting import Array, Rewrite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

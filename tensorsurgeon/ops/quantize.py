@@ -18,7 +18,7 @@ from tensorsurgeon.ops.siblings import sibling_groups
 from tensorsurgeon.quant.backend import choose_backend
 from tensorsurgeon.quant.grid import RULES, Quantized, Rule, Scheme
 from tensorsurgeon.spec import Region, SpecMap, TensorSpec
-from tensorsurgeon.transform import Array, Rewrite
+from tensorsurgeon.rewriting import Array, Rewrite
 
 
 class CodesProvider(Protocol):

@@ -17,7 +17,7 @@ from tensorsurgeon.ops.dequantize import config_without_quantization
 from tensorsurgeon.ops.stored_modules import StoredModule, model_dtype, stored_format, stored_modules
 from tensorsurgeon.quant.grid import Quantized, Scheme
 from tensorsurgeon.spec import Region, SpecMap, TensorSpec
-from tensorsurgeon.transform import Array, Rewrite
+from tensorsurgeon.rewriting import Array, Rewrite
 
 
 @dataclass(frozen=True, kw_only=True)

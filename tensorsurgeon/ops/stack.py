@@ -10,7 +10,7 @@ from tensorsurgeon.errors import RecipeError, SpecError
 from tensorsurgeon.names import fill
 from tensorsurgeon.ops.grouping import check_alike, stacks_by_fields
 from tensorsurgeon.spec import Region, SpecMap, TensorSpec
-from tensorsurgeon.transform import Array, Moves, Rewrite, move_arrays, turned_around
+from tensorsurgeon.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

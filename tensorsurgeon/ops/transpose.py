@@ -11,7 +11,7 @@ from tensorsurgeon.arrays import empty
 from tensorsurgeon.errors import SpecError
 from tensorsurgeon.names import Selector
 from tensorsurgeon.spec import Region, SpecMap
-from tensorsurgeon.transform import Array, Rewrite
+from tensorsurgeon.rewriting import Array, Rewrite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

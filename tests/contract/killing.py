@@ -21,9 +21,9 @@ from importlib import import_module
 from pathlib import Path
 
 from tensorsurgeon import executor
-from tensorsurgeon import plan as planning
+from tensorsurgeon import planning
 from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.plan import Plan, make_plan
+from tensorsurgeon.planning import Plan, make_plan
 from tensorsurgeon.run import run_plan
 
 SHARD_BYTES = 3_000_000

@@ -18,10 +18,10 @@ import pytest
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.dtypes import dtype_of
 from tensorsurgeon.errors import NotReversibleError, SurgeonError
-from tensorsurgeon.plan import make_plan
+from tensorsurgeon.planning import make_plan
 from tensorsurgeon.run import run_plan
 from tensorsurgeon.spec import Region, SpecMap, TensorSpec
-from tensorsurgeon.transform import Chain, Reversible, advance
+from tensorsurgeon.rewriting import Chain, Reversible, advance
 from tests.checkpoints import Tensors, assert_same, read_all, write_checkpoint
 
 

@@ -10,7 +10,7 @@ import pytest
 from fixtures.make_skeleton import read_skeleton, write_skeleton
 from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
 from tensorsurgeon.library import load_transform
-from tensorsurgeon.plan import make_plan
+from tensorsurgeon.planning import make_plan
 from tensorsurgeon.report import plan_as_data
 
 HERE = Path(__file__).parents[2] / "fixtures" / "qwen3.6-35b-a3b"

@@ -17,7 +17,7 @@ from tensorsurgeon.header import build_header
 from tensorsurgeon.dtypes import BF16
 from tensorsurgeon.library import load_transform
 from tensorsurgeon.ops.repack import Repack
-from tensorsurgeon.plan import make_plan
+from tensorsurgeon.planning import make_plan
 from tensorsurgeon.run import run_plan
 from tensorsurgeon.spec import TensorSpec
 

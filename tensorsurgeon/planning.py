@@ -23,7 +23,7 @@ from tensorsurgeon.layout import DEFAULT_MAX_SHARD_BYTES, Layout, lay_out
 from tensorsurgeon.names import canonical_order
 from tensorsurgeon.quant.grid import Scheme
 from tensorsurgeon.spec import SpecMap
-from tensorsurgeon.transform import AnyTransform, Rewrite, Transform, steps_of
+from tensorsurgeon.rewriting import AnyTransform, Rewrite, Transform, steps_of
 from tensorsurgeon.units import Resolved, Task, resolve, units_of
 from tensorsurgeon.version import __version__
 

@@ -18,7 +18,7 @@ from tensorsurgeon.ops.cast import Cast
 from tensorsurgeon.ops.drop import Drop
 from tensorsurgeon.ops.rename import Rename
 from tensorsurgeon.ops.transpose import Transpose
-from tensorsurgeon.plan import COPY_BYTES, make_plan
+from tensorsurgeon.planning import COPY_BYTES, make_plan
 from tests.checkpoints import FIXTURE, moe_config, tiny_moe, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ def test_the_memory_of_a_unit_is_what_its_arrays_take(tmp_path):
 def test_a_plan_has_the_same_name_in_every_process(moe):
     code = (
         "import sys; from tensorsurgeon.checkpoint import open_checkpoint; from tensorsurgeon.library import load_transform;"
-        "from tensorsurgeon.plan import make_plan;"
+        "from tensorsurgeon.planning import make_plan;"
         "print(make_plan(load_transform('ct-w8a8-int8'), open_checkpoint(sys.argv[1])).fingerprint)"
     )
     names = {

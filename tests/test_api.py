@@ -1,0 +1,58 @@
+"""The public API: what __init__ lists exists, and a conversion takes a few lines."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tensorsurgeon as ts
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-qwen3_5-moe"
+
+
+@pytest.mark.parametrize("name", ts.__all__)
+def test_every_public_name_can_be_used_and_is_documented(name: str) -> None:
+    value = getattr(ts, name)
+    assert name.startswith("__") or (value.__doc__ or "").strip()
+
+
+def test_no_module_has_the_name_of_a_public_function() -> None:
+    """Importing such a module would put it in the function's place."""
+    modules = {path.stem for path in (Path(ts.__file__).parent).iterdir()}
+    assert not modules & set(ts.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        ts.nonsense  # noqa: B018  # looking is the test
+
+
+def test_a_list_of_ops_is_planned_looked_at_and_run(tmp_path: Path) -> None:
+    quantize = ts.Quantize(
+        where=("{path*}.experts.{e}.{projection}.weight",), exclude=("maybe:mtp.{rest*}",), format="ct-packed", num_bits=4, group_size=32
+    )
+    plan = ts.plan([ts.transform("split-experts"), quantize], FIXTURE, max_shard_size="4MB")
+    assert len(plan.quantized) == 96
+    assert "quantized: 96 of" in ts.describe(plan)
+    done: list[int] = []
+    ts.apply(plan, tmp_path / "out", workers=2, max_ram="1GB", progress=done.append)
+    assert sum(done) == plan.output_bytes
+    assert ts.verify(tmp_path / "out", against=FIXTURE).is_sound
+    assert not ts.diff(FIXTURE, tmp_path / "out").is_equal
+    assert ts.inspect(tmp_path / "out")["tensors"]
+
+
+def test_a_plan_of_moves_can_be_undone(tmp_path: Path) -> None:
+    plan = ts.plan("split-experts", FIXTURE)
+    ts.apply(plan, tmp_path / "split")
+    undo = ts.Chain(plan.steps).inverse(plan.rewrites)
+    ts.apply(ts.plan(undo, tmp_path / "split"), tmp_path / "back")
+    assert ts.diff(FIXTURE, tmp_path / "back").is_equal
+
+
+def test_importing_the_package_imports_almost_nothing() -> None:
+    code = "import tensorsurgeon, sys; print('numpy' in sys.modules, 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False False\n"
