@@ -36,7 +36,7 @@ from tensorsurgeon.engines.registry import ENGINES, engine_named
 from tensorsurgeon.engines.sharding import Experts, Heads, Linear
 from tensorsurgeon.errors import EngineError, RecipeError
 from tensorsurgeon.library import load_transform
-from tensorsurgeon.plan import Plan, make_plan
+from tensorsurgeon.planning import Plan, make_plan
 from tensorsurgeon.quant.grid import Scheme
 from tests.checkpoints import FIXTURE, apply
 

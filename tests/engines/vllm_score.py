@@ -5,8 +5,8 @@ Runs inside the environment that vllm_env.sh makes:
     DIR/bin/python tests/engines/vllm_score.py CHECKPOINT... --tokens fixtures/text/heldout.txt --json
 
 prints one line per checkpoint: {"path", "perplexity", "nll", "tokens", "seconds"} or {"path", "error"}. Exit
-status 1 if any checkpoint was refused. Each is served by a process of its own, so that one that is refused,
-or that kills its engine, leaves the others their score. Checkpoints are only read.
+status 1 if any checkpoint was refused. vLLM is imported once; each checkpoint is served by a fork of that process,
+so that one that is refused, or that kills its engine, leaves the others their score. Checkpoints are only read.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 CHUNK = 250  # tokens scored at a time; fixtures/make_tiny_qwen3_5_moe.py cuts the same chunks
@@ -47,7 +46,7 @@ def read_sequences(tokens: Path, checkpoint: Path, chunks: int) -> list[list[int
     return [ids[start : start + CHUNK] for start in range(0, count * CHUNK, CHUNK)]
 
 
-def score(checkpoint: Path, tokens: Path, chunks: int) -> dict[str, Any]:
+def score(checkpoint: Path, tokens: Path, chunks: int, each: bool) -> dict[str, Any]:
     """Perplexity of a checkpoint as vLLM serves it; each sequence stands alone, its first token unscored."""
     began = time.monotonic()
     sequences = read_sequences(tokens, checkpoint, chunks)
@@ -57,7 +56,7 @@ def score(checkpoint: Path, tokens: Path, chunks: int) -> dict[str, Any]:
     images = {"limit_mm_per_prompt": {"image": 0, "video": 0}} if "vision_config" in config else {}
     engine = LLM(
         str(checkpoint),
-        max_model_len=max(256, max(map(len, sequences)) + 1),
+        max_model_len=max(map(len, sequences)) + 1,
         enforce_eager=True,
         dtype="bfloat16",
         max_num_seqs=2,
@@ -67,30 +66,34 @@ def score(checkpoint: Path, tokens: Path, chunks: int) -> dict[str, Any]:
     )
     sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
     outputs = engine.generate([TokensPrompt(prompt_token_ids=s) for s in sequences], sampling, use_tqdm=False)
-    nll, scored = 0.0, 0
-    for sequence, output in zip(sequences, outputs, strict=True):
-        for token, candidates in zip(sequence[1:], output.prompt_logprobs[1:], strict=True):
-            nll -= candidates[token].logprob
-            scored += 1
+    logprobs = [
+        candidates[token].logprob
+        for sequence, output in zip(sequences, outputs, strict=True)
+        for token, candidates in zip(sequence[1:], output.prompt_logprobs[1:], strict=True)
+    ]
+    nll = -math.fsum(logprobs) / len(logprobs)
     return {
         "path": str(checkpoint),
-        "perplexity": math.exp(nll / scored),
-        "nll": nll / scored,
-        "tokens": scored,
+        "perplexity": math.exp(nll),
+        "nll": nll,
+        "tokens": len(logprobs),
         "seconds": round(time.monotonic() - began, 1),
-    }
+    } | ({"logprobs": logprobs} if each else {})
 
 
-def report_uncaught(result: Path) -> None:
-    """Leave the exception that ends this process in `result`, for an engine's log goes on long after it."""
-
-    def leave_message(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        frame = traceback.extract_tb(trace)[-1]  # a bare assert says nothing but its place
+def score_in_fork(result: Path, log: Path, checkpoint: Path, args: argparse.Namespace) -> None:
+    """`score`, its output into `log`, the row or the exception into `result`: an engine's log goes on long after it."""
+    with log.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    try:
+        row = score(checkpoint, args.tokens, args.chunks, args.each)
+    except BaseException as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]  # a bare assert says nothing but its place
         place = f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
-        result.write_text(json.dumps({"error": f"{kind.__name__}: {error} ({place})"}))
-        sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = leave_message
+        result.write_text(json.dumps({"error": f"{type(error).__name__}: {error} ({place})"}))
+        raise
+    result.write_text(json.dumps(row))
 
 
 def score_apart(checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -99,26 +102,19 @@ def score_apart(checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
         return {"path": str(checkpoint), "error": "no config.json in this folder"}
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder, "result.json"), Path(folder, "log")
-        command = [sys.executable, __file__, str(checkpoint), "--tokens", str(args.tokens)]
-        command += ["--chunks", str(args.chunks), "--child", str(result)]
-        with log.open("w") as stream:
-            try:
-                run = subprocess.run(
-                    command,
-                    check=False,
-                    stdout=stream,
-                    stderr=stream,
-                    timeout=args.timeout,
-                    env=os.environ | ENGINE_ENVIRONMENT,
-                )
-            except subprocess.TimeoutExpired:
-                return {"path": str(checkpoint), "error": f"no result after {args.timeout:.0f} s"}
+        child = multiprocessing.get_context("fork").Process(target=score_in_fork, args=(result, log, checkpoint, args))
+        child.start()
+        child.join(args.timeout)
+        if child.is_alive():
+            child.kill()
+            child.join()
+            return {"path": str(checkpoint), "error": f"no result after {args.timeout:.0f} s"}
         if args.log:
             args.log.mkdir(parents=True, exist_ok=True)
             (args.log / f"{checkpoint.resolve().name}.log").write_text(log.read_text())
         if not result.exists():
             lines = log.read_text().split("\n")[-5:]
-            return {"path": str(checkpoint), "error": f"died with status {run.returncode}: {' '.join(lines)}"}
+            return {"path": str(checkpoint), "error": f"died with status {child.exitcode}: {' '.join(lines)}"}
         row: dict[str, Any] = json.loads(result.read_text())
         return {"path": str(checkpoint)} | row
 
@@ -126,23 +122,20 @@ def score_apart(checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Score checkpoints with vLLM on the CPU.")
     parser.add_argument("checkpoints", nargs="+", type=Path)
-    parser.add_argument(
-        "--tokens", type=Path, required=True, help=".json: token ids, [[...], ...]; else a text"
-    )
-    parser.add_argument(
-        "--chunks", type=int, default=24, help=f"of a text, how many chunks of {CHUNK} tokens"
-    )
+    parser.add_argument("--tokens", type=Path, required=True, help=".json: token ids, [[...], ...]; else a text")
+    parser.add_argument("--chunks", type=int, default=24, help=f"of a text, how many chunks of {CHUNK} tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("--each", action="store_true", help="with --json, also the log-probability of each token")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for each checkpoint")
     parser.add_argument("--log", type=Path, help="keep each engine's log in this folder")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        report_uncaught(args.child)
-        args.child.write_text(json.dumps(score(args.checkpoints[0], args.tokens, args.chunks)))
-        return 0
     if not args.tokens.is_file():
         parser.error(f"--tokens {args.tokens}: no such file")
+    os.environ.update(ENGINE_ENVIRONMENT)
+    import vllm  # noqa: F401  (here, so that every fork has it)
+    import vllm.entrypoints.llm
+    import vllm.v1.engine.llm_engine  # noqa: F401
+
     refused = 0
     for checkpoint in args.checkpoints:
         row = score_apart(checkpoint, args)
