@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from tensorsurgeon.ops.unsqueeze import Unsqueeze
     from tensorsurgeon.ops.unstack import Unstack
     from tensorsurgeon.planning import Plan
+    from tensorsurgeon.rewriting import Chain, Rewrite, Transform
     from tensorsurgeon.run import RunResult
     from tensorsurgeon.spec import Region, SpecMap, TensorSpec
-    from tensorsurgeon.rewriting import Chain, Rewrite, Transform
 
 _HOMES = {
     "tensorsurgeon.api": ("apply", "describe", "diff", "inspect", "plan", "transform", "verify"),

@@ -1,11 +1,11 @@
 """The Python API: the command line's words as functions.
 
-    import tensorsurgeon as ts
+import tensorsurgeon as ts
 
-    plan = ts.plan([ts.transform("split-experts"), ts.Quantize(where=("{p*}.up_proj.weight",), format="ct-packed")], "model")
-    print(ts.describe(plan))
-    ts.apply(plan, "out", workers=2)
-    assert ts.verify("out", against="model").is_sound
+plan = ts.plan([ts.transform("split-experts"), ts.Quantize(where=("{p*}.up_proj.weight",), format="ct-packed")], "model")
+print(ts.describe(plan))
+ts.apply(plan, "out", workers=2)
+assert ts.verify("out", against="model").is_sound
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tensorsurgeon.inspecting import inspect_checkpoint
 from tensorsurgeon.library import load_transform
 from tensorsurgeon.planning import Plan, make_plan
 from tensorsurgeon.report import plan_as_text
+from tensorsurgeon.rewriting import AnyTransform, Chain
 from tensorsurgeon.run import RunResult, run_plan
 from tensorsurgeon.sizes import parse_size
-from tensorsurgeon.rewriting import AnyTransform, Chain
 from tensorsurgeon.verifying.judging import Verification
 from tensorsurgeon.verifying.judging import verify as verify_checkpoint
 

@@ -19,7 +19,8 @@ def transform_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that plan and apply share."""
     for option in (
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a parameter of the transform."),
-        click.option("--then", multiple=True, metavar="NAME", help="Chain another transform; --set KEY=VALUE goes to those that have KEY."),
+        click.option("--then", multiple=True, metavar="NAME",
+                     help="Chain another transform; --set KEY=VALUE goes to those that have KEY."),
         click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output shard."),
         click.option("--backend", type=click.Choice(["auto", "fast", "torch"]), default="auto", show_default=True,
                      help="Who computes: compiled CPU kernels or torch; the bits are the same."),
@@ -31,6 +32,7 @@ def transform_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_chain(transform: str, then: Sequence[str], settings: Sequence[str], backend: str) -> Any:
+    """The transforms of a command line, in order, with what ``--set`` gives each of them."""
     from tensorsurgeon.library import find_recipe, load_transform
 
     given = {}
@@ -46,9 +48,7 @@ def load_chain(transform: str, then: Sequence[str], settings: Sequence[str], bac
         if key not in known:
             where = " and ".join(names)
             raise RecipeError(f"{where} has no parameter {key!r}{did_you_mean(key, known)}" + ("" if known else "; it has none"))
-    return [
-        load_transform(name, {k: v for k, v in given.items() if k in parameters[name]}, backend=backend) for name in names
-    ]
+    return [load_transform(name, {k: v for k, v in given.items() if k in parameters[name]}, backend=backend) for name in names]
 
 
 def plan_named(
@@ -122,9 +122,17 @@ def transforms(name: str | None, as_json: bool) -> None:
         {"name": p.name, "default": p.default, "description": p.description, "choices": p.choices and list(p.choices)}
         for p in recipe.parameters.values()
     ]
-    data = {"name": recipe.name, "description": recipe.description, "file": recipe.where, "parameters": parameters, "steps": recipe.steps}
+    data = {
+        "name": recipe.name,
+        "description": recipe.description,
+        "file": recipe.where,
+        "parameters": parameters,
+        "steps": recipe.steps,
+    }
     rows = [[f"  --set {p['name']}={_shown(p['default'])}", str(p["description"])] for p in parameters]
-    text = f"{recipe.name}: {recipe.description}\n\n" + (f"parameters:\n{table(rows)}\n\n" if rows else "") + f"file: {recipe.where}"
+    text = (
+        f"{recipe.name}: {recipe.description}\n\n" + (f"parameters:\n{table(rows)}\n\n" if rows else "") + f"file: {recipe.where}"
+    )
     emit(data, text, as_json)
 
 

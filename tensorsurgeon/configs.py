@@ -16,8 +16,8 @@ from tensorsurgeon.errors import PlanError
 from tensorsurgeon.formats.base import Format, QuantizedModel
 from tensorsurgeon.formats.registry import quantization_config
 from tensorsurgeon.quant.grid import Scheme
-from tensorsurgeon.spec import SpecMap
 from tensorsurgeon.rewriting import Rewrite, Transform
+from tensorsurgeon.spec import SpecMap
 from tensorsurgeon.units import Resolved
 
 CONFIG_NAME = "config.json"

@@ -43,6 +43,8 @@ F32 = DType("F32", 32, np.dtype(np.float32), True)
 F64 = DType("F64", 64, np.dtype(np.float64), True)
 F8_E4M3 = DType("F8_E4M3", 8, np.dtype(ml_dtypes.float8_e4m3fn), True)
 F8_E5M2 = DType("F8_E5M2", 8, np.dtype(ml_dtypes.float8_e5m2), True)
+F8_E4M3FNUZ = DType("F8_E4M3FNUZ", 8, np.dtype(ml_dtypes.float8_e4m3fnuz), True)
+F8_E5M2FNUZ = DType("F8_E5M2FNUZ", 8, np.dtype(ml_dtypes.float8_e5m2fnuz), True)
 F8_E8M0 = DType("F8_E8M0", 8, np.dtype(ml_dtypes.float8_e8m0fnu), True)
 I8 = DType("I8", 8, np.dtype(np.int8), False)
 U8 = DType("U8", 8, np.dtype(np.uint8), False)
@@ -60,7 +62,8 @@ F6_E2M3 = DType("F6_E2M3", 6, None, True)
 F6_E3M2 = DType("F6_E3M2", 6, None, True)
 
 _ALL = (
-    BF16, F16, F32, F64, F8_E4M3, F8_E5M2, F8_E8M0, I8, U8, I16, U16, I32, U32, I64, U64, BOOL, C64, F4, F6_E2M3, F6_E3M2,
+    BF16, F16, F32, F64, F8_E4M3, F8_E5M2, F8_E4M3FNUZ, F8_E5M2FNUZ, F8_E8M0, I8, U8, I16, U16, I32, U32, I64, U64, BOOL, C64,
+    F4, F6_E2M3, F6_E3M2,
 )  # fmt: skip
 DTYPES: Final[dict[str, DType]] = {d.name: d for d in _ALL}
 _BY_NUMPY: Final = {d.numpy: d for d in _ALL if d.numpy is not None}

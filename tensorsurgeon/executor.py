@@ -19,10 +19,10 @@ from tensorsurgeon.checks import check_produced
 from tensorsurgeon.errors import Interrupted, SurgeonError
 from tensorsurgeon.journal import Journal
 from tensorsurgeon.planning import Copy, Plan, Unit
+from tensorsurgeon.rewriting import Array, Transform
 from tensorsurgeon.sink import Sink
 from tensorsurgeon.source import Source
 from tensorsurgeon.spec import Region
-from tensorsurgeon.rewriting import Array, Transform
 from tensorsurgeon.units import Pieces, Task
 
 # Data is made durable and journalled in batches: a sync per unit would cost more than the unit.

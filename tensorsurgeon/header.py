@@ -64,9 +64,7 @@ def read_header(path: Path) -> ShardHeader:
 
 def _read_json_bytes(fd: int, file_bytes: int, path: Path) -> bytes:
     if file_bytes < 8:
-        raise HeaderError(
-            f"{file_bytes} bytes is too short for a safetensors file; download it again", where=str(path)
-        )
+        raise HeaderError(f"{file_bytes} bytes is too short for a safetensors file; download it again", where=str(path))
     length = int.from_bytes(os.pread(fd, 8, 0), "little")
     if length > MAX_HEADER_BYTES:
         raise HeaderError(

@@ -116,9 +116,7 @@ class Selector:
                         chosen.append((name, found))
                     break
         if not chosen and not all(p.may_be_absent for p in self.where):
-            raise NoMatchError(
-                f"every tensor that {_listed(self.where)} selects is also excluded by {_listed(self.exclude)}"
-            )
+            raise NoMatchError(f"every tensor that {_listed(self.where)} selects is also excluded by {_listed(self.exclude)}")
         return chosen
 
     def _check_matches(self, names: list[str]) -> None:

@@ -22,8 +22,8 @@ from tensorsurgeon.errors import BudgetError, CheckpointError
 from tensorsurgeon.layout import DEFAULT_MAX_SHARD_BYTES, Layout, lay_out
 from tensorsurgeon.names import canonical_order
 from tensorsurgeon.quant.grid import Scheme
-from tensorsurgeon.spec import SpecMap
 from tensorsurgeon.rewriting import AnyTransform, Rewrite, Transform, steps_of
+from tensorsurgeon.spec import SpecMap
 from tensorsurgeon.units import Resolved, Task, resolve, units_of
 from tensorsurgeon.version import __version__
 
@@ -152,9 +152,7 @@ class Plan:
             )
 
 
-def make_plan(
-    transform: AnyTransform, source: Checkpoint, *, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
-) -> Plan:
+def make_plan(transform: AnyTransform, source: Checkpoint, *, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> Plan:
     """Plan a transform (an op, a chain, or a list of either) over a checkpoint, from headers alone.
 
     Raises PlanError and its kin for whatever does not fit; nothing has been read but headers by then.

@@ -101,11 +101,7 @@ def _counted(modules: Iterable[str]) -> dict[str, int]:
 
 def _dropped(plan: Plan) -> dict[str, int]:
     names = (
-        region.spec.name
-        for rewrites in plan.rewrites
-        for rewrite in rewrites
-        if not rewrite.outputs
-        for region in rewrite.inputs
+        region.spec.name for rewrites in plan.rewrites for rewrite in rewrites if not rewrite.outputs for region in rewrite.inputs
     )
     return _counted(names)
 

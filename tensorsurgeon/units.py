@@ -15,8 +15,8 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from tensorsurgeon.errors import PlanError, SpecError
-from tensorsurgeon.spec import Region, SpecMap
 from tensorsurgeon.rewriting import Rewrite, Transform, advance
+from tensorsurgeon.spec import Region, SpecMap
 
 
 class Piece(NamedTuple):

@@ -32,7 +32,11 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_a_list_of_ops_is_planned_looked_at_and_run(tmp_path: Path) -> None:
     quantize = ts.Quantize(
-        where=("{path*}.experts.{e}.{projection}.weight",), exclude=("maybe:mtp.{rest*}",), format="ct-packed", num_bits=4, group_size=32
+        where=("{path*}.experts.{e}.{projection}.weight",),
+        exclude=("maybe:mtp.{rest*}",),
+        format="ct-packed",
+        num_bits=4,
+        group_size=32,
     )
     plan = ts.plan([ts.transform("split-experts"), quantize], FIXTURE, max_shard_size="4MB")
     assert len(plan.quantized) == 96

@@ -22,9 +22,9 @@ from tensorsurgeon.ops.rename import Rename
 from tensorsurgeon.ops.transpose import Transpose
 from tensorsurgeon.planning import make_plan
 from tensorsurgeon.record import read_record, recorded_ranges
+from tensorsurgeon.rewriting import Rewrite
 from tensorsurgeon.run import run_plan
 from tensorsurgeon.spec import Region
-from tensorsurgeon.rewriting import Rewrite
 from tests.checkpoints import apply, assert_same, folder_bytes, moe_config, read_all, tiny_moe, write_checkpoint
 from tests.contract.engine import EngineContract
 from tests.test_units import lengths, random_chain, seeds

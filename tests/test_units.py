@@ -23,8 +23,8 @@ from tensorsurgeon.ops.stack import Stack
 from tensorsurgeon.ops.transpose import Transpose
 from tensorsurgeon.ops.unsqueeze import Unsqueeze
 from tensorsurgeon.ops.unstack import Unstack
-from tensorsurgeon.spec import Region, SpecMap, TensorSpec
 from tensorsurgeon.rewriting import Chain, Moves, Rewrite, advance, move_arrays
+from tensorsurgeon.spec import Region, SpecMap, TensorSpec
 from tensorsurgeon.units import Piece, resolve, units_of
 from tests.checkpoints import Tensors, assert_same
 from tests.contract.ops import spec_map

@@ -11,8 +11,8 @@ from tensorsurgeon.errors import NumericError, PlanError, SurgeonError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.ops.stored_modules import StoredModule, stored_format, stored_modules
 from tensorsurgeon.quant.backend import choose_backend
-from tensorsurgeon.spec import Region, SpecMap, TensorSpec
 from tensorsurgeon.rewriting import Array, Rewrite
+from tensorsurgeon.spec import Region, SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)

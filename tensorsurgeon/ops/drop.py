@@ -10,8 +10,8 @@ import numpy as np
 
 from tensorsurgeon.errors import NumericError
 from tensorsurgeon.names import Selector
-from tensorsurgeon.spec import Region, SpecMap
 from tensorsurgeon.rewriting import Array, Rewrite
+from tensorsurgeon.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

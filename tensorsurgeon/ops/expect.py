@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from tensorsurgeon.errors import RecipeError, SpecError
 from tensorsurgeon.names import Selector
-from tensorsurgeon.spec import SpecMap
 from tensorsurgeon.rewriting import Array, Moves, Rewrite
+from tensorsurgeon.spec import SpecMap
 
 _SIZE = re.compile(r"(?:(\d+)\s*\*\s*)?([A-Za-z_][\w|]*)|(\d+)")
 

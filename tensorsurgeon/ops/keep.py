@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tensorsurgeon.names import Selector
-from tensorsurgeon.spec import Region, SpecMap
 from tensorsurgeon.rewriting import Array, Rewrite
+from tensorsurgeon.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

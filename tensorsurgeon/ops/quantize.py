@@ -17,8 +17,8 @@ from tensorsurgeon.names import Pattern, Selector
 from tensorsurgeon.ops.siblings import sibling_groups
 from tensorsurgeon.quant.backend import choose_backend
 from tensorsurgeon.quant.grid import RULES, Quantized, Rule, Scheme
-from tensorsurgeon.spec import Region, SpecMap, TensorSpec
 from tensorsurgeon.rewriting import Array, Rewrite
+from tensorsurgeon.spec import Region, SpecMap, TensorSpec
 
 
 class CodesProvider(Protocol):
@@ -39,7 +39,8 @@ class Quantize:
     """Quantize every weight that ``where`` selects and ``exclude`` does not, and write it in ``format``.
 
     Whatever is not given (``num_bits``, ``group_size``, ``symmetric``, ``rule``) is the format's default. ``rule``
-    names the tool whose scales and rounding are matched to the bit. ``activations`` is what the config tells the engine to do with inputs.
+    names the tool whose scales and rounding are matched to the bit. ``activations`` is what the config tells the
+    engine to do with inputs. Methods other than ``rtn`` need calibration.
     """
 
     where: tuple[str, ...]
@@ -189,9 +190,7 @@ def _outputs(weight: TensorSpec, local: Mapping[tuple[DType, tuple[int, ...]], t
     return [TensorSpec(prefix + name, dtype, shape) for name, dtype, shape in local[weight[1:]]]
 
 
-def _together(
-    weights: Sequence[TensorSpec], local: Mapping[tuple[DType, tuple[int, ...]], tuple[TensorSpec, ...]]
-) -> Rewrite:
+def _together(weights: Sequence[TensorSpec], local: Mapping[tuple[DType, tuple[int, ...]], tuple[TensorSpec, ...]]) -> Rewrite:
     """One rewrite for the parts of a module that engines fuse, which share one global scale."""
     return Rewrite(tuple(map(Region, weights)), tuple(Region(spec) for weight in weights for spec in _outputs(weight, local)))
 

@@ -16,8 +16,8 @@ from tensorsurgeon.formats.layouts import layout_named
 from tensorsurgeon.ops.dequantize import config_without_quantization
 from tensorsurgeon.ops.stored_modules import StoredModule, model_dtype, stored_format, stored_modules
 from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import Region, SpecMap, TensorSpec
 from tensorsurgeon.rewriting import Array, Rewrite
+from tensorsurgeon.spec import Region, SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,8 @@ class Repack:
     ``symmetric``: null keeps what the config says; true drops the zero points after checking that all are zero (an
     AWQ checkpoint says ``zero_point: true`` even of symmetric weights), false adds them. ``inexact_scales``: what to
     do where the new layout's usual scale dtype cannot hold a scale exactly: ``stop`` names the module and stops,
-    ``round`` goes on, ``keep`` stores scales in the dtype they have, which engines then round themselves. What the target cannot express is refused when the plan is made.
+    ``round`` goes on, ``keep`` stores scales in the dtype they have, which engines then round themselves. What the
+    target cannot express is refused when the plan is made.
     """
 
     to: str

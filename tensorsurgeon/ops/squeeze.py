@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from tensorsurgeon.errors import SpecError
 from tensorsurgeon.names import Selector
-from tensorsurgeon.spec import Region, SpecMap
 from tensorsurgeon.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
+from tensorsurgeon.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

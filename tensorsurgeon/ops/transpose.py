@@ -10,8 +10,8 @@ import numpy as np
 from tensorsurgeon.arrays import empty
 from tensorsurgeon.errors import SpecError
 from tensorsurgeon.names import Selector
-from tensorsurgeon.spec import Region, SpecMap
 from tensorsurgeon.rewriting import Array, Rewrite
+from tensorsurgeon.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

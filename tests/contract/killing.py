@@ -20,8 +20,7 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-from tensorsurgeon import executor
-from tensorsurgeon import planning
+from tensorsurgeon import executor, planning
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.planning import Plan, make_plan
 from tensorsurgeon.run import run_plan

@@ -19,9 +19,9 @@ from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.dtypes import dtype_of
 from tensorsurgeon.errors import NotReversibleError, SurgeonError
 from tensorsurgeon.planning import make_plan
+from tensorsurgeon.rewriting import Chain, Reversible, advance
 from tensorsurgeon.run import run_plan
 from tensorsurgeon.spec import Region, SpecMap, TensorSpec
-from tensorsurgeon.rewriting import Chain, Reversible, advance
 from tests.checkpoints import Tensors, assert_same, read_all, write_checkpoint
 
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorsurgeon.checkpoint import open_checkpoint
+from tensorsurgeon.dtypes import BF16
 from tensorsurgeon.errors import SurgeonError
 from tensorsurgeon.header import build_header
-from tensorsurgeon.dtypes import BF16
 from tensorsurgeon.library import load_transform
 from tensorsurgeon.ops.repack import Repack
 from tensorsurgeon.planning import make_plan

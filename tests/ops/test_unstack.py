@@ -32,8 +32,13 @@ class TestUnstack(OpContract):
     )
     REFUSALS = (
         Refusal("vector", OP, {"e.w": bits((3,))}, SpecError, "two axes are needed"),
-        Refusal("uneven_parts", Unstack(where=("{p}.w",), into=("{p}.{index}.a", "{p}.{index}.b")), {"e.w": bits((2, 3, 4))},
-                SpecError, "cannot be cut into 2 equal parts"),
+        Refusal(
+            "uneven_parts",
+            Unstack(where=("{p}.w",), into=("{p}.{index}.a", "{p}.{index}.b")),
+            {"e.w": bits((2, 3, 4))},
+            SpecError,
+            "cannot be cut into 2 equal parts",
+        ),
         Refusal("no_slices", OP, {"e.w": bits((0, 2, 2))}, SpecError, "empty first axis"),
         Refusal(
             "no_number_in_the_name",
