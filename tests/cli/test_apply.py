@@ -159,8 +159,8 @@ def test_help_of_every_command_ends_well():
 # The command with many small and slow units: what takes minutes for a large model.
 SLOW = """
 import sys, time
-from tensorsurgeon import executor, plan
-plan.COPY_BYTES = 4096
+from tensorsurgeon import executor, planning
+planning.COPY_BYTES = 4096
 executor.COMMIT_BYTES = 1
 real = executor.run_unit
 def slowly(*arguments):
