@@ -1,6 +1,6 @@
 """Memory and time of a calibrated run on the real model's shapes: 256 experts, hidden 2048, several layers.
 
-    python benchmarks/bench_walk.py [--layers 1,3] [--tokens 16384] [--workers 2] [--work FOLDER]
+    python benchmarks/bench_walk.py [--layers 2,3] [--tokens 16384] [--workers 2] [--work FOLDER]
 
 Makes a random model of each number of layers (about 1.7 GB a layer), calibrates it to int4 in groups of 128 in a process
 of its own, and prints that process's peak resident memory, the seconds of each layer, and what 40 layers would take.
@@ -51,10 +51,10 @@ def calibrate(source: Path, target: Path, tokens: Path, samples: int, workers: i
     from tensorsurgeon.checkpoint import open_checkpoint
     from tensorsurgeon.library import load_transform
     from tensorsurgeon.ops.quantize import Quantize
-    from tensorsurgeon.plan import make_plan
+    from tensorsurgeon.planning import make_plan
     from tensorsurgeon.quant.gptq import GptqOptions
     from tensorsurgeon.quant.polish import Polish
-    from tensorsurgeon.transform import steps_of
+    from tensorsurgeon.rewriting import steps_of
 
     times = _LayerTimes()
     logger = logging.getLogger("tensorsurgeon.calibrate.run")
@@ -78,7 +78,7 @@ def calibrate(source: Path, target: Path, tokens: Path, samples: int, workers: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", default="1,3", help="models of how many layers")
+    parser.add_argument("--layers", default="2,3", help="models of how many layers")
     parser.add_argument("--tokens", type=int, default=8 * _LENGTH)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--experts", default="balanced")

@@ -123,6 +123,8 @@ class LayerStage:
                     self._put_back(targets, parts, codes)
                     self._run(number, module, outputs)
                 self._move_on(outputs)
+            # Whoever still holds the result must not hold a layer of codes with it while the next one is made.
+            made.codes.clear()
             write_durably(self._log_path(number), log_bytes(made.rows))
             self._advance(number + 1)
             self._hidden_path(number).unlink(missing_ok=True)
