@@ -32,11 +32,11 @@ from tensorsurgeon.calibrate.run import run_calibrated
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.library import load_transform
 from tensorsurgeon.ops.quantize import Quantize
-from tensorsurgeon.plan import Plan, make_plan
+from tensorsurgeon.planning import Plan, make_plan
 from tensorsurgeon.quant.gptq import GptqOptions
 from tensorsurgeon.quant.polish import Polish
 from tensorsurgeon.run import run_plan
-from tensorsurgeon.transform import steps_of
+from tensorsurgeon.rewriting import steps_of
 
 _FIXTURES = Path(__file__).parents[1] / "fixtures"
 _MODEL = _FIXTURES / "tiny-qwen3_5-moe"
