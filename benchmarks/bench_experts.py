@@ -30,8 +30,8 @@ from tensorsurgeon.calibrate.statistics import StoredStatistics, layer_path
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.library import load_transform
 from tensorsurgeon.planning import make_plan
-from tensorsurgeon.run import run_plan
 from tensorsurgeon.rewriting import steps_of
+from tensorsurgeon.run import run_plan
 
 _FIXTURES = Path(__file__).parents[1] / "fixtures"
 _EXPERT = re.compile(r"(.*\.layers\.(\d+)\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj")

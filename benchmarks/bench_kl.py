@@ -35,8 +35,8 @@ from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.planning import Plan, make_plan
 from tensorsurgeon.quant.gptq import GptqOptions
 from tensorsurgeon.quant.polish import Polish
-from tensorsurgeon.run import run_plan
 from tensorsurgeon.rewriting import steps_of
+from tensorsurgeon.run import run_plan
 
 _FIXTURES = Path(__file__).parents[1] / "fixtures"
 _MODEL = _FIXTURES / "tiny-qwen3_5-moe"
