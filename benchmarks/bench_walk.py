@@ -110,14 +110,15 @@ def main() -> None:
             found = json.loads(done.stdout.splitlines()[-1])
             peaks.append(found["peak_bytes"])
             each = sum(found["layer_seconds"]) / layers
+            cpu = found["cpu_seconds"] / layers
             print(
                 f"{layers} layers ({total / 1e9:.1f} GB), {samples * _LENGTH} tokens, {given.workers} workers: peak resident "
                 f"{found['peak_bytes'] / 1e9:.2f} GB; {found['seconds']:.0f} s, per layer "
                 f"{', '.join(f'{s:.0f}' for s in found['layer_seconds'])} s; of these choosing codes "
-                f"{found['codes_worker_seconds'] / layers / given.workers:.0f} s a layer; {found['cpu_seconds'] / layers:.0f} CPU s "
+                f"{found['codes_worker_seconds'] / layers / given.workers:.0f} s a layer; {cpu:.0f} CPU s "
                 f"a layer; {found['methods']}; "
                 f"{_REAL_LAYERS} layers: {each * _REAL_LAYERS / 3600:.2f} h, or "
-                f"{found['cpu_seconds'] / layers * _REAL_LAYERS / given.workers / 3600:.2f} h with the cores to itself",
+                f"{cpu * _REAL_LAYERS / given.workers / 3600:.2f} h with the cores to itself",
                 flush=True,
             )
             shutil.rmtree(work / "model")
