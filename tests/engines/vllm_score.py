@@ -132,7 +132,7 @@ def main() -> int:
     if not args.tokens.is_file():
         parser.error(f"--tokens {args.tokens}: no such file")
     os.environ.update(ENGINE_ENVIRONMENT)
-    import vllm  # noqa: F401  (here, so that every fork has it)
+    # Here, after the environment is set and before the forks, so that each has it.
     import vllm.entrypoints.llm
     import vllm.v1.engine.llm_engine  # noqa: F401
 
