@@ -13,6 +13,7 @@ from tensorsurgeon.version import __version__
 
 if TYPE_CHECKING:
     from tensorsurgeon.api import apply, describe, diff, inspect, plan, transform, verify
+    from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
     from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
     from tensorsurgeon.errors import SurgeonError
     from tensorsurgeon.ops.cast import Cast
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "tensorsurgeon.api": ("apply", "describe", "diff", "inspect", "plan", "transform", "verify"),
+    "tensorsurgeon.calibrate.options": ("CalibrationOptions", "DataSource"),
     "tensorsurgeon.checkpoint": ("Checkpoint", "open_checkpoint"),
     "tensorsurgeon.errors": ("SurgeonError",),
     "tensorsurgeon.ops.cast": ("Cast",),
@@ -64,7 +66,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Cast", "Chain", "Checkpoint", "Concat", "Dequantize", "Drop", "Expect", "Keep", "Plan", "Quantize", "Region",
+    "CalibrationOptions", "Cast", "Chain", "Checkpoint", "Concat", "DataSource", "Dequantize", "Drop", "Expect", "Keep", "Plan", "Quantize", "Region",
     "Rename", "Repack", "Reshape", "Rewrite", "RunResult", "SpecMap", "Split", "Squeeze", "Stack", "SurgeonError",
     "TensorSpec", "Transform", "Transpose", "Unsqueeze", "Unstack", "__version__", "apply", "describe", "diff",
     "inspect", "open_checkpoint", "plan", "transform", "verify",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.diffing import Difference, diff_checkpoints
@@ -25,6 +25,9 @@ from tensorsurgeon.run import RunResult, run_plan
 from tensorsurgeon.sizes import parse_size
 from tensorsurgeon.verifying.judging import Verification
 from tensorsurgeon.verifying.judging import verify as verify_checkpoint
+
+if TYPE_CHECKING:
+    from tensorsurgeon.calibrate.options import CalibrationOptions
 
 Path = str | os.PathLike[str]
 
@@ -58,21 +61,26 @@ def apply(
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
+    calibration: CalibrationOptions | None = None,
+    device: str = "cpu",
 ) -> RunResult:
     """Write a plan's output into the folder ``target``; ``progress`` is told the bytes of each finished unit.
 
-    Neither ``workers`` nor ``max_ram`` changes a byte. A run that was stopped continues with ``resume``.
+    Neither ``workers`` nor ``max_ram`` changes a byte. A run that was stopped continues with ``resume``. Steps whose
+    method is ``gptq`` or ``imatrix`` need ``calibration``, whose forward runs on ``device``.
     """
-    cap = parse_size(max_ram, "max_ram") if isinstance(max_ram, str) else max_ram
-    return run_plan(
-        plan,
-        target,
-        workers=workers,
-        max_ram_bytes=cap,
-        resume=resume,
-        overwrite=overwrite,
-        progress=lambda done: None if progress is None else progress(done.nbytes),
-    )
+    running: dict[str, Any] = {
+        "workers": workers,
+        "max_ram_bytes": parse_size(max_ram, "max_ram") if isinstance(max_ram, str) else max_ram,
+        "resume": resume,
+        "overwrite": overwrite,
+        "progress": lambda done: None if progress is None else progress(done.nbytes),
+    }
+    if calibration is None:
+        return run_plan(plan, target, **running)
+    from tensorsurgeon.calibrate.run import run_calibrated
+
+    return run_calibrated(plan, target, calibration, device=device, **running).run
 
 
 def inspect(path: Path) -> dict[str, Any]:

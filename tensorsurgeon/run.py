@@ -12,7 +12,7 @@ from typing import NamedTuple
 import xxhash
 
 from tensorsurgeon.checkpoint import RECORD_NAME
-from tensorsurgeon.errors import PlanViolationError
+from tensorsurgeon.errors import PlanViolationError, RecipeError
 from tensorsurgeon.executor import Progress, run_units
 from tensorsurgeon.header import read_header
 from tensorsurgeon.layout import INDEX_NAME
@@ -67,6 +67,9 @@ def run_plan(
     Neither ``workers`` nor ``max_ram_bytes`` changes a byte of it. Raises TargetError before anything is written
     if the folder cannot be used, ExecutionError if the run stops, which ``resume`` then continues.
     """
+    if any(getattr(step, "waits_for_codes", False) for step in plan.steps):
+        # Rounding to nearest instead would be the silent kind of garbage.
+        raise RecipeError("a step chooses codes by calibration (method gptq or imatrix); give data to calibrate on")
     target = Path(target)
     budget = default_max_ram_bytes() if max_ram_bytes is None else max_ram_bytes
     plan.check_budget(max(budget, _MIN_RAM_BYTES) if max_ram_bytes is None else budget)

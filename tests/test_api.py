@@ -60,3 +60,10 @@ def test_a_plan_of_moves_can_be_undone(tmp_path: Path) -> None:
 def test_importing_the_package_imports_almost_nothing() -> None:
     code = "import tensorsurgeon, sys; print('numpy' in sys.modules, 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False False\n"
+
+
+def test_a_step_that_wants_calibration_is_not_rounded_instead(tmp_path: Path) -> None:
+    plan = ts.plan(ts.transform("gptq-int4-g128", method="gptq"), FIXTURE)
+    with pytest.raises(ts.SurgeonError, match="calibrat"):
+        ts.apply(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -104,6 +104,11 @@ class Quantize:
         """Under which scheme a rewrite's outputs were made."""
         return self.scheme_for(rewrite.inputs[0].spec.dtype)
 
+    @property
+    def waits_for_codes(self) -> bool:
+        """Whether the method chooses codes by calibration and nobody is there to hand them over."""
+        return self.method != "rtn" and self.provider is None
+
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         chosen = Selector(self.where, self.exclude).names(specs)
         self._refuse_fused_experts(specs)

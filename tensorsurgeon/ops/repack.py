@@ -14,7 +14,7 @@ from tensorsurgeon.errors import NumericError, PlanError, SpecError, SurgeonErro
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.layouts import layout_named
 from tensorsurgeon.ops.dequantize import config_without_quantization
-from tensorsurgeon.ops.stored_modules import StoredModule, model_dtype, stored_format, stored_modules
+from tensorsurgeon.ops.stored_modules import StoredModule, model_dtype, stored_format, stored_modules, unpack
 from tensorsurgeon.quant.grid import Quantized, Scheme
 from tensorsurgeon.rewriting import Array, Rewrite
 from tensorsurgeon.spec import Region, SpecMap, TensorSpec
@@ -35,9 +35,14 @@ class Repack:
     symmetric: bool | None = None
     inexact_scales: Literal["stop", "round", "keep"] = "stop"
     activations: str | None = None
-    _modules: dict[str, StoredModule] = field(default_factory=dict, repr=False, compare=False)
-    _source: list[Format] = field(default_factory=list, repr=False, compare=False)
-    _schemes: dict[tuple[Scheme, DType], Scheme] = field(default_factory=dict, repr=False, compare=False)
+    # Filled in by plan, read by apply: each module with the scheme it is written under, and how the source is stored.
+    _modules: dict[str, tuple[StoredModule, Scheme]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _source: list[Format] = field(default_factory=list, init=False, repr=False, compare=False)
+    _schemes: dict[tuple[Scheme, DType], Scheme] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def for_one_plan(self) -> Repack:
+        """The same step for another source."""
+        return replace(self)
 
     @cached_property
     def layout(self) -> Format:
@@ -54,7 +59,7 @@ class Repack:
             _refuse_other_kind(weight, module.scheme, self.layout, self.to)
             self.layout.check(weight, scheme)
             outputs = [spec._replace(name=f"{module.name}.{spec.name}") for spec in self.layout.tensors(weight, scheme)]
-            self._modules[module.name] = module
+            self._modules[module.name] = module, scheme
             inputs = tuple(Region(specs[f"{module.name}.{local}"]) for local in module.tensors)
             rewrites.append(Rewrite(inputs, tuple(map(Region, outputs))))
         if not rewrites:
@@ -83,14 +88,12 @@ class Repack:
 
     def scheme_of(self, rewrite: Rewrite) -> Scheme:
         """Under which scheme a rewrite's outputs are written."""
-        module = self._modules[rewrite.outputs[0].spec.module]
-        return next(target for (source, _), target in self._schemes.items() if source is module.scheme or source == module.scheme)
+        return self._modules[rewrite.outputs[0].spec.module][1]
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        module = self._modules[rewrite.outputs[0].spec.module]
-        scheme = self.scheme_of(rewrite)
+        module, scheme = self._modules[rewrite.outputs[0].spec.module]
         try:
-            quantized = self._source[0].unpack(dict(zip(module.tensors, inputs, strict=True)), module.scheme)
+            quantized = unpack(self._source[0], module, inputs)
             return self.layout.pack(self._converted(quantized, scheme), scheme)
         except SurgeonError as error:
             hint = "; --set inexact_scales=keep stores it as it is, =round goes on" if "would be stored" in error.message else ""

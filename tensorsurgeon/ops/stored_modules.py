@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from tensorsurgeon.dtypes import BF16, DTYPES, DType
-from tensorsurgeon.errors import PlanError
+from tensorsurgeon.errors import NumericError, PlanError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.registry import detect, quantization_config
-from tensorsurgeon.quant.grid import Scheme
+from tensorsurgeon.quant.grid import Quantized, Scheme
 from tensorsurgeon.spec import SpecMap, TensorSpec
 
 # Tensors that share a module's path and say nothing about its weight.
 _NOT_OF_THE_WEIGHT = {"bias"}
+# Quark's exporter writes zero points beside symmetric codes too; they must be zero, which ``unpack`` looks at.
+_ZERO_POINT = "weight_zero_point"
 _CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -35,8 +39,12 @@ def stored_format(specs: SpecMap) -> Format:
     return found
 
 
-def stored_modules(specs: SpecMap, layout: Format) -> list[StoredModule]:
-    """Every quantized module, as config and tensors agree on it."""
+def stored_modules(specs: SpecMap, layout: Format, may_drop: Sequence[str] = ()) -> list[StoredModule]:
+    """Every quantized module, as config and tensors agree on it.
+
+    PlanError for a tensor of a module that its layout does not know and that is not in ``may_drop``: it could be part
+    of what the weight means (a scale of the inputs, a correction of low rank), and would be lost.
+    """
     config: Mapping[str, object] = quantization_config(specs.config) or {}
     schemes = layout.read_config(config, specs)
     owned: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
@@ -44,10 +52,32 @@ def stored_modules(specs: SpecMap, layout: Format) -> list[StoredModule]:
         module, _, local = name.rpartition(".")
         if module in schemes and local not in _NOT_OF_THE_WEIGHT:
             owned[module][local] = spec._replace(name=local)
-    return [
+    modules = [
         StoredModule(module, scheme, owned[module], layout.weight_shape(owned[module], scheme))
         for module, scheme in schemes.items()
     ]
+    dtype = model_dtype(specs)
+    allowed = {*may_drop, _ZERO_POINT}
+    for module in modules:
+        known = {spec.name for spec in layout.tensors(TensorSpec("weight", dtype, module.shape), module.scheme)}
+        strange = [name for name in module.tensors if name not in known and name not in allowed]
+        if strange:
+            raise PlanError(
+                f"{module.name}.{strange[0]}: {layout.name} has no such tensor, and it would be lost; drop it first if the "
+                "weight means the same without it"
+            )
+    return modules
+
+
+def unpack(layout: Format, module: StoredModule, inputs: Sequence[np.ndarray]) -> Quantized:
+    """The codes of a module from its arrays, in the order of ``module.tensors``.
+
+    NumericError where codes said to be symmetric have zero points that are not zero.
+    """
+    arrays = dict(zip(module.tensors, inputs, strict=True))
+    if module.scheme.symmetric and _ZERO_POINT in arrays and np.any(arrays[_ZERO_POINT]):
+        raise NumericError(f"{_ZERO_POINT} is not zero, but the config says that the codes are symmetric")
+    return layout.unpack(arrays, module.scheme)
 
 
 def model_dtype(specs: SpecMap) -> DType:
