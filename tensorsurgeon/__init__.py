@@ -66,10 +66,10 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "CalibrationOptions", "Cast", "Chain", "Checkpoint", "Concat", "DataSource", "Dequantize", "Drop", "Expect", "Keep", "Plan", "Quantize", "Region",
-    "Rename", "Repack", "Reshape", "Rewrite", "RunResult", "SpecMap", "Split", "Squeeze", "Stack", "SurgeonError",
-    "TensorSpec", "Transform", "Transpose", "Unsqueeze", "Unstack", "__version__", "apply", "describe", "diff",
-    "inspect", "open_checkpoint", "plan", "transform", "verify",
+    "CalibrationOptions", "Cast", "Chain", "Checkpoint", "Concat", "DataSource", "Dequantize", "Drop", "Expect", "Keep",
+    "Plan", "Quantize", "Region", "Rename", "Repack", "Reshape", "Rewrite", "RunResult", "SpecMap", "Split", "Squeeze",
+    "Stack", "SurgeonError", "TensorSpec", "Transform", "Transpose", "Unsqueeze", "Unstack", "__version__", "apply",
+    "describe", "diff", "inspect", "open_checkpoint", "plan", "transform", "verify",
 ]  # fmt: skip
 
 
