@@ -124,15 +124,22 @@ class _Run:
             while (number := self._admit()) is not None:
                 unit = self.plan.units[number]
                 try:
-                    digests = run_unit(unit, self.plan, self.source, self.sink, workspace)
+                    try:
+                        digests = run_unit(unit, self.plan, self.source, self.sink, workspace)
+                    finally:
+                        with self._admission:
+                            self._in_flight -= unit.peak_bytes
+                            self._admission.notify_all()
+                    self._finish(UnitResult(number, digests, unit.written_bytes))
                 except BaseException:
-                    self._failed.set()
+                    # Also where a sync or the journal failed: what the others wrote from here on might not last.
+                    self._fail()
                     raise
-                finally:
-                    with self._admission:
-                        self._in_flight -= unit.peak_bytes
-                        self._admission.notify_all()
-                self._finish(UnitResult(number, digests, unit.written_bytes))
+
+    def _fail(self) -> None:
+        self._failed.set()
+        with self._admission:
+            self._admission.notify_all()
 
     def _admit(self) -> int | None:
         """The next unit, as soon as it fits the budget beside those under way; None when there is no more to do."""

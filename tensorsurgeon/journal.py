@@ -87,11 +87,13 @@ class Journal:
     def remove(self) -> None:
         """The run is finished and its record written: leave nothing behind.
 
-        The name of the run goes last, so that a machine that dies meanwhile leaves a run that can be resumed. The
-        lock is held to the end, so that nobody starts a run in a folder that is about to go.
+        The name of the run goes first: from then on the folder is a finished checkpoint with traces, never a run
+        whose journal is gone and which would be done again. The lock goes last, so that nobody takes a new one in a
+        folder that is about to go.
         """
         with sink_errors(self.folder, "be removed"):
-            for path in sorted(self.folder.iterdir(), key=lambda path: path.name == _RUN):
+            (self.folder / _RUN).unlink(missing_ok=True)
+            for path in sorted(self.folder.iterdir(), key=lambda path: path.name == _LOCK):
                 path.unlink()
             self.folder.rmdir()
         self.close()

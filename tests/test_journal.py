@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -227,6 +228,25 @@ def test_a_run_that_died_while_it_removed_its_journal_is_complete(plan, tmp_path
     target = tmp_path / "whole"
     (target / ".surgeon").mkdir()
     assert run_plan(plan, target, resume=True).was_complete
+    assert folder_bytes(target) == whole
+
+
+def test_at_every_step_of_removing_its_journal_a_run_is_unfinished_and_whole_or_finished(plan, tmp_path, whole, monkeypatch):
+    """Killed after each removal: never a named run without its journal, and the lock is the last file to go."""
+    target = tmp_path / "t"
+    left = []
+    unlink = Path.unlink
+
+    def watched(path, missing_ok=False):
+        unlink(path, missing_ok=missing_ok)
+        if path.parent.name == ".surgeon" and (target / INDEX).exists():
+            left.append({p.name for p in path.parent.iterdir()})
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    run_plan(plan, target)
+    assert left[-1] == set()
+    assert left[-2] == {"lock"}
+    assert all("run.json" not in names for names in left)
     assert folder_bytes(target) == whole
 
 
