@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.configs import OutputFiles, output_files, quantized_modules
-from tensorsurgeon.errors import BudgetError, CheckpointError
+from tensorsurgeon.errors import BudgetError, CheckpointError, RecipeError
 from tensorsurgeon.layout import DEFAULT_MAX_SHARD_BYTES, Layout, lay_out
 from tensorsurgeon.names import canonical_order
 from tensorsurgeon.quant.grid import Scheme
-from tensorsurgeon.rewriting import AnyTransform, Rewrite, Transform, steps_of
+from tensorsurgeon.rewriting import AnyTransform, Remembering, Rewrite, Transform, steps_of
 from tensorsurgeon.spec import SpecMap
 from tensorsurgeon.units import Resolved, Task, resolve, units_of
 from tensorsurgeon.version import __version__
@@ -158,7 +158,8 @@ def make_plan(transform: AnyTransform, source: Checkpoint, *, max_shard_bytes: i
     Raises PlanError and its kin for whatever does not fit; nothing has been read but headers by then.
     """
     with _no_collector():
-        steps = steps_of(transform)
+        steps = tuple(step.for_one_plan() if isinstance(step, Remembering) else step for step in steps_of(transform))
+        _refuse_nameless(steps)
         resolved = resolve(steps, source.specs)
         if not resolved.specs:
             raise CheckpointError("no tensor would be left in the output", where=str(source.root))
@@ -176,6 +177,16 @@ def make_plan(transform: AnyTransform, source: Checkpoint, *, max_shard_bytes: i
         quantized={module: scheme for module, (_, scheme) in quantized.items()},
         max_shard_bytes=max_shard_bytes,
     )
+
+
+def _refuse_nameless(steps: Sequence[Transform]) -> None:
+    """A run is named by its steps' repr: an address in memory would make every run another one, never to be resumed."""
+    for step in steps:
+        if type(step).__repr__ is object.__repr__:
+            raise RecipeError(
+                f"{type(step).__name__} has no repr, by which a stopped run is known again; make it a frozen dataclass, "
+                "or give it a __repr__ that says its settings"
+            )
 
 
 @contextmanager

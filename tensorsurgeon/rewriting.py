@@ -49,6 +49,15 @@ class Reversible(Protocol):
     def inverse(self, rewrites: tuple[Rewrite, ...]) -> Transform: ...
 
 
+@runtime_checkable
+class Remembering(Protocol):
+    """A transform whose ``plan`` notes what ``apply`` needs, which rewrites alone do not say (the source's layout)."""
+
+    def for_one_plan(self) -> Transform:
+        """The same transform with nothing noted: each plan gets its own, or a second plan would change the first."""
+        ...
+
+
 class Moves:
     """A transform given by finished rewrites that move bytes: the inverse of splitting, renaming, reshaping.
 

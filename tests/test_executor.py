@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.errors import BudgetError, Interrupted, PlanViolationError, SourceError
+from tensorsurgeon.errors import BudgetError, Interrupted, PlanViolationError, SinkError, SourceError
 from tensorsurgeon.library import load_transform
 from tensorsurgeon.ops.cast import Cast
 from tensorsurgeon.ops.rename import Rename
@@ -24,6 +26,7 @@ from tensorsurgeon.planning import make_plan
 from tensorsurgeon.record import read_record, recorded_ranges
 from tensorsurgeon.rewriting import Rewrite
 from tensorsurgeon.run import run_plan
+from tensorsurgeon.sink import Sink
 from tensorsurgeon.spec import Region
 from tests.checkpoints import apply, assert_same, folder_bytes, moe_config, read_all, tiny_moe, write_checkpoint
 from tests.contract.engine import EngineContract
@@ -129,6 +132,7 @@ def test_units_in_flight_stay_below_the_cap(tmp_path):
     lock, at_once, most = threading.Lock(), [0], [0]
     meet = threading.Event()
 
+    @dataclass(frozen=True)
     class Counting:
         def plan(self, specs):
             return Transpose(where=("{w*}",)).plan(specs)
@@ -148,11 +152,11 @@ def test_units_in_flight_stay_below_the_cap(tmp_path):
     assert most[0] == 2
 
 
+@dataclass(frozen=True)
 class Lying:
     """Plans a transposition and makes something else."""
 
-    def __init__(self, make):
-        self.make = make
+    make: Callable
 
     def plan(self, specs):
         spec = specs["x"]
@@ -222,7 +226,6 @@ def test_a_stop_ends_in_order_and_the_same_call_with_resume_completes(tmp_path, 
 def test_no_line_of_the_journal_claims_bytes_that_a_power_cut_could_take(tmp_path, monkeypatch):
     """What the disk surely holds is what was written before the last sync began; every claim must rest on that."""
     from tensorsurgeon.journal import Journal
-    from tensorsurgeon.sink import Sink
 
     monkeypatch.setattr("tensorsurgeon.planning.COPY_BYTES", 256)
     monkeypatch.setattr("tensorsurgeon.executor.COMMIT_BYTES", 700)
@@ -251,6 +254,32 @@ def test_no_line_of_the_journal_claims_bytes_that_a_power_cut_could_take(tmp_pat
     monkeypatch.setattr(Journal, "append", appending)
     run_plan(plan, tmp_path / "t", workers=4)
     assert sum(claims) == plan.output_bytes
+
+
+def test_a_disk_that_takes_no_sync_stops_the_other_workers_too(tmp_path, monkeypatch):
+    """Hours of further work that no journal will know are not what a failing disk calls for."""
+    monkeypatch.setattr("tensorsurgeon.planning.COPY_BYTES", 256)
+    monkeypatch.setattr("tensorsurgeon.executor.COMMIT_BYTES", 1)
+    source = write_checkpoint(tmp_path / "s", tiny_moe(layers=8), shards=3, config=moe_config())
+    plan = make_plan(surgery(), open_checkpoint(source))
+    run_plan(plan, tmp_path / "whole")
+    done, calls = [], []
+    sync = Sink.sync
+
+    def failing_once(sink):
+        calls.append(len(done))
+        if len(calls) == 1:
+            raise SinkError("cannot be made durable: Input/output error", where=str(sink.target))
+        sync(sink)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sink, "sync", failing_once)
+        with pytest.raises(SinkError, match="Input/output error"):
+            run_plan(plan, tmp_path / "t", workers=2, progress=done.append)
+    # The unit that met the fault, and what the other worker had under way.
+    assert len(done) <= 6 < len(plan.units)
+    run_plan(plan, tmp_path / "t", resume=True)
+    assert folder_bytes(tmp_path / "t") == folder_bytes(tmp_path / "whole")
 
 
 def test_the_record_has_a_digest_for_every_byte_of_every_shard(tmp_path):

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.errors import PlanError
+from tensorsurgeon.errors import PlanError, RecipeError
 from tensorsurgeon.library import load_transform
 from tensorsurgeon.ops.cast import Cast
 from tensorsurgeon.ops.drop import Drop
+from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.ops.rename import Rename
 from tensorsurgeon.ops.transpose import Transpose
 from tensorsurgeon.planning import COPY_BYTES, make_plan
@@ -99,6 +100,31 @@ def test_the_backend_is_no_part_of_a_run_s_name_but_the_recipe_is(moe):
 
     assert name(backend="fast") == name(backend="torch") == name()
     assert name(rule="compressed-tensors") != name()
+
+
+def test_steps_that_write_one_format_in_two_versions_are_refused(tmp_path):
+    """GPTQ v1 and v2 have one name; one config would have every zero point of the other read off by one."""
+    weights = {f"model.layers.0.mlp.{n}_proj.weight": np.ones((64, 64), np.float32) for n in ("gate", "up", "down")}
+    source = open_checkpoint(write_checkpoint(tmp_path / "s", weights, config={"model_type": "llama"}))
+    fields = {"num_bits": 4, "group_size": 32}
+    mixed = [
+        Quantize(where=("{p*}.down_proj.weight",), format="gptq", **fields),
+        Quantize(where=("maybe:{p*}.gate_proj.weight", "{p*}.up_proj.weight"), format="gptq-v2", **fields),
+    ]
+    with pytest.raises(PlanError, match=r"gptq_v2.*one format for all steps"):
+        make_plan(mixed, source)
+
+
+def test_a_step_without_a_repr_is_refused_since_its_run_could_never_be_resumed(moe):
+    class Nameless:
+        def plan(self, specs):
+            return ()
+
+        def apply(self, rewrite, inputs):
+            return ()
+
+    with pytest.raises(RecipeError, match=r"Nameless has no repr.*frozen dataclass"):
+        make_plan(Nameless(), open_checkpoint(moe))
 
 
 def test_the_config_is_edited_and_unknown_keys_stay_in_their_order(moe):

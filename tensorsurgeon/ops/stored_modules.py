@@ -58,12 +58,12 @@ def stored_modules(specs: SpecMap, layout: Format, may_drop: Sequence[str] = ())
     ]
     dtype = model_dtype(specs)
     allowed = {*may_drop, _ZERO_POINT}
-    for module in modules:
-        known = {spec.name for spec in layout.tensors(TensorSpec("weight", dtype, module.shape), module.scheme)}
-        strange = [name for name in module.tensors if name not in known and name not in allowed]
+    for stored in modules:
+        known = {spec.name for spec in layout.tensors(TensorSpec("weight", dtype, stored.shape), stored.scheme)}
+        strange = [name for name in stored.tensors if name not in known and name not in allowed]
         if strange:
             raise PlanError(
-                f"{module.name}.{strange[0]}: {layout.name} has no such tensor, and it would be lost; drop it first if the "
+                f"{stored.name}.{strange[0]}: {layout.name} has no such tensor, and it would be lost; drop it first if the "
                 "weight means the same without it"
             )
     return modules
