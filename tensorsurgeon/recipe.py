@@ -220,7 +220,7 @@ def _fill(value: Any, values: Mapping[str, Any], at: str) -> Any:
         whole = _REFERENCE.fullmatch(value)
         if whole:
             return lookup(whole.group(1))
-        return _REFERENCE.sub(lambda found: str(lookup(found.group(1))), value)
+        return _REFERENCE.sub(lambda found: _word(found.group(1), lookup(found.group(1)), at), value)
     if isinstance(value, list):
         result: list[Any] = []
         for item in value:
@@ -233,6 +233,15 @@ def _fill(value: Any, values: Mapping[str, Any], at: str) -> Any:
     if isinstance(value, dict):
         return {key: _fill(item, values, at) for key, item in value.items()}
     return value
+
+
+def _word(name: str, value: Any, at: str) -> str:
+    """A value inside a longer string as YAML writes it: ``${flag} == true`` compares words, and Python says ``True``."""
+    if isinstance(value, list | dict):
+        raise RecipeError(f"${{{name}}} is a list and cannot be part of a longer text; let it stand alone", where=at)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def make_op(name: str, body: Any, overrides: Mapping[str, Any] | None = None) -> Any:

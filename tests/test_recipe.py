@@ -172,6 +172,27 @@ def test_text_from_the_command_line_takes_the_type_of_the_default(key, text, val
     assert parameter_values(find_recipe(write(tmp_path, HEAD + TYPED)), {key: text})[key] == value
 
 
+@pytest.mark.parametrize(("given", "count"), [("true", 1), ("false", 0)])
+def test_a_flag_is_compared_as_it_is_written(given, count, tmp_path):
+    """Python's own ``True`` never equals ``true``: the step would be left out without a word."""
+    text = "parameters:\n  flag: {default: true, description: d}\nsteps:\n  - drop: {where: a}\n"
+    text += '  - drop: {where: b}\n    when: "${flag} == true"\n'
+    assert len(steps(tmp_path, text, flag=given)) == 1 + count
+
+
+def test_nothing_given_is_the_word_null_in_a_comparison(tmp_path):
+    text = "parameters:\n  size: {default: null, description: d}\nsteps:\n  - drop: {where: a}\n"
+    text += '  - drop: {where: b}\n    when: "${size} != null"\n'
+    assert len(steps(tmp_path, text)) == 1
+    assert len(steps(tmp_path, text, size="7")) == 2
+
+
+def test_a_list_inside_a_longer_text_is_refused(tmp_path):
+    text = 'parameters:\n  names: {default: [a], description: d}\nsteps:\n  - drop: {where: "x.${names}"}\n'
+    with pytest.raises(RecipeError, match=r"my.yaml:5.*\$\{names\} is a list"):
+        steps(tmp_path, text)
+
+
 def test_a_parameter_without_a_type_takes_what_the_text_looks_like():
     (step,) = steps_of(
         load_transform("quantize-linears", {"num_bits": "4", "group_size": "32", "split_experts": "false", "format": "ct-packed"})
