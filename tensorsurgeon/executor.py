@@ -7,8 +7,9 @@ decides what is written: workers, memory cap and order change no byte.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -64,8 +65,26 @@ def run_units(
     """
     run = _Run(plan, source, sink, journal, max_ram_bytes, stop, progress)
     todo = [number for number in (range(len(plan.units)) if only is None else only) if number not in done]
-    run.go(todo, workers)
+    # Copies first: the kernel does them while the first step that computes still loads its compiled code.
+    todo.sort(key=lambda number: bool(plan.units[number].tasks))
+    with _warming_up(plan, todo):
+        run.go(todo, workers)
     return {**done, **run.digests}
+
+
+@contextmanager
+def _warming_up(plan: Plan, todo: Sequence[int]) -> Iterator[None]:
+    """Let steps load what they compute with beside the first copies; what goes wrong there shows when they are applied."""
+    numbers = {task.step for number in todo[-1:] for task in plan.units[number].tasks}
+    steps = [step for number in numbers if (step := getattr(plan.steps[number], "warm_up", None)) is not None]
+    threads = [threading.Thread(target=step, name="surgeon-warm-up", daemon=True) for step in steps]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        for thread in threads:
+            thread.join()
 
 
 class _Run:

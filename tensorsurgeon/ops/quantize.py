@@ -164,6 +164,16 @@ class Quantize:
                     "split-experts before quantize, or exclude this tensor to leave it as it is"
                 )
 
+    def warm_up(self) -> None:
+        """Load the compiled code that the planned weights need, by quantizing a small one of each dtype."""
+        if self.provider is not None or self.clip_search:
+            return
+        for dtype, scheme in self._schemes.items():
+            if dtype.numpy is not None:
+                columns = 256 if scheme.group_size == -1 else scheme.group_size * 32
+                quantized = choose_backend(self.backend, scheme, dtype).quantize(np.zeros((64, columns), dtype.numpy), scheme)
+                self.layout.pack(quantized, scheme)
+
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         scheme = self.scheme_of(rewrite)
         amax = largest_magnitude(inputs) if scheme.type == "nvfp4" else None
