@@ -60,10 +60,6 @@ class Region(NamedTuple):
     stop: int | None = None
 
     @property
-    def is_whole(self) -> bool:
-        return self.start is None
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array that stands for this region."""
         if self.start is None or self.stop is None:

@@ -7,12 +7,18 @@ another value when it is stored makes every weight of its group wrong without a 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 
 from tensorsurgeon.dtypes import F32, DType
 from tensorsurgeon.errors import NumericError, SpecError
 from tensorsurgeon.quant.grid import Scheme
+
+# Quark's exporter writes zero points beside symmetric codes too; they say nothing as long as they are zero.
+ZERO_POINT: Final = "weight_zero_point"
+# What a static quantization of a module's inputs stores beside its weight.
+INPUT_SCALES: Final = ("input_scale", "input_zero_point", "input_global_scale")
 
 
 def stored_scale(scale: np.ndarray, dtype: DType, shape: tuple[int, ...] | None = None) -> np.ndarray:

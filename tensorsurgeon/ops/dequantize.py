@@ -9,12 +9,11 @@ from typing import Any, Literal
 from tensorsurgeon.dtypes import DTYPES
 from tensorsurgeon.errors import NumericError, PlanError, SurgeonError
 from tensorsurgeon.formats.base import Format
+from tensorsurgeon.formats.scales import INPUT_SCALES
 from tensorsurgeon.ops.stored_modules import StoredModule, stored_format, stored_modules, unpack
 from tensorsurgeon.quant.backend import choose_backend
 from tensorsurgeon.rewriting import Array, Rewrite
 from tensorsurgeon.spec import Region, SpecMap, TensorSpec
-
-_OF_THE_INPUTS = ("input_scale", "input_zero_point", "input_global_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class Dequantize:
         layout = stored_format(specs)
         self._layout[:] = [layout]
         rewrites = []
-        for module in stored_modules(specs, layout, may_drop=_OF_THE_INPUTS):
+        for module in stored_modules(specs, layout, may_drop=INPUT_SCALES):
             target = TensorSpec(f"{module.name}.weight", DTYPES[self.dtype], module.shape)
             self._modules[target.name] = module
             inputs = tuple(Region(specs[f"{module.name}.{local}"]) for local in module.tensors)

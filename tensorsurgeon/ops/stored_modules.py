@@ -12,13 +12,12 @@ from tensorsurgeon.dtypes import BF16, DTYPES, DType
 from tensorsurgeon.errors import NumericError, PlanError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.registry import detect, quantization_config
+from tensorsurgeon.formats.scales import ZERO_POINT
 from tensorsurgeon.quant.grid import Quantized, Scheme
 from tensorsurgeon.spec import SpecMap, TensorSpec
 
 # Tensors that share a module's path and say nothing about its weight.
 _NOT_OF_THE_WEIGHT = {"bias"}
-# Quark's exporter writes zero points beside symmetric codes too; they must be zero, which ``unpack`` looks at.
-_ZERO_POINT = "weight_zero_point"
 _CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -57,7 +56,7 @@ def stored_modules(specs: SpecMap, layout: Format, may_drop: Sequence[str] = ())
         for module, scheme in schemes.items()
     ]
     dtype = model_dtype(specs)
-    allowed = {*may_drop, _ZERO_POINT}
+    allowed = {*may_drop, ZERO_POINT}
     for stored in modules:
         known = {spec.name for spec in layout.tensors(TensorSpec("weight", dtype, stored.shape), stored.scheme)}
         strange = [name for name in stored.tensors if name not in known and name not in allowed]
@@ -75,8 +74,8 @@ def unpack(layout: Format, module: StoredModule, inputs: Sequence[np.ndarray]) -
     NumericError where codes said to be symmetric have zero points that are not zero.
     """
     arrays = dict(zip(module.tensors, inputs, strict=True))
-    if module.scheme.symmetric and _ZERO_POINT in arrays and np.any(arrays[_ZERO_POINT]):
-        raise NumericError(f"{_ZERO_POINT} is not zero, but the config says that the codes are symmetric")
+    if module.scheme.symmetric and ZERO_POINT in arrays and np.any(arrays[ZERO_POINT]):
+        raise NumericError(f"{ZERO_POINT} is not zero, but the config says that the codes are symmetric")
     return layout.unpack(arrays, module.scheme)
 
 

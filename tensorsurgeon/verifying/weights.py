@@ -11,7 +11,6 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from tensorsurgeon.dtypes import F8_E8M0, U8
 from tensorsurgeon.quant import bitpack
 from tensorsurgeon.verifying.claims import INTERLEAVED, Claim
 from tensorsurgeon.verifying.reading import Reader
@@ -157,8 +156,3 @@ def _quark_zero_point(stored: np.ndarray, claim: Claim, rows: int) -> np.ndarray
     if stored.shape == (rows,):
         return stored.astype(np.float32).reshape(-1, 1)
     return bitpack.unpack_rows(stored.reshape(1, -1), 4, rows, order=order, signed=not claim.unsigned).astype(np.float32).T
-
-
-def scale_is_byte(claim: Claim, dtype_name: str) -> bool:
-    """Whether scales are exponents in bytes, which cannot be zero or negative."""
-    return claim.layout == "mxfp4" and dtype_name in (U8.name, F8_E8M0.name)
