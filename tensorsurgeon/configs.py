@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from tensorsurgeon.checkpoint import Checkpoint
@@ -107,12 +107,48 @@ def output_files(
         files = _quantization_files(specs, quantized)
         config["quantization_config"] = files.quantization_config
         contents.update({name: _as_json(content) for name, content in files.extra_files.items()})
+    elif (kept := quantization_config(config)) is not None:
+        _refuse_stale_names(kept, source.specs, specs)
     if source.config_text is not None or quantized:
         unchanged = source.config_text is not None and config == source.config
         contents[CONFIG_NAME] = source.config_text if unchanged and source.config_text else _as_json(config)
     stale = set(QUANTIZATION_FILES) if config != source.config else set()
     copied = tuple(name for name in source.side_files if name not in contents and name not in stale)
     return OutputFiles(contents, copied)
+
+
+def _refuse_stale_names(kept: Mapping[str, Any], before: SpecMap, after: SpecMap) -> None:
+    """A quantization that stays must not name modules that are gone: an engine would quantize what the entry kept out."""
+    lost = _module_paths(before) - _module_paths(after)
+    for name in _words(kept):
+        if name in lost:
+            raise PlanError(
+                f"{name}: quantization_config names this module, which the output would not have under that name; "
+                "dequantize first, or rename and drop before quantizing"
+            )
+
+
+def _module_paths(specs: SpecMap) -> set[str]:
+    paths: set[str] = set()
+    for name in specs:
+        module = name.rpartition(".")[0]
+        while module and module not in paths:
+            paths.add(module)
+            module = module.rpartition(".")[0]
+    return paths
+
+
+def _words(value: Any) -> Iterator[str]:
+    """Every string in a config, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _words(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _words(item)
 
 
 def _quantization_files(specs: SpecMap, quantized: Mapping[str, tuple[Quantizer, Scheme]]) -> Any:

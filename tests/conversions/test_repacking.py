@@ -16,6 +16,8 @@ from tensorsurgeon.dtypes import BF16
 from tensorsurgeon.errors import SurgeonError
 from tensorsurgeon.header import build_header
 from tensorsurgeon.library import load_transform
+from tensorsurgeon.ops.quantize import Quantize
+from tensorsurgeon.ops.rename import Rename
 from tensorsurgeon.ops.repack import Repack
 from tensorsurgeon.planning import make_plan
 from tensorsurgeon.run import run_plan
@@ -115,3 +117,16 @@ def test_an_unquantized_checkpoint_cannot_be_repacked(tmp_path: Path) -> None:
     write_model(tmp_path / "bf16", 64, 128, 0)
     with pytest.raises(SurgeonError, match="not quantized"):
         apply("repack", tmp_path / "bf16", tmp_path / "b", to="gptq")
+
+
+def test_modules_that_the_quantization_names_keep_their_names(tmp_path: Path) -> None:
+    """Else an exclude list would point at nothing, and engines would take a float module for a quantized one."""
+    write_model(tmp_path / "bf16", 64, 128, 0)
+    quantize = Quantize(where=("{path*}.up_proj.weight",), exclude=("maybe:{path*}.gate_proj.weight",), format="ct-int")
+    with pytest.raises(SurgeonError):  # gate and up are one module to engines
+        make_plan(quantize, open_checkpoint(tmp_path / "bf16"))
+    quantize = Quantize(where=("{path*}.down_proj.weight",), format="ct-int")
+    run_plan(make_plan(quantize, open_checkpoint(tmp_path / "bf16")), tmp_path / "int8")
+    rename = Rename(where=("{path*}.gate_proj.weight",), to="{path}.gate.weight")
+    with pytest.raises(SurgeonError, match=r"gate_proj: quantization_config names this module"):
+        make_plan(rename, open_checkpoint(tmp_path / "int8"))
