@@ -21,14 +21,11 @@ MOE = (
     conversion("ct-w8a16"),
     conversion("ct-w4a16-g32"),
     conversion("fp8-block"),
+    in_format("ct-mxfp4"),
 )
 # The others on the dense model: for the MoE one, transformers 5.23 refuses compressed-tensors' int-quantized and
 # float-quantized ("automatic conversion of the weights") and loads NVFP4 into experts that are wrong, without a word.
-DENSE_WEIGHTS = (
-    conversion("fp8-block"),
-    conversion("nvfp4a16"),
-    in_format("ct-mxfp4"),
-)
+DENSE_WEIGHTS = (conversion("fp8-block"), conversion("nvfp4a16"))
 # These quantize activations while they run, which dequantized weights do not: with that taken out of the config, the weights
 # are judged alone.
 DENSE_ACTIVATIONS = (
