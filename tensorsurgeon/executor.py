@@ -65,17 +65,31 @@ def run_units(
     """
     run = _Run(plan, source, sink, journal, max_ram_bytes, stop, progress)
     todo = [number for number in (range(len(plan.units)) if only is None else only) if number not in done]
-    # Copies first: the kernel does them while the first step that computes still loads its compiled code.
-    todo.sort(key=lambda number: bool(plan.units[number].tasks))
     with _warming_up(plan, todo):
-        run.go(todo, workers)
+        run.go(_interleaved(plan, todo), workers)
     return {**done, **run.digests}
+
+
+def _interleaved(plan: Plan, todo: Sequence[int]) -> list[int]:
+    """Copies spread evenly among the units that compute, one at the front.
+
+    A copy holds its file's lock in the kernel while it lasts, so that two at once wait for each other; beside the first
+    the compiled code is loaded. Saves an eighth of the time (benchmarks/bench_apply.py).
+    """
+    copies = [number for number in todo if not plan.units[number].tasks]
+    computing = [number for number in todo if plan.units[number].tasks]
+    stride = max(1, len(computing) // max(1, len(copies)))
+    ordered = []
+    for position, copy in enumerate(copies):
+        ordered.append(copy)
+        ordered += computing[position * stride : (position + 1) * stride]
+    return ordered + computing[len(copies) * stride :]
 
 
 @contextmanager
 def _warming_up(plan: Plan, todo: Sequence[int]) -> Iterator[None]:
     """Let steps load what they compute with beside the first copies; what goes wrong there shows when they are applied."""
-    numbers = {task.step for number in todo[-1:] for task in plan.units[number].tasks}
+    numbers = {task.step for number in todo for task in plan.units[number].tasks}
     steps = [step for number in numbers if (step := getattr(plan.steps[number], "warm_up", None)) is not None]
     threads = [threading.Thread(target=step, name="surgeon-warm-up", daemon=True) for step in steps]
     for thread in threads:
@@ -112,12 +126,13 @@ class _Run:
         self._admission = threading.Condition()
         self._finished: list[UnitResult] = []
         self._uncommitted = 0
-        self._commit_lock = threading.Lock()
         self._failed = threading.Event()
+        self._over = False
 
     def go(self, todo: Sequence[int], workers: int) -> None:
         self._queue = list(todo)
-        with ThreadPoolExecutor(workers, thread_name_prefix="surgeon") as pool:
+        with ThreadPoolExecutor(workers + 1, thread_name_prefix="surgeon") as pool:
+            committing = pool.submit(self._commit_behind)
             futures = [pool.submit(self._work) for _ in range(workers)]
             try:
                 wait(futures)
@@ -126,7 +141,11 @@ class _Run:
                 self.stop.set()
                 wait(futures)
                 raise
-        errors = [error for future in futures if (error := future.exception()) is not None]
+            finally:
+                with self._admission:
+                    self._over = True
+                    self._admission.notify_all()
+        errors = [error for future in (*futures, committing) if (error := future.exception()) is not None]
         try:
             self._commit()
         except SurgeonError:
@@ -151,7 +170,6 @@ class _Run:
                             self._admission.notify_all()
                     self._finish(UnitResult(number, digests, unit.written_bytes))
                 except BaseException:
-                    # Also where a sync or the journal failed: what the others wrote from here on might not last.
                     self._fail()
                     raise
 
@@ -179,20 +197,24 @@ class _Run:
             self._finished.append(result)
             self.digests[result.unit] = result.digests
             self._uncommitted += result.nbytes
-            due = self._uncommitted >= COMMIT_BYTES
+            self._admission.notify_all()
         self.progress(Progress(result.nbytes))
-        # One worker syncs while the others go on; if one already does, the next batch is simply larger.
-        if due and self._commit_lock.acquire(blocking=False):
-            try:
-                self._commit_locked()
-            finally:
-                self._commit_lock.release()
+
+    def _commit_behind(self) -> None:
+        """Make finished units durable and journal them, batch by batch, while the workers go on."""
+        try:
+            while True:
+                with self._admission:
+                    self._admission.wait_for(lambda: self._over or self._uncommitted >= COMMIT_BYTES)
+                    if self._over:
+                        return
+                self._commit()
+        except BaseException:
+            # Where a sync or the journal fails, what the workers write from here on might not last.
+            self._fail()
+            raise
 
     def _commit(self) -> None:
-        with self._commit_lock:
-            self._commit_locked()
-
-    def _commit_locked(self) -> None:
         with self._admission:
             batch, self._finished = self._finished, []
             self._uncommitted = 0

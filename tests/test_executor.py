@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensorsurgeon import executor
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.errors import BudgetError, Interrupted, PlanViolationError, SinkError, SourceError
 from tensorsurgeon.library import load_transform
@@ -272,12 +274,19 @@ def test_a_disk_that_takes_no_sync_stops_the_other_workers_too(tmp_path, monkeyp
             raise SinkError("cannot be made durable: Input/output error", where=str(sink.target))
         sync(sink)
 
+    run_unit = executor.run_unit
+
+    def slowly(*arguments):
+        time.sleep(0.005)
+        return run_unit(*arguments)
+
     with monkeypatch.context() as patch:
         patch.setattr(Sink, "sync", failing_once)
+        patch.setattr(executor, "run_unit", slowly)
         with pytest.raises(SinkError, match="Input/output error"):
             run_plan(plan, tmp_path / "t", workers=2, progress=done.append)
-    # The unit that met the fault, and what the other worker had under way.
-    assert len(done) <= 6 < len(plan.units)
+    # What was under way when the fault was met, and little more.
+    assert len(done) < len(plan.units) / 2
     run_plan(plan, tmp_path / "t", resume=True)
     assert folder_bytes(tmp_path / "t") == folder_bytes(tmp_path / "whole")
 
