@@ -60,9 +60,9 @@ def quantized_modules(steps: Sequence[Transform], resolved: Resolved) -> dict[st
     modules: dict[str, tuple[Quantizer, Scheme]] = {}
     for name in resolved.specs:
         pieces = resolved.contents[name]
-        if not pieces or pieces[0].origin >= 0:
+        if not pieces or pieces[0][0] >= 0:
             continue
-        task = resolved.tasks[resolved.made[-1 - pieces[0].origin][0]]
+        task = resolved.tasks[resolved.made[-1 - pieces[0][0]][0]]
         maker = makers[task.step]
         if maker is not None:
             module = name.rpartition(".")[0]

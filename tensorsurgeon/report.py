@@ -75,7 +75,7 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
         "quantized_linears": len(plan.quantized),
         # As the model cards count: nn.Linear modules, so neither routers nor the MTP head, which no model class has.
         "linears": len(plan.quantized) + len(counted),
-        "quantized": _counted(plan.quantized),
+        "quantized": dict(Counter(map(_masked, plan.quantized))),
         "unquantized": _counted(kept),
         "passed_through": len(inputs - read),
         "copied_bytes": plan.copied_bytes,

@@ -79,7 +79,11 @@ def resolve(steps: Sequence[Transform], source: SpecMap) -> Resolved:
             if moves:
                 filled = _move(rewrite, inputs)
             else:
-                _refuse_narrow(rewrite)
+                for region in (*regions, *outputs):
+                    if region[0][1].numpy is None:
+                        raise SpecError(
+                            f"{region.spec}: elements narrower than a byte have no array form; they can only be moved whole"
+                        )
                 first = -1 - len(made)
                 number_of_task = len(tasks)
                 filled = []
@@ -102,12 +106,6 @@ def resolve(steps: Sequence[Transform], source: SpecMap) -> Resolved:
         specs = specs_after
     _check_bytes(specs, contents)
     return Resolved(specs, contents, tasks, made, rewrites_of_steps)
-
-
-def _refuse_narrow(rewrite: Rewrite) -> None:
-    for region in (*rewrite.inputs, *rewrite.outputs):
-        if region.spec.dtype.numpy is None:
-            raise SpecError(f"{region.spec}: elements narrower than a byte have no array form; they can only be moved whole")
 
 
 def _check_bytes(specs: SpecMap, contents: dict[str, Pieces]) -> None:
