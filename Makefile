@@ -45,7 +45,7 @@ wheel: $(STAMP)
 	bash tests/wheel.sh dist/*.whl
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/bench_apply.py
+	$(BIN)/python benchmarks/bench_apply.py --peers
 
 clean:
 	rm -rf $(VENV) .venvs .demo .bench dist

@@ -81,6 +81,19 @@ def test_every_layout_expresses_what_every_other_wrote(first: str, tmp_path: Pat
     assert files_of(apply("repack", at, tmp_path / "back", to=first)) == files_of(start)
 
 
+ASYMMETRIC_LAYOUTS = ("awq", "autoround-awq", "gptq-v2", "ct-packed", "quark-int4", "quark-int4-reorder")
+
+
+@pytest.mark.parametrize(("first", "second"), list(permutations(ASYMMETRIC_LAYOUTS, 2)))
+def test_asymmetric_codes_and_zero_points_go_there_and_back(first: str, second: str, tmp_path: Path) -> None:
+    write_model(tmp_path / "bf16", 64, 64, 2)
+    start = apply(
+        "quantize-linears", tmp_path / "bf16", tmp_path / "a", format=first, group_size=32, symmetric=False, split_experts=False
+    )
+    there = apply("repack", start, tmp_path / "b", to=second, inexact_scales="keep")
+    assert files_of(apply("repack", there, tmp_path / "c", to=first)) == files_of(start)
+
+
 def test_a_scale_that_would_change_stops_the_run_and_says_what_to_set(tmp_path: Path) -> None:
     write_model(tmp_path / "bf16", 64, 128, 0)
     gptq = apply("quantize-linears", tmp_path / "bf16", tmp_path / "a", format="gptq", group_size=32, split_experts=False)
