@@ -113,8 +113,20 @@ class Plan:
     @cached_property
     def peak_unit_bytes(self) -> int:
         """What the largest unit holds; a memory cap below this cannot work."""
+        # Tasks of one form hold the same; a model has few forms and many tasks, and few tasks feed others.
         tasks = self.resolved.tasks
-        return max((sum(_held_bytes(tasks[n]) for n in group) for group in units_of(tasks, self.resolved.made)), default=0)
+        alone: dict[tuple[Any, ...], int] = {}
+        largest = 0
+        for group in units_of(tasks, self.resolved.made):
+            if len(group) > 1:
+                largest = max(largest, sum(_held_bytes(tasks[n]) for n in group))
+                continue
+            step, rewrite, inputs, _ = tasks[group[0]]
+            region = rewrite[0][0]
+            form = (step, len(rewrite[0]), region[0][1], region[0][2], region[1], region[2], len(inputs[0]))
+            if form not in alone or len(rewrite[0]) > 1:
+                alone[form] = max(alone.get(form, 0), _held_bytes(tasks[group[0]]))
+        return max([largest, *alone.values()])
 
     @cached_property
     def fingerprint(self) -> str:

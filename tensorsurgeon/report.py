@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -29,14 +29,16 @@ def _masked(module: str) -> str:
 
 def group_specs(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
     """Tensors that differ only in their numbers, as one entry each: pattern, count, dtype, shape, bytes."""
-    groups: dict[tuple[str, str, tuple[int, ...]], list[int]] = defaultdict(lambda: [0, 0])
-    for spec in specs:
-        entry = groups[(grouped_name(spec.name), spec.dtype.name, spec.shape)]
-        entry[0] += 1
-        entry[1] += spec.nbytes
+    counts = Counter([(grouped_name(name), dtype, shape) for name, dtype, shape in specs])
     return [
-        {"pattern": pattern, "count": count, "dtype": dtype, "shape": list(shape), "bytes": nbytes}
-        for (pattern, dtype, shape), (count, nbytes) in groups.items()
+        {
+            "pattern": pattern,
+            "count": count,
+            "dtype": dtype.name,
+            "shape": list(shape),
+            "bytes": count * TensorSpec(pattern, dtype, shape).nbytes,
+        }
+        for (pattern, dtype, shape), count in counts.items()
     ]
 
 
