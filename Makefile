@@ -31,7 +31,10 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 engines: $(STAMP)
-	$(BIN)/python -m pytest -m engine -rs
+	bash tests/engines/vllm_env.sh .venvs/vllm
+	bash tests/engines/transformers_env.sh .venvs/transformers
+	VLLM_PYTHON=$(CURDIR)/.venvs/vllm/bin/python CT_PYTHON=$(CURDIR)/.venvs/transformers/bin/python \
+		$(BIN)/python -m pytest -m engine -rs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
