@@ -58,31 +58,34 @@ def quantized_modules(steps: Sequence[Transform], resolved: Resolved) -> dict[st
     if not any(makers):
         return {}
     modules: dict[str, tuple[Quantizer, Scheme]] = {}
+    contents, tasks, made = resolved.contents, resolved.tasks, resolved.made
     for name in resolved.specs:
-        pieces = resolved.contents[name]
+        module = name.rpartition(".")[0]
+        if module in modules:
+            continue
+        pieces = contents[name]
         if not pieces or pieces[0][0] >= 0:
             continue
-        task = resolved.tasks[resolved.made[-1 - pieces[0][0]][0]]
-        maker = makers[task.step]
+        task = tasks[made[-1 - pieces[0][0]][0]]
+        maker = makers[task[0]]
         if maker is not None:
-            module = name.rpartition(".")[0]
-            if module not in modules:
-                modules[module] = (maker, maker.scheme_of(task.rewrite))
+            modules[module] = (maker, maker.scheme_of(task[1]))
     return modules
 
 
 def unquantized_linears(specs: SpecMap, quantized: Mapping[str, Any]) -> list[str]:
     """Modules with a float weight that an engine could take for a linear, and stacked experts, in file order."""
     found: dict[str, None] = {}
-    for name, spec in specs.items():
-        if spec.dtype not in WEIGHT_DTYPES:
+    for name, dtype, shape in specs.values():
+        # Most tensors of a quantized model are codes and scales.
+        if len(shape) not in (2, 3) or dtype not in WEIGHT_DTYPES:
             continue
         module, _, last = name.rpartition(".")
-        if len(spec.shape) == 2 and last == "weight":
+        if len(shape) == 2 and last == "weight":
             part = module.rpartition(".")[2]
             if module not in quantized and "embed" not in part and "norm" not in part:
                 found[module] = None
-        elif len(spec.shape) == 3 and module.endswith(".experts"):
+        elif len(shape) == 3 and module.endswith(".experts"):
             found[module] = None
     return list(found)
 

@@ -55,17 +55,16 @@ def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str], max_shard_
         groups[-1].append(spec)
         filled += nbytes
         total += nbytes
+    names = [_shard_name(number, len(groups)) for number in range(len(groups))]
+    index = _index(groups, names, total) if len(groups) > 1 else None
     shards = []
     placements: dict[str, Placement] = {}
     for number, group in enumerate(groups):
         group.sort(key=_alignment)
         header, offsets, file_bytes = build_header(group, metadata)
         for spec, offset in zip(group, offsets, strict=True):
-            placements[spec.name] = Placement(number, offset)
-        shards.append(OutputShard(_shard_name(number, len(groups)), header, file_bytes, tuple(group)))
-    index = None
-    if len(shards) > 1:
-        index = _index(specs, [shard.name for shard in shards], placements, total)
+            placements[spec[0]] = Placement(number, offset)
+        shards.append(OutputShard(names[number], header, file_bytes, tuple(group)))
     return Layout(tuple(shards), placements, index, total)
 
 
@@ -73,10 +72,10 @@ def _alignment(spec: TensorSpec) -> int:
     return alignment_rank(spec.dtype)
 
 
-def _index(specs: Sequence[TensorSpec], names: Sequence[str], placements: Mapping[str, Placement], total: int) -> bytes:
+def _index(groups: Sequence[Sequence[TensorSpec]], names: Sequence[str], total: int) -> bytes:
     """The index as the Hub's tools write it; by hand, for the indenting encoder of json is ten times slower."""
     quoted = json.encoder.encode_basestring
-    rows = ",\n".join(f'    {quoted(spec.name)}: "{names[placements[spec.name].shard]}"' for spec in specs)
+    rows = ",\n".join([f'    {quoted(spec[0])}: "{name}"' for group, name in zip(groups, names, strict=True) for spec in group])
     return f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{\n{rows}\n  }}\n}}\n'.encode()
 
 

@@ -188,14 +188,37 @@ def canonical_order(names: Iterable[str]) -> list[str]:
 
     The order of every output, so that it depends neither on the source's shards nor on whether it was fused.
     """
-    keys: dict[str, tuple[tuple[str | int, ...], str]] = {}
+    modules: dict[str, list[str]] = {}
+    for name in names:
+        module = name.rpartition(".")[0]
+        if module in modules:
+            modules[module].append(name)
+        else:
+            modules[module] = [name]
+    ordered: list[str] = []
+    for module in sorted(modules, key=_NaturalKeys()):
+        # One module's names differ in their last parts only.
+        ordered += sorted(modules[module])
+    return ordered
 
-    def key(name: str) -> tuple[tuple[tuple[str | int, ...], str], str]:
-        module, _, last = name.rpartition(".")
-        found = keys.get(module)
+
+class _NaturalKeys:
+    """``natural_key`` for many paths of one model, which end alike and begin alike: each half is split once."""
+
+    def __init__(self) -> None:
+        self._halves: dict[str, tuple[str | int, ...]] = {}
+
+    def __call__(self, path: str) -> tuple[tuple[str | int, ...], str]:
+        begin = path.rsplit(".", 2)[0]
+        end = path[len(begin) :]
+        if not end:
+            return natural_key(path)
+        head, tail = self._half(begin), self._half(end)
+        # The cut is at a dot, so that it parts no number.
+        return (*head[:-1], head[-1] + tail[0], *tail[1:]), path  # type: ignore[operator]
+
+    def _half(self, text: str) -> tuple[str | int, ...]:
+        found = self._halves.get(text)
         if found is None:
-            # The tensors of a module share this, and splitting is what takes the time.
-            found = keys[module] = natural_key(module)
-        return found, last
-
-    return sorted(names, key=key)
+            found = self._halves[text] = natural_key(text)[0]
+        return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -143,12 +142,12 @@ class Plan:
             digest.update(f"{name}\n".encode() + content)
         return digest.hexdigest()
 
-    def step_counts(self) -> list[Counter[str]]:
-        """For each step: how many tensors it reads and makes."""
+    def step_names(self) -> list[tuple[set[str], set[str]]]:
+        """For each step: the names of the tensors that it reads and of those that it makes."""
         return [
-            Counter(
-                read=len({region[0][0] for rewrite in rewrites for region in rewrite[0]}),
-                made=len({region[0][0] for rewrite in rewrites for region in rewrite[1]}),
+            (
+                {region[0][0] for rewrite in rewrites for region in rewrite[0]},
+                {region[0][0] for rewrite in rewrites for region in rewrite[1]},
             )
             for rewrites in self.rewrites
         ]

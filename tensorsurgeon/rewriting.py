@@ -153,31 +153,47 @@ def advance(specs: SpecMap, rewrites: Sequence[Rewrite]) -> SpecMap:
     depends on how the source was sharded. Raises if outputs collide with each other or with what stays, if
     rewrites leave part of a tensor behind, or do not tile their outputs.
     """
-    anchored: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
+    anchored: dict[str, Sequence[Region]] = {}
     owner: dict[str, TensorSpec] = {}
     consumed: set[str] = set()
     tiles = _Tiles()
+    whole, reads = tiles.whole, tiles.reads
     for inputs, outputs, _ in rewrites:
-        anchor = inputs[0][0][0]
-        for region in inputs:
-            consumed.add(region[0][0])
-            if region[1] is None:
-                tiles.whole.add(region[0][0])
+        for spec, start, stop in inputs:
+            name = spec[0]
+            consumed.add(name)
+            if start is None or stop is None:
+                whole.add(name)
+            elif name in reads:
+                reads[name][1].append((start, stop))
             else:
-                tiles.read(region)
+                reads[name] = spec, [(start, stop)]
+        anchor = inputs[0][0][0]
+        again: set[int] = set()
         for region in outputs:
             spec, start, _ = region
-            known = owner.get(spec[0])
+            name = spec[0]
+            known = owner.get(name)
             if known is None:
-                owner[spec[0]] = spec
-                anchored[anchor][spec[0]] = spec
+                owner[name] = spec
             elif start is None or known != spec or spec not in tiles.written:
                 raise NameCollisionError(
                     f"{spec.name}: two rewrites make a tensor of this name ({known} and {spec}, the latter from "
                     f"{anchor}); make the templates tell them apart"
                 )
+            else:
+                # It stands where the first of its rewrites put it.
+                again.add(id(region))
             if start is not None:
                 tiles.write(region)
+        made = outputs if not again else tuple(region for region in outputs if id(region) not in again)
+        before = anchored.get(anchor)
+        if before is None:
+            anchored[anchor] = made
+        elif isinstance(before, list):
+            before.extend(made)
+        else:
+            anchored[anchor] = [*before, *made]
     for name in ("", "__metadata__"):
         if name in owner:
             raise NameCollisionError(f"{name!r} cannot be the name of a tensor; change the template that makes it")
@@ -189,7 +205,8 @@ def advance(specs: SpecMap, rewrites: Sequence[Rewrite]) -> SpecMap:
                 raise NameCollisionError(f"{name}: a rewrite makes a tensor of this name, but one exists and stays")
             result[name] = spec
         elif name in anchored:
-            result.update(anchored[name])
+            for region in anchored[name]:
+                result[region[0][0]] = region[0]
     return result
 
 
@@ -198,13 +215,8 @@ class _Tiles:
 
     def __init__(self) -> None:
         self.whole: set[str] = set()
-        self._reads: dict[TensorSpec, list[tuple[int, int]]] = defaultdict(list)
+        self.reads: dict[str, tuple[TensorSpec, list[tuple[int, int]]]] = {}
         self.written: dict[TensorSpec, list[tuple[int, int]]] = defaultdict(list)
-
-    def read(self, region: Region) -> None:
-        assert region.start is not None
-        assert region.stop is not None
-        self._reads[region.spec].append((region.start, region.stop))
 
     def write(self, region: Region) -> None:
         assert region.start is not None
@@ -222,7 +234,7 @@ class _Tiles:
                 position = stop
             if position != spec.rows:
                 raise PlanError(f"{spec.name}: rows {position} to {spec.rows} are never filled")
-        for spec, ranges in self._reads.items():
+        for spec, ranges in self.reads.values():
             _check_row_bytes(spec)
             if spec.name in self.whole:
                 continue

@@ -36,7 +36,7 @@ class Task(NamedTuple):
     step: int
     rewrite: Rewrite
     inputs: tuple[Pieces, ...]
-    outputs: tuple[int, ...]
+    outputs: Sequence[int]
 
 
 class Resolved(NamedTuple):
@@ -77,26 +77,29 @@ def resolve(steps: Sequence[Transform], source: SpecMap) -> Resolved:
                 whole[outputs[0][0][0]] = inputs[0]
                 continue
             if moves:
-                filled = _move(rewrite, inputs)
-            else:
-                for region in (*regions, *outputs):
-                    if region[0][1].numpy is None:
-                        raise SpecError(
-                            f"{region.spec}: elements narrower than a byte have no array form; they can only be moved whole"
-                        )
-                first = -1 - len(made)
-                number_of_task = len(tasks)
-                filled = []
-                for position, region in enumerate(outputs):
-                    made.append((number_of_task, position))
-                    nbytes = region[0].nbytes if region[1] is None else region.byte_range[1]
-                    filled.append((Piece(first - position, 0, nbytes),) if nbytes else ())
-                tasks.append(Task(number, rewrite, tuple(inputs), tuple(range(first, first - len(outputs), -1))))
-            for region, pieces in zip(outputs, filled, strict=True):
-                if region[1] is None:
-                    whole[region[0][0]] = pieces
+                for region, pieces in zip(outputs, _move(rewrite, inputs), strict=True):
+                    if region[1] is None:
+                        whole[region[0][0]] = pieces
+                    else:
+                        partial[region[0][0]].append((region.byte_range[0], pieces))
+                continue
+            for region in regions:
+                if region[0][1].numpy is None:
+                    raise SpecError(_no_array(region))
+            first = origin = -1 - len(made)
+            for region in outputs:
+                spec, start, _ = region
+                if spec[1].numpy is None:
+                    raise SpecError(_no_array(region))
+                made.append((len(tasks), first - origin))
+                if start is None:
+                    nbytes = spec.nbytes
+                    whole[spec[0]] = (Piece(origin, 0, nbytes),) if nbytes else ()
                 else:
-                    partial[region[0][0]].append((region.byte_range[0], pieces))
+                    begin, nbytes = region.byte_range
+                    partial[spec[0]].append((begin, (Piece(origin, 0, nbytes),) if nbytes else ()))
+                origin -= 1
+            tasks.append(Task(number, rewrite, tuple(inputs), range(first, origin, -1)))
         for name in {region[0][0] for rewrite in rewrites for region in rewrite[0]}:
             del contents[name]
         contents.update(whole)
@@ -106,6 +109,10 @@ def resolve(steps: Sequence[Transform], source: SpecMap) -> Resolved:
         specs = specs_after
     _check_bytes(specs, contents)
     return Resolved(specs, contents, tasks, made, rewrites_of_steps)
+
+
+def _no_array(region: Region) -> str:
+    return f"{region.spec}: elements narrower than a byte have no array form; they can only be moved whole"
 
 
 def _check_bytes(specs: SpecMap, contents: dict[str, Pieces]) -> None:

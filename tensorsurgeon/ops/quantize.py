@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -112,22 +112,28 @@ class Quantize:
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         chosen = Selector(self.where, self.exclude).names(specs)
         self._refuse_fused_experts(specs)
-        local: dict[tuple[DType, tuple[int, ...]], tuple[TensorSpec, ...]] = {}
-        for name in chosen:
-            form = specs[name][1:]
-            if form not in local:
-                local[form] = self._local_tensors(specs[name])
         if self.scheme.type == "nvfp4":
-            return tuple(_together([specs[n] for n in group], local) for group in sibling_groups(chosen))
+            return tuple(self._together([specs[name] for name in group]) for group in sibling_groups(chosen))
+        # A model has few forms of weights and many weights.
+        local: dict[tuple[DType, tuple[int, ...]], tuple[TensorSpec, ...]] = {}
+        in_chunks: dict[tuple[DType, tuple[int, ...]], bool] = {}
         rewrites: list[Rewrite] = []
         for name in chosen:
             weight = specs[name]
-            outputs = _outputs(weight, local)
-            if weight.nbytes > _CHUNK_BYTES and self.layout.can_chunk_rows(self.scheme_for(weight.dtype)):
-                rewrites.extend(_chunks(weight, outputs))
+            form = weight[1:]
+            if form not in local:
+                local[form] = self._local_tensors(weight)
+                in_chunks[form] = weight.nbytes > _CHUNK_BYTES and self.layout.can_chunk_rows(self.scheme_for(weight.dtype))
+            if in_chunks[form]:
+                rewrites.extend(_chunks(weight, _outputs(weight, local[form])))
             else:
-                rewrites.append(Rewrite((Region(weight),), tuple([Region(spec) for spec in outputs])))
+                rewrites.append(Rewrite((Region(weight),), tuple([Region(spec) for spec in _outputs(weight, local[form])])))
         return tuple(rewrites)
+
+    def _together(self, weights: Sequence[TensorSpec]) -> Rewrite:
+        """One rewrite for the parts of a module that engines fuse, which share one global scale."""
+        outputs = tuple(Region(spec) for weight in weights for spec in _outputs(weight, self._local_tensors(weight)))
+        return Rewrite(tuple(map(Region, weights)), outputs)
 
     def _local_tensors(self, weight: TensorSpec) -> tuple[TensorSpec, ...]:
         """What is written for weights of this dtype and shape, by local name; SpecError if they cannot be quantized."""
@@ -200,14 +206,9 @@ class Quantize:
         return choose_backend(self.backend, scheme, region.spec.dtype).quantize(weight, scheme, global_amax=global_amax)
 
 
-def _outputs(weight: TensorSpec, local: Mapping[tuple[DType, tuple[int, ...]], tuple[TensorSpec, ...]]) -> list[TensorSpec]:
+def _outputs(weight: TensorSpec, local: Iterable[TensorSpec]) -> list[TensorSpec]:
     prefix = weight.name.removesuffix("weight")
-    return [TensorSpec(prefix + name, dtype, shape) for name, dtype, shape in local[weight[1:]]]
-
-
-def _together(weights: Sequence[TensorSpec], local: Mapping[tuple[DType, tuple[int, ...]], tuple[TensorSpec, ...]]) -> Rewrite:
-    """One rewrite for the parts of a module that engines fuse, which share one global scale."""
-    return Rewrite(tuple(map(Region, weights)), tuple(Region(spec) for weight in weights for spec in _outputs(weight, local)))
+    return [TensorSpec(prefix + name, dtype, shape) for name, dtype, shape in local]
 
 
 def _chunks(weight: TensorSpec, outputs: Sequence[TensorSpec]) -> Iterator[Rewrite]:

@@ -45,8 +45,9 @@ class Unstack:
                 fields["index"] = str(index)
                 for into in self.into:
                     target = TensorSpec(fill(into, fields), spec.dtype, shape)
-                    rewrites.append(Rewrite((Region(spec, start, start + rows),), (Region(target),), True))
-                    start += rows
+                    stop = start + rows
+                    rewrites.append(Rewrite((Region(spec, start, stop),), (Region(target),), True))
+                    start = stop
         return tuple(rewrites)
 
     def _part_shape(self, spec: TensorSpec) -> tuple[int, ...]:
