@@ -7,9 +7,8 @@ decides what is written: workers, memory cap and order change no byte.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -25,9 +24,11 @@ from tensorsurgeon.sink import Sink
 from tensorsurgeon.source import Source
 from tensorsurgeon.spec import Region
 from tensorsurgeon.units import Pieces, Task
+from tensorsurgeon.work_queue import WorkQueue, warming_up
 
-# Data is made durable and journalled in batches: a sync per unit would cost more than the unit.
-COMMIT_BYTES = 256 << 20
+# Data is made durable and journalled in batches, for a sync per unit would cost more than the unit; in small ones, so
+# that the disk is busy from the start. What is finished during a sync goes with the next.
+COMMIT_BYTES = 32 << 20
 _DIGEST_BUFFER = 1 << 20
 
 
@@ -63,42 +64,11 @@ def run_units(
     The first error stops the others in order, after what is finished was journalled. ``stop`` does the same from
     outside and ends in Interrupted.
     """
-    run = _Run(plan, source, sink, journal, max_ram_bytes, stop, progress)
     todo = [number for number in (range(len(plan.units)) if only is None else only) if number not in done]
-    with _warming_up(plan, todo):
-        run.go(_interleaved(plan, todo), workers)
+    with warming_up(plan, todo) as is_warm:
+        run = _Run(plan, source, sink, journal, max_ram_bytes, stop, progress)
+        run.go(WorkQueue(plan, todo, is_warm), workers, len(todo))
     return {**done, **run.digests}
-
-
-def _interleaved(plan: Plan, todo: Sequence[int]) -> list[int]:
-    """Copies spread evenly among the units that compute, one at the front.
-
-    A copy holds its file's lock in the kernel while it lasts, so that two at once wait for each other; beside the first
-    the compiled code is loaded. Saves an eighth of the time (benchmarks/bench_apply.py).
-    """
-    copies = [number for number in todo if not plan.units[number].tasks]
-    computing = [number for number in todo if plan.units[number].tasks]
-    stride = max(1, len(computing) // max(1, len(copies)))
-    ordered = []
-    for position, copy in enumerate(copies):
-        ordered.append(copy)
-        ordered += computing[position * stride : (position + 1) * stride]
-    return ordered + computing[len(copies) * stride :]
-
-
-@contextmanager
-def _warming_up(plan: Plan, todo: Sequence[int]) -> Iterator[None]:
-    """Let steps load what they compute with beside the first copies; what goes wrong there shows when they are applied."""
-    numbers = {task.step for number in todo for task in plan.units[number].tasks}
-    steps = [step for number in numbers if (step := getattr(plan.steps[number], "warm_up", None)) is not None]
-    threads = [threading.Thread(target=step, name="surgeon-warm-up", daemon=True) for step in steps]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        for thread in threads:
-            thread.join()
 
 
 class _Run:
@@ -120,8 +90,6 @@ class _Run:
         self.stop = stop
         self.progress = progress
         self.digests: dict[int, list[str]] = {}
-        self._queue: list[int] = []
-        self._next = 0
         self._in_flight = 0
         self._admission = threading.Condition()
         self._finished: list[UnitResult] = []
@@ -129,11 +97,10 @@ class _Run:
         self._failed = threading.Event()
         self._over = False
 
-    def go(self, todo: Sequence[int], workers: int) -> None:
-        self._queue = list(todo)
+    def go(self, queue: WorkQueue, workers: int, count: int) -> None:
         with ThreadPoolExecutor(workers + 1, thread_name_prefix="surgeon") as pool:
             committing = pool.submit(self._commit_behind)
-            futures = [pool.submit(self._work) for _ in range(workers)]
+            futures = [pool.submit(self._work, queue) for _ in range(workers)]
             try:
                 wait(futures)
             except BaseException:
@@ -147,19 +114,21 @@ class _Run:
                     self._admission.notify_all()
         errors = [error for future in (*futures, committing) if (error := future.exception()) is not None]
         try:
-            self._commit()
+            # After a sync that failed the kernel may call lost pages clean: what came after it is not claimed.
+            if committing.exception() is None:
+                self._commit()
         except SurgeonError:
             # A full disk takes no journal line either; what stopped the run is the better message.
             if not errors:
                 raise
         if errors:
             raise errors[0]
-        if self.stop.is_set() and len(self.digests) < len(todo):
-            raise Interrupted(f"stopped after {len(self.digests)} of {len(todo)} units; what is done is kept")
+        if self.stop.is_set() and len(self.digests) < count:
+            raise Interrupted(f"stopped after {len(self.digests)} of {count} units; what is done is kept")
 
-    def _work(self) -> None:
+    def _work(self, queue: WorkQueue) -> None:
         with workspace_of_thread() as workspace:
-            while (number := self._admit()) is not None:
+            while (number := self._admit(queue)) is not None:
                 unit = self.plan.units[number]
                 try:
                     try:
@@ -178,14 +147,13 @@ class _Run:
         with self._admission:
             self._admission.notify_all()
 
-    def _admit(self) -> int | None:
+    def _admit(self, queue: WorkQueue) -> int | None:
         """The next unit, as soon as it fits the budget beside those under way; None when there is no more to do."""
         with self._admission:
-            while not (self._failed.is_set() or self.stop.is_set() or self._next == len(self._queue)):
-                number = self._queue[self._next]
+            while not (self._failed.is_set() or self.stop.is_set()) and (number := queue.peek()) is not None:
                 peak = self.plan.units[number].peak_bytes
                 if not self._in_flight or self._in_flight + peak <= self.budget:
-                    self._next += 1
+                    queue.take()
                     self._in_flight += peak
                     return number
                 self._admission.wait()

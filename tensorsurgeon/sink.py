@@ -25,6 +25,7 @@ class Sink:
         self._layout = layout
         self._paths = [target / f"{shard.name}.partial" for shard in layout.shards]
         self._fds: list[int] = []
+        self._is_dirty = [True] * len(self._paths)
         self._kernel_copies = True
 
     def open(self) -> None:
@@ -50,6 +51,8 @@ class Sink:
         with sink_errors(self._paths[shard], "be written"):
             while done < len(data):
                 done += os.pwrite(self._fds[shard], data[done:], offset + done)
+        # After the bytes, never before: a sync in between would take a shard for clean that is not.
+        self._is_dirty[shard] = True
 
     def read(self, shard: int, offset: int, buffer: memoryview) -> int:
         """Bytes that a stopped run left; returns how many there were."""
@@ -80,12 +83,15 @@ class Sink:
             source.read_into(source_shard, source_offset + done, part)
             self.write(shard, offset + done, part)
             done += len(part)
+        self._is_dirty[shard] = True
 
     def sync(self) -> None:
-        """Make everything written so far durable."""
-        for path, fd in zip(self._paths, self._fds, strict=True):
-            with sink_errors(path, "be made durable"):
-                os.fdatasync(fd)
+        """Make everything written so far durable; one thread at a time."""
+        for shard, fd in enumerate(self._fds):
+            if self._is_dirty[shard]:
+                self._is_dirty[shard] = False
+                with sink_errors(self._paths[shard], "be made durable"):
+                    os.fdatasync(fd)
 
     def publish_shards(self) -> None:
         """Give every shard its final name; call when all bytes are durable."""

@@ -30,7 +30,7 @@ FLOORS = (
     ("planning",),
     ("ops",),
     ("engines",),
-    ("source", "sink", "journal", "checks", "record"),
+    ("source", "sink", "journal", "checks", "record", "work_queue"),
     ("executor", "target"),
     ("run",),
     ("calibrate",),
