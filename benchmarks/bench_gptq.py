@@ -142,7 +142,7 @@ def compare(peer: Peer | None, shape: tuple[int, int], seed: int, threads: int, 
         "ours, searched scales": lambda: gptq(matrix, hessian, scale=scale, options=searched, **grid).dequantize(),
         "ours, searched and polished": lambda: gptq(matrix, hessian, scale=scale, options=polished, **grid).dequantize(),
         f"ours, {EXPERTS} sharing H, each": lambda: gptq_stack(
-            stack, hessian, scale=stack_scale, options=plain, **grid
+            stack, hessian, scale=stack_scale, options=plain, workers=threads, **grid
         )[0].dequantize(),
     }  # fmt: skip
     times: dict[str, list[float]] = {name: [] for name in ("llm-compressor", *variants)}

@@ -26,13 +26,13 @@ from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.stage import LayerStage
 from tensorsurgeon.calibrate.statistics import layer_path
 from tensorsurgeon.calibrate.targets import Target, find_targets
-from tensorsurgeon.calibrate.workers import one_torch_thread
 from tensorsurgeon.errors import BudgetError, NoMatchError, RecipeError
 from tensorsurgeon.executor import Progress, run_units
 from tensorsurgeon.journal import Journal, state_folder
 from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.planning import Plan
 from tensorsurgeon.quant.grid import Quantized
+from tensorsurgeon.quant.threads import one_torch_thread
 from tensorsurgeon.run import RunResult, run_plan
 from tensorsurgeon.sink import Sink, publish_bytes
 from tensorsurgeon.source import Source

@@ -11,20 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from tensorsurgeon.errors import Interrupted
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Torch's own threads off: workers over batches use the cores better, and small products lose nothing to hand-overs.
-
-    It also makes the bits those of one thread, whatever the machine.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+from tensorsurgeon.quant.threads import one_torch_thread
 
 
 class Turns:

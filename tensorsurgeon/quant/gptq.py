@@ -35,6 +35,7 @@ from tensorsurgeon.quant.scale_search import (
     stored,
     zero_rows,
 )
+from tensorsurgeon.quant.threads import map_in_threads
 
 # Rows that `gptq_stack` quantizes together: more fall out of the cache (a third slower at 4,096).
 STACK_ROWS = 1024
@@ -185,27 +186,32 @@ def gptq_stack(
     options: GptqOptions | None = None,
     store_scale: StoreScale,
     tokens: int | None = None,
+    workers: int = 1,
 ) -> list[GptqResult]:
     """GPTQ of ``weights`` [E, N, K] that share one Hessian [K, K], such as experts' gates: one factor, rows side by side.
 
     ``scale`` and ``zero_point`` are [E, N, G]. Matrices with a Hessian each gain nothing from a batch on a CPU (a tenth):
     call ``gptq`` for each. At most ``STACK_ROWS`` rows go together (or one matrix), a fixed number, so that the bits
-    do not depend on how much memory there is.
+    do not depend on how much memory there is, nor on ``workers``, the threads that take such pieces in turn.
     """
     options = options or GptqOptions()
     experts, rows, columns = weights.shape
     factor = flipped_cholesky(hessian, damp_for_tokens(options.damp_percent, tokens, columns), options.act_order)
     together = max(1, STACK_ROWS // max(1, rows))
-    results: list[GptqResult] = []
-    for first in range(0, experts, together):
+
+    def quantize(first: int) -> list[GptqResult]:
         part = slice(first, first + together)
         stacked = gptq(
             weights[part].reshape(-1, columns), hessian, scale=scale[part].flatten(0, 1),
             zero_point=None if zero_point is None else zero_point[part].flatten(0, 1), qmin=qmin, qmax=qmax,
             group_size=group_size, options=options, store_scale=store_scale, factor=factor,
         )  # fmt: skip
-        results += [stacked.rows(start, start + rows) for start in range(0, stacked.codes.shape[0], rows)]
-    return results
+        if stacked.codes.shape[0] == rows:
+            return [stacked]
+        return [stacked.rows(start, start + rows) for start in range(0, stacked.codes.shape[0], rows)]
+
+    pieces = map_in_threads(quantize, range(0, experts, together), workers)
+    return [result for piece in pieces for result in piece]
 
 
 def output_energy(weight: Tensor, hessian: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from tensorsurgeon.calibrate.hidden import HiddenStates
 from tensorsurgeon.calibrate.model import StreamedModel
 from tensorsurgeon.calibrate.reading import TensorReader
 from tensorsurgeon.calibrate.walk import Walk
-from tensorsurgeon.calibrate.workers import one_torch_thread
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.errors import CheckpointError, NumericError
+from tensorsurgeon.quant.threads import one_torch_thread
 from tensorsurgeon.source import Source
 from tests.calibrate.models import save_random
 from tests.checkpoints import FIXTURE

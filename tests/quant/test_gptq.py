@@ -228,6 +228,13 @@ def test_a_stack_gives_each_matrix_what_it_gets_alone(polish: Polish | None) -> 
     options = GptqOptions(polish=polish)
     stacked = gptq_stack(weights, hessian, scale=scale, options=options, tokens=700, **grid(4, 64))
     assert len(stacked) == 13
+    threads = torch.get_num_threads()
+    spread = gptq_stack(weights, hessian, scale=scale, options=options, tokens=700, workers=3, **grid(4, 64))
+    assert torch.get_num_threads() == threads
+    for one, other in zip(stacked, spread, strict=True):
+        assert torch.equal(one.codes, other.codes)
+        assert torch.equal(one.scale, other.scale)
+        assert one.loss == other.loss
     for index in (0, 5, 12):
         alone = gptq(weights[index], hessian, scale=scale[index], options=options, tokens=700, **grid(4, 64))
         assert (stacked[index].codes == alone.codes).double().mean() > 0.999
