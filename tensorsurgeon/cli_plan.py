@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -89,14 +90,17 @@ def plan(
     """
     from tensorsurgeon.engines.advice import advice_as_data, advice_as_text, advise_all, check_requirements
     from tensorsurgeon.report import plan_as_data, plan_as_text
+    from tensorsurgeon.target import free_bytes
 
     made = plan_named(transform, then, settings, backend, source, max_shard_size)
     check_requirements(made, require)
     advice = advise_all(made)
+    # Where the target will lie is not known yet; where the command runs is the best guess, and named as such.
+    room = free_bytes(Path.cwd())
     if as_json:
-        emit(plan_as_data(made) | {"engines": advice_as_data(advice)}, "", True)
+        emit(plan_as_data(made) | {"free_bytes": room, "engines": advice_as_data(advice)}, "", True)
     else:
-        emit(None, f"{plan_as_text(made)}\n\n{advice_as_text(advice)}", False)
+        emit(None, f"{plan_as_text(made, room)}\n\n{advice_as_text(advice)}", False)
 
 
 @click.command()

@@ -86,6 +86,7 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
         "linears": len(plan.quantized) + len(counted),
         "quantized": dict(Counter(map(_masked, plan.quantized))),
         "unquantized": _counted(kept),
+        "why_unquantized": _reasons(plan, kept, [made for _, made in steps]),
         "passed_through": len(inputs.difference(*(read for read, _ in steps))),
         "copied_bytes": plan.copied_bytes,
         "peak_unit_bytes": plan.peak_unit_bytes,
@@ -102,6 +103,22 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
         "tensors": group_specs(plan.specs.values()),
         "one_way_steps": one_way_steps(plan),
     }
+
+
+def _reasons(plan: Plan, modules: Iterable[str], made_by_steps: list[set[str]]) -> dict[str, str]:
+    """For each form of module that stays unquantized: which rule kept it out, where a step can tell."""
+    from tensorsurgeon.ops.quantize import Quantize
+
+    steps = [step for step in plan.steps if isinstance(step, Quantize)]
+    examples = {grouped_name(module): module for module in reversed(list(modules))} if steps else {}
+    reasons = {}
+    for form, module in examples.items():
+        # Stacked experts have no tensor called weight.
+        name = f"{module}.weight" if f"{module}.weight" in plan.specs else f"{module}.down_proj"
+        # A later step's name for it is not the one that the rules were matched with.
+        if not any(name in made for made in made_by_steps[plan.steps.index(steps[0]) :]):
+            reasons[form] = "; ".join(dict.fromkeys(step.why_not(name) for step in steps))
+    return reasons
 
 
 def _counted(modules: Iterable[str]) -> dict[str, int]:
@@ -134,7 +151,8 @@ def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
         lines += ["", f"quantized: {data['quantized_linears']} of {data['linears']} linears (routers and MTP head not counted)"]
         lines.append(table([["  " + name, f"x {count}"] for name, count in data["quantized"].items()]))
         lines += ["not quantized:"]
-        lines.append(table([["  " + name, f"x {count}"] for name, count in data["unquantized"].items()]))
+        reasons = data["why_unquantized"]
+        lines.append(table([["  " + name, f"x {n}", reasons.get(name, "")] for name, n in data["unquantized"].items()]))
     if data["dropped"]:
         lines += ["", "dropped:", table([["  " + name, f"x {count}"] for name, count in data["dropped"].items()])]
     lines += ["", "output tensors:"]
@@ -148,7 +166,7 @@ def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
         )
     )
     shards = data["output"]["shards"]
-    room = "" if free_bytes is None else f" ({show_size(free_bytes)} free)"
+    room = "" if free_bytes is None else f" ({show_size(free_bytes)} free in the current folder)"
     lines += [
         "",
         f"output  {data['output']['tensors']} tensors, {show_size(data['output']['bytes'])} in {len(shards)} shards, "

@@ -135,6 +135,13 @@ class Quantize:
         outputs = tuple(Region(spec) for weight in weights for spec in _outputs(weight, self._local_tensors(weight)))
         return Rewrite(tuple(map(Region, weights)), outputs)
 
+    def why_not(self, name: str) -> str:
+        """Why a tensor that this step has left alone was left alone, by the name it has here."""
+        for text in self.exclude:
+            if Pattern.parse(text).match(name) is not None:
+                return f"excluded by {text.removeprefix('maybe:')}"
+        return "outside " + " and ".join(text.removeprefix("maybe:") for text in self.where)
+
     def _local_tensors(self, weight: TensorSpec) -> tuple[TensorSpec, ...]:
         """What is written for weights of this dtype and shape, by local name; SpecError if they cannot be quantized."""
         if weight.dtype not in WEIGHT_DTYPES:
