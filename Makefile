@@ -8,7 +8,7 @@ FIXTURE := fixtures/tiny-qwen3_5-moe
 #   make PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" test
 PIP_FLAGS ?=
 
-.PHONY: demo test test-slow lint types wheel engines bench setup clean
+.PHONY: demo test test-slow lint types wheel engines bench bench-kl setup clean
 
 setup: $(STAMP)
 
@@ -47,8 +47,17 @@ wheel: $(STAMP)
 	rm -rf dist && $(BIN)/python -m build --wheel --outdir dist .
 	bash tests/wheel.sh dist/*.whl
 
+# Half an hour; on a machine that does nothing else.
 bench: $(STAMP)
+	bash benchmarks/llmcompressor_env.sh .venvs/llmcompressor
 	$(BIN)/python benchmarks/bench_apply.py --peers
+	$(BIN)/python benchmarks/bench_gptq.py --llmcompressor .venvs/llmcompressor/bin/python
+	$(BIN)/python benchmarks/bench_walk.py --layers 2,4 --tokens 4096
+
+# An hour: divergence from BF16 on held-out text, over three calibration seeds, and beside llm-compressor's oneshot.
+bench-kl: $(STAMP)
+	$(BIN)/python benchmarks/bench_kl.py --check
+	$(BIN)/python benchmarks/bench_oneshot.py --check
 
 clean:
 	rm -rf $(VENV) .venvs .demo .bench dist

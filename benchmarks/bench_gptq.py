@@ -1,6 +1,7 @@
 """GPTQ's time and error beside llm-compressor's `quantize_weight`, in turn on the same input, medians.
 
     python benchmarks/bench_gptq.py --llmcompressor .venvs/llmcompressor/bin/python [--threads 2] [--runs 7]
+    python benchmarks/bench_gptq.py --few-tokens 128 256 512 1024 2048 4096   # errors only, over more seeds
 
 Input: 4,096 correlated tokens with 8 loud channels, weights with 4 loud columns, int4 in groups of 128, damping 0.01,
 static activation order, scales in F16, Hessians given. Errors are tr(D H D^T) / tr(W H W^T) in F64 on the calibration
@@ -177,6 +178,38 @@ def compare(peer: Peer | None, shape: tuple[int, int], seed: int, threads: int, 
         print(f"{name:32}{median:10.4f}{min(seconds_of_runs):10.4f}{share:>10}{errors[0]:10.5f}{errors[1]:10.5f}")
 
 
+def compare_few_tokens(shape: tuple[int, int], counts: list[int], seeds: list[int]) -> None:
+    """Print errors on fresh tokens by how many tokens there were to calibrate on, means over seeds of weight and tokens."""
+    from tensorsurgeon.quant.gptq import GptqOptions, gptq
+    from tensorsurgeon.quant.polish import Polish
+    from tensorsurgeon.quant.scale_search import round_to_nearest
+
+    variants = {
+        "plain": GptqOptions(search=None, measure_energy=False), "searched": GptqOptions(measure_energy=False),
+        "polished": GptqOptions(measure_energy=False, polish=Polish()),
+    }  # fmt: skip
+    fresh_tokens = inputs(shape[1], 8192, 777)
+    fresh = fresh_tokens.T @ fresh_tokens
+    print(f"\n{shape[0]} x {shape[1]}, error on fresh tokens, mean over seeds {seeds} (worst of polished over rounded)")
+    print(f"{'tokens':>8}{'rounded':>10}" + "".join(f"{name:>10}" for name in variants) + f"{'worst':>10}")
+    for count in counts:
+        found: dict[str, list[float]] = {name: [] for name in ("rounded", *variants)}
+        for seed in seeds:
+            tokens = inputs(shape[1], count, 1000 + 17 * seed)
+            matrix = weight(*shape, seed)
+            scale = base_scale(matrix)
+            nearest = round_to_nearest(matrix, scale, None, qmin=-8, qmax=7) * scale.repeat_interleave(GROUP_SIZE, 1)
+            found["rounded"].append(relative_error(matrix, nearest, fresh))
+            for name, options in variants.items():
+                made = gptq(
+                    matrix, tokens.T @ tokens, scale=scale, options=options, qmin=-8, qmax=7, group_size=GROUP_SIZE,
+                    store_scale=lambda scales: scales.half().float(), tokens=count,
+                )  # fmt: skip
+                found[name].append(relative_error(matrix, made.dequantize(), fresh))
+        worst = max(one / other for one, other in zip(found["polished"], found["rounded"], strict=True))
+        print(f"{count:8}" + "".join(f"{statistics.mean(errors):10.5f}" for errors in found.values()) + f"{worst:10.3f}")
+
+
 def main() -> None:
     """Compare on both shapes with both weight seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -184,10 +217,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[2])
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 0])
+    parser.add_argument("--few-tokens", type=int, nargs="+", metavar="COUNT", help="errors by tokens instead, no peer")
     parser.add_argument("--serve-llmcompressor", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.serve_llmcompressor:
         serve_llmcompressor()
+        return
+    if chosen.few_tokens:
+        torch.set_num_threads(chosen.threads[0])
+        for shape in SHAPES:
+            compare_few_tokens(shape, chosen.few_tokens, chosen.seeds)
         return
     peer = Peer(chosen.llmcompressor) if chosen.llmcompressor else None
     for threads in chosen.threads:
