@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tensorsurgeon.planning import Plan
 
@@ -55,7 +55,7 @@ def warming_up(plan: Plan, numbers: Sequence[int]) -> Iterator[Callable[[], bool
     """
     steps_used = {task.step for number in numbers for task in plan.units[number].tasks}
     steps = [step for number in steps_used if (step := getattr(plan.steps[number], "warm_up", None)) is not None]
-    threads = [threading.Thread(target=step, name="surgeon-warm-up", daemon=True) for step in steps]
+    threads = [threading.Thread(target=_quietly, args=(step,), name="surgeon-warm-up", daemon=True) for step in steps]
     for thread in threads:
         thread.start()
     try:
@@ -63,3 +63,8 @@ def warming_up(plan: Plan, numbers: Sequence[int]) -> Iterator[Callable[[], bool
     finally:
         for thread in threads:
             thread.join()
+
+
+def _quietly(step: Callable[[], None]) -> None:
+    with suppress(Exception):
+        step()
