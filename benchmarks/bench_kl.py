@@ -133,7 +133,7 @@ def main() -> None:
     common = dict(setting.split("=") for setting in given.set)
     rows = []
     print(f"| grid | method | KL | between seeds | of RTN | of GPTQ | NLL change | perplexity | s |\n|{'---|' * 9}", flush=True)
-    reference_nll = _nll(judge)
+    reference_nll = nll_of(judge)
     with tempfile.TemporaryDirectory() as folder:
         for grid in given.grids.split(","):
             base: dict[str, float] = {}
@@ -151,7 +151,7 @@ def main() -> None:
                                 sequence_length=given.length, gptq=gptq, **extra,
                             )  # fmt: skip
                         runs.append(measure(judge, given.model, grid, method, options, Path(folder), given.workers))
-                    row = _row(grid, method, value, runs, reference_nll)
+                    row = row_of(grid, method, value, runs, reference_nll)
                     base.setdefault(method, row["kl"])
                     row["of_rtn"], row["of_gptq"] = (row["kl"] / base[m] if m in base else math.nan for m in ("rtn", "gptq"))
                     rows.append(row)
@@ -178,7 +178,7 @@ def _typed(text: str) -> Any:
     return text
 
 
-def _nll(judge: Judge) -> np.ndarray:
+def nll_of(judge: Judge) -> np.ndarray:
     parts = [
         -ours[:, :-1].gather(-1, batch[:, 1:, None])[..., 0].mean(1)
         for ours, batch in zip(judge.reference, judge.ids.split(8), strict=True)
@@ -186,7 +186,7 @@ def _nll(judge: Judge) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-def _row(grid: str, method: str, value: str, runs: list[dict[str, Any]], reference_nll: np.ndarray) -> dict[str, Any]:
+def row_of(grid: str, method: str, value: str, runs: list[dict[str, Any]], reference_nll: np.ndarray) -> dict[str, Any]:
     kl = np.stack([run["kl"] for run in runs])
     change = np.stack([run["nll"] - reference_nll for run in runs]).mean(0)
     over = kl.mean(0)
