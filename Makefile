@@ -50,6 +50,7 @@ wheel: $(STAMP)
 # Half an hour; on a machine that does nothing else.
 bench: $(STAMP)
 	bash benchmarks/llmcompressor_env.sh .venvs/llmcompressor
+	bash tests/engines/transformers_env.sh .venvs/transformers
 	$(BIN)/python benchmarks/bench_apply.py --peers
 	$(BIN)/python benchmarks/bench_gptq.py --llmcompressor .venvs/llmcompressor/bin/python
 	$(BIN)/python benchmarks/bench_walk.py --layers 2,4 --tokens 4096

@@ -5,7 +5,7 @@
 Each pair times, in turn, ``cp -r MODEL COPY && sync`` and the whole process ``surgeon apply``, which is durable when it
 returns. Prints the median ratio of the pairs, the spread, and the peak resident memory of the process. The model is
 ``make_bench_model.py``'s (2.8 GB), in six shards and in one. ``--peers`` adds llm-compressor's ``model_free_ptq`` and
-AutoRound's model-free mode where their environments exist (fixtures/golden/README.md makes them): one run each.
+AutoRound's model-free mode where their environments exist (``make bench`` makes them): one run each.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ PEERS = {
     "llm-compressor W8A8": ("llmcompressor", "model_free_ptq('{model}', '{out}', scheme='W8A8', {ignore}, device='cpu')"),
     "llm-compressor W4A16": ("llmcompressor", "model_free_ptq('{model}', '{out}', scheme='W4A16', {ignore}, device='cpu')"),
     "AutoRound W4A16": (
-        "autoround",
+        "transformers",
         "AutoRound('{model}', scheme='W4A16', iters=0, disable_opt_rtn=True, model_free=True, device_map='cpu')"
         ".quantize_and_save('{out}', format='auto_round:auto_gptq')",
     ),
 }
-IMPORTS = {"llmcompressor": "from llmcompressor import model_free_ptq", "autoround": "from auto_round import AutoRound"}
+IMPORTS = {"llmcompressor": "from llmcompressor import model_free_ptq", "transformers": "from auto_round import AutoRound"}
 IGNORE = (
     "ignore=['lm_head', 're:.*embed_tokens$', 're:.*mlp.gate$', 're:.*shared_expert_gate$', 're:^mtp.*', 're:.*conv1d$',"
     " 're:.*in_proj_[ab]$']"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,9 +61,6 @@ def apply(
             note(f"note: {name} stays behind: it holds other weights than this checkpoint's")
         for oddity in made.source.oddities:
             note(f"note: {oddity}")
-    # The plan stays to the end and holds no cycles; what a calibration builds may.
-    gc.freeze()
-    gc.enable()
     cap = None if max_ram is None else parse_size(max_ram, "--max-ram")
     with stop_on_signals() as stop, progress_bar(made.output_bytes, quiet) as advance:
         try:

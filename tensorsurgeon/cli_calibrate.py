@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,9 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def collected(**given: Any) -> Any:
         own = {name: given.pop(name) for name in _NAMES}
-        return command(calibration={name: value for name, value in own.items() if value not in (None, False, ())}, **given)
+        # Told apart from zero, which is a number that may be given.
+        absent = {name for name, value in own.items() if value is None or value is False or value == ()}
+        return command(calibration={name: value for name, value in own.items() if name not in absent}, **given)
 
     for option in reversed(_OPTIONS):
         collected = option(collected)
@@ -91,6 +94,9 @@ def run_with_calibration(
     from tensorsurgeon.calibrate.run import run_calibrated
 
     options, device = options_from(calibration)
+    # The command turned the collector off. The plan stays to the end and holds no cycles; what a calibration builds may.
+    gc.freeze()
+    gc.enable()
     with _noting(note):
         result = run_calibrated(plan, target, options, device=device, **running)
     return result.run, result.summary

@@ -123,6 +123,12 @@ class _Encoder:
                 f"{where}: the tokenizer in {self._root} does not know {ids.count(unknown)} of {len(ids)} tokens; is it "
                 "this model's?"
             )
+        if not ids and len(text.strip()) >= 16:
+            # What transformers makes of a folder without tokenizer.json knows no word and says nothing.
+            raise RecipeError(
+                f"{where}: the tokenizer in {self._root} makes no token of a text of {len(text)} characters; its vocabulary is "
+                "missing, or it is another model's"
+            )
         # Nothing is appended to an empty document: it would calibrate on the separator alone.
         if ids and tokenizer.eos_token_id is not None:
             ids = [*ids, tokenizer.eos_token_id]
@@ -142,10 +148,11 @@ class _Encoder:
 
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(str(self._root))
-            except (OSError, ValueError, KeyError) as error:
+            except Exception as error:  # tokenizers raises nothing narrower for a damaged tokenizer.json
+                why = (str(error).splitlines() or [type(error).__name__])[0]
                 raise RecipeError(
-                    f"{self._root}: has no tokenizer that can be loaded ({str(error).splitlines()[0]}); calibrate on token "
-                    "ids instead (.npy, .safetensors, .json)"
+                    f"{self._root}: has no tokenizer that can be loaded ({why}); calibrate on token ids instead (.npy, "
+                    ".safetensors, .json)"
                 ) from error
             if len(self._tokenizer) > self._rows:
                 raise RecipeError(

@@ -1,14 +1,15 @@
 """Read calibration sources: what kinds of file there are, and the documents each holds.
 
 A document is a text, a chat (a list of messages) or token ids. Documents are read one by one, in the order asked for,
-so that a large file costs no more than what is drawn from it.
+so that a large text or JSON lines file costs no more than what is drawn from it. Of a Parquet file the columns that hold
+documents are in memory while it is drawn from: rows in random order would decode a row group each.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +23,12 @@ Document = str | list[Any] | np.ndarray
 
 # A long text goes in blocks of about this many bytes, cut at line ends, so that sampling need not tokenize all of it.
 _BLOCK_BYTES: Final = 1 << 20
-_HUB_NAME: Final = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
+# owner/name, owner/name:split, owner/name:config:split; a split may be cut (train[:10%]) or be several (train+test).
+_HUB_NAME: Final = re.compile(
+    r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+)(?=:))?(:(?P<split>[\w.+-]+(\[[\w:%-]*\])?))?"
+)
+# What a record may hold, the first that fits is taken.
+_FIELDS: Final = ("messages", "text", "input_ids")
 _DIGEST_BUFFER: Final = 1 << 20
 
 
@@ -40,8 +46,9 @@ def open_documents(location: str) -> Documents:
     """The documents of a file, by its suffix, or of a data set on the Hub; RecipeError says what is wrong with them."""
     path = Path(location)
     if not path.exists():
-        if _HUB_NAME.fullmatch(location) and path.suffix not in _READERS:
-            return _hub_dataset(location)
+        found = _HUB_NAME.fullmatch(location)
+        if found and path.suffix.lower() not in _READERS:
+            return _hub_dataset(location, found["repository"], found["config"], found["split"] or "train")
         raise RecipeError(f"{location}: no such file, and not the name of a Hub data set (owner/name)")
     if path.is_dir():
         raise RecipeError(f"{location}: is a folder; name the files in it")
@@ -51,7 +58,7 @@ def open_documents(location: str) -> Documents:
     try:
         documents = read(path)
     except OSError as error:
-        raise RecipeError(f"{location}: cannot be read: {error.strerror}") from error
+        raise RecipeError(f"{location}: cannot be read: {error.strerror or _said(error)}") from error
     if not documents.count:
         raise RecipeError(f"{location}: holds no document; calibration needs text")
     return documents
@@ -113,17 +120,47 @@ def _document(record: Any, where: str) -> Document:
     """The document in a record: its ``messages``, ``text`` or ``input_ids``; or a bare text."""
     if isinstance(record, str):
         return record
-    if isinstance(record, Mapping):
-        if isinstance(record.get("messages"), list):
-            if not all(isinstance(message, Mapping) and "role" in message for message in record["messages"]):
-                raise RecipeError(f"{where}: messages must be objects with role and content")
-            return list(record["messages"])
-        if isinstance(record.get("text"), str):
-            return str(record["text"])
-        if record.get("input_ids") is not None:
-            return _ids(record["input_ids"], where)
-        raise RecipeError(f"{where} has no text, messages or input_ids (found: {', '.join(map(str, record))})")
-    raise RecipeError(f"{where} is {type(record).__name__}; an object with text, messages or input_ids is needed")
+    if not isinstance(record, Mapping):
+        raise RecipeError(f"{where} is {type(record).__name__}; an object with text, messages or input_ids is needed")
+    if isinstance(record.get("messages"), list):
+        if not all(isinstance(message, Mapping) and "role" in message for message in record["messages"]):
+            raise RecipeError(f"{where}: messages must be objects with role and content")
+        return list(record["messages"])
+    if isinstance(record.get("text"), str):
+        return str(record["text"])
+    if record.get("input_ids") is not None:
+        return _ids(record["input_ids"], where)
+    _check_fields(list(record), where)
+    kinds = (f"{name} is {type(record[name]).__name__}" for name in _FIELDS if name in record)
+    raise RecipeError(f"{where} holds no document: {', '.join(kinds).replace('NoneType', 'null')}; leave such records out")
+
+
+def _check_fields(names: Iterable[str], where: str) -> None:
+    """Raise RecipeError unless a record or a table has a field that holds documents."""
+    names = [str(name) for name in names]
+    if not set(names) & set(_FIELDS):
+        raise RecipeError(f"{where} has no text, messages or input_ids (found: {', '.join(names) or 'nothing'})")
+
+
+def _without_nulls(value: Any) -> Any:
+    """A chat as it was before a table gave each message and each tool call every key of all the others, set to null.
+
+    Templates ask whether a message has ``tool_calls``; that ``content`` is null is theirs to know.
+    """
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _row(record: Mapping[str, Any], where: str) -> Document:
+    """The document in a row of a table."""
+    return _document({**record, "messages": _without_nulls(record["messages"])} if "messages" in record else record, where)
+
+
+def _said(error: BaseException) -> str:
+    """What an error and the one that caused it say, in one line."""
+    told = dict.fromkeys(" ".join(str(e).split()) for e in (error, error.__cause__) if e is not None and str(e))
+    return ": ".join(told) or type(error).__name__
 
 
 def _json(path: Path) -> Documents:
@@ -181,32 +218,51 @@ def _safetensors(path: Path) -> Documents:
 
 def _parquet(path: Path) -> Documents:
     try:
-        import pyarrow.parquet as parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise RecipeError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
-    columns = [name for name in ("messages", "text", "input_ids") if name in parquet.read_schema(path).names]
-    if not columns:
-        raise RecipeError(f"{path}: has no column text, messages or input_ids")
-    table = parquet.read_table(path, columns=columns[:1])
+        raise RecipeError(f"{path}: reading Parquet needs pyarrow: pip install 'tensorsurgeon[parquet]'") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            _check_fields(names, str(path))
+            table = file.read(columns=[name for name in _FIELDS if name in names])
+    except ArrowException as error:
+        raise RecipeError(f"{path}: is not a Parquet file, or is damaged: {_said(error)}") from error
 
     def read(number: int) -> Document:
-        return _document(table.slice(number, 1).to_pylist()[0], f"{path}: row {number}")
+        try:
+            row = table.slice(number, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path}: row {number} is not UTF-8 text") from error
+        return _row(row, f"{path}: row {number}")
 
     return Documents("parquet", table.num_rows, read, _digest(path))
 
 
-def _hub_dataset(name: str) -> Documents:
+def _hub_dataset(name: str, repository: str, config: str | None, split: str) -> Documents:
     try:
         import datasets
     except ImportError as error:
-        raise RecipeError(f"{name}: is no file here; to read it as a data set of the Hub, pip install datasets") from error
-    repository, _, split = name.partition(":")
+        raise RecipeError(f"{name}: is no file here; to read it from the Hub, pip install 'tensorsurgeon[datasets]'") from error
     try:
-        found = datasets.load_dataset(repository, split=split or "train")
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{name}: cannot be loaded from the Hub: {error}") from error
+        found = datasets.load_dataset(repository, config, split=split)
+    except ConnectionError as error:
+        why = "HF_HUB_OFFLINE is set" if datasets.config.HF_HUB_OFFLINE else _said(error)
+        raise RecipeError(
+            f"{name}: is no file here and not in the cache of data sets, and the Hub cannot be reached ({why}); load it once "
+            "with a connection, or save it as .jsonl or .parquet and name the file"
+        ) from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise RecipeError(
+            f"{name}: is no file here, and cannot be loaded from the Hub: {_said(error)}; OWNER/NAME:CONFIG:SPLIT names a part "
+            "of a data set"
+        ) from error
+    _check_fields(found.column_names, name)
     # The fingerprint names the revision and everything done to the rows since.
-    return Documents("hub", len(found), lambda n: _document(found[int(n)], f"{name}: row {n}"), f"datasets:{found._fingerprint}")
+    digest = f"datasets:{found._fingerprint}"
+    # Other columns may hold images, which take another library to read.
+    rows = found.select_columns([field for field in _FIELDS if field in found.column_names])
+    return Documents("hub", len(rows), lambda n: _row(rows[int(n)], f"{name}: row {n}"), digest)
 
 
 _READERS: Final[dict[str, Callable[[Path], Documents]]] = {

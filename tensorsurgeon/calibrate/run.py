@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +87,8 @@ def run_calibrated(
     """
     if not needs_calibration(plan.steps):
         raise RecipeError("no step of this transform asks for statistics (method gptq or imatrix); leave --calibration away")
+    if find_spec("transformers") is None:
+        raise RecipeError("calibration runs the model's own forward: pip install 'tensorsurgeon[calibrate]'")
     if device != "cpu" and not torch.cuda.is_available():
         raise RecipeError(f"--device {device}: this torch sees no such device")
     if options.write_statistics is not None and options.read_statistics is not None:

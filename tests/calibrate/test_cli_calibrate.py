@@ -51,6 +51,12 @@ def test_options_become_calibration_options() -> None:
     assert device == "cpu"
 
 
+def test_a_zero_that_was_given_is_a_number() -> None:
+    zeros = ("--seed", "0", "--minimum-tokens", "0", "--fallback-tokens", "0", "--damp-percent", "0")
+    found, _ = options_from(given("--calibration", "a.txt", *zeros))
+    assert (found.seed, found.minimum_tokens, found.fallback_tokens, found.gptq.damp_percent) == (0, 0, 0, 0.0)
+
+
 def test_the_help_states_the_defaults() -> None:
     text = " ".join(CliRunner().invoke(command, ["--help"], terminal_width=200).output.split())
     defaults = CalibrationOptions(sources=(DataSource("x"),))

@@ -150,16 +150,3 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
 def test_text_without_a_tokenizer_asks_for_ids(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="has no tokenizer"):
         load_data(options_of(TEXT), tmp_path, _ROWS)
-
-
-def test_parquet_is_read_or_asks_for_pyarrow(tmp_path: Path) -> None:
-    path = tmp_path / "data.parquet"
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        with pytest.raises(RecipeError, match="pip install pyarrow"):
-            load(write(path, b"PAR1"))
-        return
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["import os\n" * 100] * 3}), path)
-    assert load(path, samples=2, sequence_length=16).tokens.shape == (2, 16)

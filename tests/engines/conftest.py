@@ -54,7 +54,7 @@ def convert(tmp_path_factory: pytest.TempPathFactory) -> Convert:
     def apply(source: Path, conversion: Conversion) -> Path:
         target = folder / f"{source.name}--{conversion}"
         settings = [word for setting in conversion.settings for word in ("--set", setting)]
-        command = [surgeon, "apply", "--quiet", conversion.transform, source, target, *settings]
+        command = [surgeon, "apply", "--quiet", conversion.transform, source, target, *settings, *conversion.calibration]
         run = subprocess.run(command, check=False, capture_output=True, text=True)
         if run.returncode:
             pytest.fail(f"surgeon apply {conversion} of {source.name} ended with {run.returncode}: {run.stderr}")

@@ -6,12 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.checkpoints import FIXTURE, assert_same, read_all
 from tests.engines.conftest import Convert
-from tests.engines.judging import DENSE, Conversion, Engine, Row, conversion, in_format, rms
+from tests.engines.judging import DENSE, Conversion, Engine, Judgement, Row, conversion, in_format
 
 pytestmark = pytest.mark.engine
 
@@ -44,32 +43,6 @@ DECOMPRESSED = (
     (FIXTURE, conversion("nvfp4a16")),
     (FIXTURE, in_format("ct-mxfp4")),
 )
-
-
-class Judgement:
-    """Logits of checkpoints, all from one process, and what they were loaded into."""
-
-    def __init__(self, engine: Engine, folder: Path, tokens: Path, checkpoints: list[Path]) -> None:
-        self.engine, self.folder = engine, folder
-        self.rows = engine.ask("transformers_logits.py", folder, *checkpoints, "--tokens", tokens)
-
-    def logits(self, checkpoint: Path) -> np.ndarray:
-        self.engine.accepted(self.rows, checkpoint)
-        return np.load(self.folder / f"{checkpoint.name}.npy")
-
-    def equal(self, source: Path, quantized: Path, dequantized: Path) -> dict[str, int]:
-        """Fail unless the two have equal logits that are not the source's; the modules that the quantized one has."""
-        found, wanted, original = map(self.logits, (quantized, dequantized, source))
-        assert np.isfinite(found).all(), f"{self.engine.name}: {quantized.name} has logits that are not finite"
-        apart, moved = rms(found - wanted), rms(wanted - original)
-        print(f"{quantized.name}: {apart:.6f} from its dequantized weights, which are {moved:.5f} from the source")
-        assert moved > 0, f"{dequantized.name} has the logits of {source.name}: nothing was quantized"
-        assert np.array_equal(found, wanted), (
-            f"{self.engine.name}: logits of {quantized.name} are {apart:.6f} (rms) from those of its dequantized weights, "
-            f"which are {moved:.6f} from {source.name}"
-        )
-        modules: dict[str, int] = self.rows[quantized.name]["modules"]
-        return modules
 
 
 @pytest.fixture(scope="module")
