@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tensorsurgeon.calibrate import needs_calibration
+from tensorsurgeon.calibrate.allocator import give_back_memory
 from tensorsurgeon.calibrate.data import CalibrationData, load_data
 from tensorsurgeon.calibrate.log import LOG_NAME, LogRow, log_bytes, read_log, summarize, summary_text
 from tensorsurgeon.calibrate.model import StreamedModel
@@ -206,6 +207,8 @@ class _Driver:
             last = max(by_layer, default=-1)
             for number in range(stage.first_layer, last + 1):
                 began = time.monotonic()
+                # Before each layer: what the one before it held is free by now.
+                give_back_memory()
                 with stage.layer(number, by_layer.get(number, []), is_last=number == last) as made:
                     self._codes.by_module = made.codes
                     if by_layer.get(number):
