@@ -23,10 +23,7 @@ def _libc() -> ctypes.CDLL | None:
 
 
 def give_back_memory() -> None:
-    """Return what is free to the system; nothing happens where the C library is another one.
-
-    Peak resident memory of eight layers with 16 experts rose from 1.52 to 1.89 GB without this.
-    """
+    """Return what is free to the system; nothing happens where the C library is another one."""
     libc = _libc()
     if libc is not None:
         libc.malloc_trim(0)
