@@ -24,6 +24,7 @@ FLOORS = (
     ("header", "names"),
     ("rewriting", "layout"),
     ("units", "checkpoint"),
+    ("kernels",),
     ("quant",),
     ("formats",),
     ("configs",),

@@ -23,6 +23,9 @@ from typing import Any, Final
 import numpy as np
 
 from tensorsurgeon.arrays import empty
+from tensorsurgeon.kernels.loader import Kernels
+
+_kernels = Kernels("bitpack")
 
 NATURAL_ORDER: Final = (0, 1, 2, 3, 4, 5, 6, 7)
 AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -41,8 +44,6 @@ def pack_rows(codes: np.ndarray, num_bits: int, *, offset: int = 0, order: Seque
     word has zeros for the missing elements, wherever the order puts them.
     """
     _check(codes, num_bits, order)
-    from tensorsurgeon.quant import bitpack_kernels as kernels
-
     rows, columns = codes.shape
     codes = _padded(codes, -offset)
     lanes = _flat(codes, np.uint64)
@@ -51,13 +52,13 @@ def pack_rows(codes: np.ndarray, num_bits: int, *, offset: int = 0, order: Seque
     flat = words.reshape(-1).view(np.uint32)
     shift = np.uint64(offset % 256)
     if num_bits == 4:
-        kernels.pack4(lanes, shift, flat)
+        _kernels.pack4(lanes, shift, flat)
     elif num_bits == 8:
-        kernels.pack8(lanes, shift, flat.view(np.uint64))
+        _kernels.pack8(lanes, shift, flat.view(np.uint64))
     else:
-        kernels.pack_any(lanes, shift, num_bits, flat)
+        _kernels.pack_any(lanes, shift, num_bits, flat)
     if order is not None and tuple(order) != NATURAL_ORDER:
-        kernels.permute_nibbles(flat, np.array(order, np.int64))
+        _kernels.permute_nibbles(flat, np.array(order, np.int64))
     return _first_columns(words, words_per_row(columns, num_bits))
 
 
@@ -78,8 +79,6 @@ def unpack_rows(
     _check(words, num_bits, order, np.int32)
     if words.shape[1] < words_per_row(count, num_bits):
         raise ValueError(f"{count} codes of {num_bits} bits do not fit in {words.shape[1]} words")
-    from tensorsurgeon.quant import bitpack_kernels as kernels
-
     rows, width = words.shape
     blocks = -(-width // num_bits)
     if blocks * num_bits != width:
@@ -88,17 +87,17 @@ def unpack_rows(
     flat = _flat(words, np.uint32)
     if order is not None and tuple(order) != NATURAL_ORDER:
         flat = flat.copy()
-        kernels.permute_nibbles(flat, np.argsort(np.array(order, np.int64)))
+        _kernels.permute_nibbles(flat, np.argsort(np.array(order, np.int64)))
     codes = empty((rows, blocks * 32), np.int8 if signed else np.uint8)
     lanes = codes.reshape(-1).view(np.uint64)
     # A byte needs no extending: its sign bit is the sign already.
     sign = np.uint64(1 << (num_bits - 1) if signed and num_bits < 8 else 0)
     if num_bits == 4:
-        kernels.unpack4(flat, np.uint64(offset % 256), sign, lanes)
+        _kernels.unpack4(flat, np.uint64(offset % 256), sign, lanes)
     elif num_bits == 8:
-        kernels.pack8(_flat(flat, np.uint64), np.uint64(-offset % 256), lanes)
+        _kernels.pack8(_flat(flat, np.uint64), np.uint64(-offset % 256), lanes)
     else:
-        kernels.unpack_any(flat, np.uint64(offset % 256), num_bits, sign, lanes)
+        _kernels.unpack_any(flat, np.uint64(offset % 256), num_bits, sign, lanes)
     return _first_columns(codes, count)
 
 
@@ -122,11 +121,10 @@ def pack_transposed(codes: np.ndarray, num_bits: int, *, offset: int = 0, order:
     rows, columns = codes.shape
     if num_bits != 4 or rows % 8:
         return pack_rows(_transposed(codes), num_bits, offset=offset, order=order)
-    from tensorsurgeon.quant import bitpack_kernels as kernels
-
     words = empty((columns, rows // 8), np.int32)
+    tile = empty((16, 64), np.uint32)
     slots = np.array(NATURAL_ORDER if order is None else order, np.int64)
-    kernels.pack4_down(np.ascontiguousarray(codes).view(np.uint8), slots, np.uint8(offset % 256), words.view(np.uint32))
+    _kernels.pack4_down(np.ascontiguousarray(codes).view(np.uint8), slots, np.uint8(offset % 256), words.view(np.uint32), tile)
     return words
 
 
@@ -193,8 +191,6 @@ def _first_columns(array: np.ndarray, count: int) -> np.ndarray:
 
 
 def _transposed(array: np.ndarray) -> np.ndarray:
-    from tensorsurgeon.quant import bitpack_kernels as kernels
-
     target = empty((array.shape[1], array.shape[0]), array.dtype)
-    kernels.transpose(np.ascontiguousarray(array), target)
+    _kernels.transpose(np.require(array, requirements="CA"), target)
     return target

@@ -9,9 +9,12 @@ import numpy as np
 
 from tensorsurgeon.arrays import empty
 from tensorsurgeon.dtypes import BF16, F16, F32, DType, dtype_of
+from tensorsurgeon.kernels.loader import Kernels
 from tensorsurgeon.quant.arithmetic import Arithmetic, arithmetic_of, code_range, global_scale_of, half_range
 from tensorsurgeon.quant.backend import check_groups, is_supported, refuse_nonfinite_scale, refuse_nonfinite_weight
 from tensorsurgeon.quant.grid import Quantized, Scheme
+
+_integers, _floats = Kernels("integer_codes"), Kernels("float_codes")
 
 # The kernels tell dtypes apart by the type of the bits.
 _BITS: Final = {BF16: np.uint16, F16: np.int16, F32: np.uint32}
@@ -74,8 +77,6 @@ def _how(arithmetic: Arithmetic) -> int:
 
 
 def _integer(weight: np.ndarray, bits: np.ndarray, scheme: Scheme, arithmetic: Arithmetic) -> Quantized:
-    from tensorsurgeon.quant import fast_kernels as kernels
-
     rows, columns = weight.shape
     groups = scheme.groups(columns)
     codes, scale = empty((rows, columns), np.int8), empty((rows, groups), np.float32)
@@ -86,14 +87,17 @@ def _integer(weight: np.ndarray, bits: np.ndarray, scheme: Scheme, arithmetic: A
     # The span of [-1, 1], as each kind of scheme measures it, takes the floor's place.
     floor = np.float32(arithmetic.floor if arithmetic.zero_group != "range" else 1 if scheme.symmetric else 2)
     zero_point = None
+    scratch = empty((3 if scheme.symmetric else 5, groups), np.float32)
     if scheme.symmetric:
         steps, signed = np.float32(half_range(scheme)), scheme.rule in ("autoround", "awq")
-        bad = kernels.symmetric(bits, size, first, last, steps, math, stored, how, care, floor, late, signed, codes, scale)
+        bad = _integers.symmetric(
+            bits, size, first, last, steps, math, stored, how, care, floor, late, signed, codes, scale, scratch
+        )
     else:
         zero_point = empty((rows, groups), np.int8)
         way, shift = _ZERO_POINT.get(scheme.rule, 2), low - scheme.qmin
-        bad = kernels.asymmetric(
-            bits, size, first, last, math, stored, how, care, floor, late, way, shift, codes, scale, zero_point
+        bad = _integers.asymmetric(
+            bits, size, first, last, math, stored, how, care, floor, late, way, shift, codes, scale, zero_point, scratch
         )
     if bad >= 0:
         refuse_nonfinite_weight(weight)
@@ -101,23 +105,19 @@ def _integer(weight: np.ndarray, bits: np.ndarray, scheme: Scheme, arithmetic: A
 
 
 def _fp8(weight: np.ndarray, bits: np.ndarray, scheme: Scheme, arithmetic: Arithmetic) -> Quantized:
-    from tensorsurgeon.quant import fast_float_kernels as kernels
-
     rows, columns = weight.shape
     height, width = scheme.block or (1, columns if scheme.group_size == -1 else scheme.group_size)
     codes = empty((rows, columns), np.uint8)
     scale = empty((-(-rows // height), -(-columns // width)), np.float32)
     math, stored = _PRECISION[arithmetic.math], _PRECISION[arithmetic.stored]
     floor = np.float32(arithmetic.floor)
-    if kernels.fp8(bits, height, width, math, stored, _how(arithmetic), floor, codes, scale) >= 0:
+    if _floats.fp8(bits, height, width, math, stored, _how(arithmetic), floor, codes, scale) >= 0:
         refuse_nonfinite_weight(weight)
     return Quantized(codes.view(ml_dtypes.float8_e4m3fn), scale)
 
 
 def _nvfp4(weight: np.ndarray, bits: np.ndarray, scheme: Scheme, global_amax: float | None) -> Quantized:
-    from tensorsurgeon.quant import fast_float_kernels as kernels
-
-    amax = float(kernels.weight_amax(bits))
+    amax = float(_floats.weight_amax(bits))
     if not np.isfinite(amax):
         refuse_nonfinite_weight(weight)
     dtype = dtype_of(weight)
@@ -125,15 +125,13 @@ def _nvfp4(weight: np.ndarray, bits: np.ndarray, scheme: Scheme, global_amax: fl
     rows, columns = weight.shape
     codes, scale = empty((rows, columns), np.uint8), empty((rows, scheme.groups(columns)), np.float32)
     least = np.float32(0.125)
-    kernels.nvfp4(bits, columns // scale.shape[1], _PRECISION[dtype], multiplier[0], least, codes, scale)
+    _floats.nvfp4(bits, columns // scale.shape[1], _PRECISION[dtype], multiplier[0], least, codes, scale)
     return Quantized(codes, scale, None, multiplier)
 
 
 def _mxfp4(weight: np.ndarray, bits: np.ndarray, scheme: Scheme) -> Quantized:
-    from tensorsurgeon.quant import fast_float_kernels as kernels
-
     rows, columns = weight.shape
     codes, scale = empty((rows, columns), np.uint8), empty((rows, scheme.groups(columns)), np.float32)
-    if kernels.mxfp4(bits, columns // scale.shape[1], codes, scale) >= 0:
+    if _floats.mxfp4(bits, columns // scale.shape[1], codes, scale) >= 0:
         refuse_nonfinite_weight(weight)
     return Quantized(codes, scale)

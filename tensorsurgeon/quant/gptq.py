@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from tensorsurgeon.errors import NumericError
-from tensorsurgeon.quant.gptq_kernels import column_loop, take_columns
+from tensorsurgeon.kernels.loader import Kernels
 from tensorsurgeon.quant.hessian import ActOrder, FlippedFactor, damp_for_tokens, flipped_cholesky
 from tensorsurgeon.quant.polish import Polish, polish
 from tensorsurgeon.quant.scale_search import (
+    TILE_ROWS,
     ScaleSearch,
     StoreScale,
     check_grid,
@@ -39,6 +40,8 @@ from tensorsurgeon.quant.threads import map_in_threads
 
 # Rows that `gptq_stack` quantizes together: more fall out of the cache (a third slower at 4,096).
 STACK_ROWS = 1024
+
+_kernels = Kernels("gptq")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,18 +245,20 @@ def _quantize_columns(
     rows, columns = weight.shape
     group = (factor.order // (columns if group_size == -1 else group_size)).numpy()
     original = torch.empty(columns, rows)
-    take_columns(weight.contiguous().numpy(), factor.order.numpy(), original.numpy())
+    _kernels.take_columns(weight.contiguous().numpy(), factor.order.numpy(), original.numpy())
     residual = torch.empty_like(original)
     codes = torch.empty(columns, rows, dtype=code_dtype(qmin, qmax))
     scale_rows = scale.T.contiguous()
     zero = zero_rows(zero_point, scale_rows.shape).numpy()
     added_in_order = added[factor.order].numpy()
     loss = torch.zeros(rows, dtype=torch.float64)
+    # 128 columns x 64 rows of sums are 32 KB and stay in the L1 cache.
+    sums = np.empty((min(block_size, columns), TILE_ROWS), np.float32)
     # The factor is flipped, so the column to visit first is the last.
     for stop in range(columns, 0, -block_size):
         start = max(0, stop - block_size)
         owed = factor.lower[stop:, start:stop].T @ residual[stop:]
-        column_loop(
+        _kernels.column_loop(
             original[start:stop].numpy(),
             owed.numpy(),
             factor.lower[start:stop, start:stop].contiguous().numpy(),
@@ -266,5 +271,6 @@ def _quantize_columns(
             codes[start:stop].numpy(),
             residual[start:stop].numpy(),
             loss.numpy(),
+            sums,
         )
     return codes[torch.argsort(factor.order)].T.contiguous(), loss

@@ -12,12 +12,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tensorsurgeon.errors import NumericError
-from tensorsurgeon.quant.compiled import kernel
-from tensorsurgeon.quant.gptq_kernels import factor_panel, gather_lower
+from tensorsurgeon.kernels.loader import Kernels
 
 ActOrder = Literal["static", "none"]
 
@@ -33,6 +31,8 @@ _PIVOT_FLOOR = 4e-6
 _PROBE_TOLERANCE = 1e-3
 _FIRST_DAMPING = 1e-4
 _LAST_DAMPING = 10.0
+
+_kernels = Kernels("hessian")
 
 
 class HessianAccumulator:
@@ -93,7 +93,7 @@ class DiagonalAccumulator:
         # One token after another in F64: batch boundaries cannot show.
         for start in range(0, rows.shape[0], CHUNK_TOKENS):
             squares = rows[start : start + CHUNK_TOKENS].to(torch.float64).square_().contiguous().numpy()
-            _add_rows(self._sum.numpy(), squares)
+            _kernels.add_rows(self._sum.numpy(), squares)
 
     def result(self) -> Tensor:
         """The sums so far, [in_features] F32; a new tensor."""
@@ -163,7 +163,7 @@ def flipped_cholesky(hessian: Tensor, damp_percent: float, act_order: ActOrder =
     while attempt <= max(_LAST_DAMPING, damp_percent):
         damped_diagonal = torch.where(live, diagonal + attempt * mean, torch.full_like(diagonal, mean))
         lower = torch.empty_like(hessian, memory_format=torch.contiguous_format)
-        gather_lower(lower.numpy(), hessian.contiguous().numpy(), damped_diagonal.numpy(), order.numpy())
+        _kernels.gather_lower(lower.numpy(), hessian.contiguous().numpy(), damped_diagonal.numpy(), order.numpy())
         if _factor_in_place(lower) and _probe_agrees(lower, hessian, damped_diagonal, order):
             return FlippedFactor(lower=lower, order=order, diagonal=damped_diagonal, damp_percent=attempt)
         attempt = max(_FIRST_DAMPING, attempt * 10)
@@ -217,13 +217,6 @@ def _add_outer(lower: Tensor, chunk: Tensor) -> None:
         lower[start:stop, :stop].addmm_(chunk[:, start:stop].T, chunk[:, :stop])
 
 
-@kernel
-def _add_rows(total: NDArray[np.float64], rows: NDArray[np.float64]) -> None:
-    for row in range(rows.shape[0]):
-        for column in range(rows.shape[1]):
-            total[column] += rows[row, column]
-
-
 def _factor_in_place(matrix: Tensor) -> bool:
     """Replace the lower half of ``matrix`` by its Cholesky factor; False if a pivot is lost in rounding.
 
@@ -238,7 +231,8 @@ def _factor_in_place(matrix: Tensor) -> bool:
             matrix[start:, start:stop].addmm_(matrix[start:, :start], matrix[start:stop, :start].T, alpha=-1)
         pivot = matrix[start:stop, start:stop].contiguous()
         inverse = torch.empty_like(pivot)
-        if not factor_panel(pivot.numpy(), inverse.numpy(), diagonal[start:stop], _PIVOT_FLOOR):
+        scratch = np.empty((2, *pivot.shape))
+        if not _kernels.factor_panel(pivot.numpy(), inverse.numpy(), diagonal[start:stop], _PIVOT_FLOOR, scratch):
             return False
         matrix[start:stop, start:stop] = pivot
         if stop < size:

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensorsurgeon.quant.gptq_kernels import descend, slopes
-from tensorsurgeon.quant.scale_search import StoreScale, zero_rows
+from tensorsurgeon.kernels.loader import Kernels
+from tensorsurgeon.quant.scale_search import TILE_ROWS, StoreScale, zero_rows
+
+_kernels = Kernels("polish")
 
 # Columns per block of descent, sized for the kernel's tiles.
 _BLOCK = 128
@@ -89,7 +91,7 @@ def polish(
             gradient, damped = state.gradient(start, stop), state.damped(start, stop)
             if not large_groups:
                 _refit_scales(state, start, stop, gradient, damped, store_scale)
-            descend(
+            _kernels.descend(
                 gradient.numpy(),
                 damped.numpy(),
                 torch.argsort(importance[start:stop], descending=True, stable=True).numpy(),
@@ -103,6 +105,8 @@ def polish(
                 np.float32(qmax),
                 options.sweeps,
                 state.gain.numpy(),
+                np.empty((stop - start, TILE_ROWS), np.float32),
+                np.empty((5, TILE_ROWS), np.float32),
             )
     return Polished(
         codes=state.codes.T.contiguous(),
@@ -174,7 +178,7 @@ def _refit_scales(state: _State, start: int, stop: int, gradient: Tensor, damped
         pull = damped[:, first - start : last - start] @ level
         inside = slice(first - start, last - start)
         numerator, curvature = torch.empty_like(level[0]), torch.empty_like(level[0])
-        slopes(level.numpy(), pull[inside].numpy(), gradient[inside].numpy(), numerator.numpy(), curvature.numpy())
+        _kernels.slopes(level.numpy(), pull[inside].numpy(), gradient[inside].numpy(), numerator.numpy(), curvature.numpy())
         old = state.scale[group]
         best = old + torch.where(curvature > 0, numerator / curvature, torch.zeros_like(old))
         new = store_scale(torch.where(torch.isfinite(best), best, old)).to(torch.float32)

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tensorsurgeon.errors import NumericError
-from tensorsurgeon.quant.compiled import kernel
+from tensorsurgeon.kernels.loader import Kernels
 
 # Rounds F32 scales to what the format will store, F32 in and out.
 StoreScale = Callable[[Tensor], Tensor]
 
 # Rows per tile: a group of 128 columns x 64 rows is 32 KB and stays in the L1 cache for all candidates.
-_TILE = 64
+TILE_ROWS = 64
+
+_kernels = Kernels("scale_search")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +75,7 @@ def search_scale(
     candidates = store_scale(base * ratios[:, None, None]).to(torch.float32)
     candidates = torch.where(torch.isfinite(candidates), candidates, safe).contiguous()
     best = np.zeros(base.shape, np.int64)
-    _best_candidate(
+    _kernels.best_candidate(
         weight.T.contiguous().numpy(),
         weights.contiguous().numpy(),
         candidates.numpy(),
@@ -83,6 +84,7 @@ def search_scale(
         np.float32(qmin),
         np.float32(qmax),
         best,
+        np.empty((3, TILE_ROWS), np.float32),
     )
     return torch.gather(candidates, 0, torch.from_numpy(best)[None])[0].T.contiguous()
 
@@ -140,45 +142,3 @@ def check_grid(weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_s
         # The largest magnitude is NaN or infinite if any entry is: one pass, no mask.
         if tensor is not None and tensor.numel() and not bool(torch.isfinite(tensor.abs().max())):
             raise NumericError(f"{name} has entries that are not finite")
-
-
-@kernel
-def _best_candidate(
-    weight: NDArray[np.float32],
-    importance: NDArray[np.float32],
-    candidates: NDArray[np.float32],
-    zero_point: NDArray[np.float32],
-    group_size: int,
-    qmin: np.float32,
-    qmax: np.float32,
-    best: NDArray[np.int64],
-) -> None:
-    """best[g, n] = the first of candidates[:, g, n] with the least weighted error; weight is [K, N].
-
-    Multiplies by the reciprocal, which may round a tie the other way: it ranks scales, it does not choose codes.
-    """
-    groups, rows = best.shape
-    inverse = np.empty(_TILE, np.float32)
-    error = np.empty(_TILE, np.float32)
-    least = np.empty(_TILE, np.float32)
-    one = np.float32(1.0)
-    for first in range(0, rows, _TILE):
-        width = min(_TILE, rows - first)
-        for group in range(groups):
-            for candidate in range(candidates.shape[0]):
-                scale = candidates[candidate, group, first : first + width]
-                zero = zero_point[group, first : first + width]
-                for n in range(width):
-                    inverse[n] = one / scale[n] if scale[n] != 0 else one
-                    error[n] = 0.0
-                for k in range(group * group_size, (group + 1) * group_size):
-                    used = importance[k]
-                    row = weight[k, first : first + width]
-                    for n in range(width):
-                        level = min(max(np.rint(row[n] * inverse[n] + zero[n]), qmin), qmax)
-                        off = row[n] - (level - zero[n]) * scale[n]
-                        error[n] += used * (off * off)
-                for n in range(width):
-                    if candidate == 0 or error[n] < least[n]:
-                        least[n] = error[n]
-                        best[group, first + n] = candidate

@@ -1,7 +1,6 @@
 """Floats as bits, inside compiled loops: widening, comparing and rounding without a library call.
 
-The array type says the dtype: uint16 is BF16, int16 is F16, uint32 is F32. numba caches machine code by the file of
-the kernel alone, so after a change here touch ``fast_kernels.py`` and ``fast_float_kernels.py``.
+The array type says the dtype: uint16 is BF16, int16 is F16, uint32 is F32.
 """
 
 # mypy: ignore-errors
@@ -17,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from tensorsurgeon.quant.compiled import inline
+from tensorsurgeon.kernels.compiled import inline
 
 
 @intrinsic

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorsurgeon.quant.compiled import inline, kernel
+from tensorsurgeon.kernels.compiled import inline, kernel
 
 _U8 = np.uint64(8)
 _U16 = np.uint64(16)
@@ -21,6 +21,7 @@ _TOP = np.uint64(0x8080808080808080)
 _LOW = np.uint64(0x7F7F7F7F7F7F7F7F)
 _ONE = np.uint64(1)
 _TILE = 16  # int32 words in a cache line
+_WIDE = 64  # columns that one pass of pack4_down takes
 
 
 @inline
@@ -172,18 +173,18 @@ def transpose(source: np.ndarray, target: np.ndarray) -> None:
 
 
 @kernel
-def pack4_down(codes: np.ndarray, order: np.ndarray, offset: np.uint8, words: np.ndarray) -> None:
+def pack4_down(codes: np.ndarray, order: np.ndarray, offset: np.uint8, words: np.ndarray, tile: np.ndarray) -> None:
     """uint8 [8 n, K] -> uint32 [K, n]: nibble i of word (k, c) is row ``8 c + order[i]`` of column k.
 
-    Sixteen words of sixteen columns at a time: reads run along rows, and each write fills a cache line.
+    Sixteen words of 64 columns at a time: reads run along rows, and each write fills a cache line. ``tile``: uint32
+    [16, 64] to write in.
     """
     columns = codes.shape[1]
     count = words.shape[1]
-    tile = np.empty((_TILE, 64), np.uint32)
     for first in range(0, count, _TILE):
         last = min(first + _TILE, count)
-        for column in range(0, columns, 64):
-            width = min(64, columns - column)
+        for column in range(0, columns, _WIDE):
+            width = min(_WIDE, columns - column)
             for c in range(first, last):
                 held = tile[c - first]
                 held[:] = np.uint32(0)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorsurgeon.quant.bits import bits_of, f32_of, infinity, like, to_bf16, to_f16_digits, widen
-from tensorsurgeon.quant.compiled import inline, kernel
-from tensorsurgeon.quant.fast_kernels import AS_BF16, AS_F16, round_to, run_amax
+from tensorsurgeon.kernels.bits import bits_of, f32_of, infinity, like, to_bf16, to_f16_digits, widen
+from tensorsurgeon.kernels.compiled import inline, kernel
+from tensorsurgeon.kernels.integer_codes import AS_BF16, AS_F16, round_to, run_amax
 
 _SIXTEEN = np.uint64(16)
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorsurgeon.quant.bits import infinity, like, magnitude, ordered, to_bf16, to_f16, to_f16_digits, widen
-from tensorsurgeon.quant.compiled import inline, kernel
+from tensorsurgeon.kernels.bits import infinity, like, magnitude, ordered, to_bf16, to_f16, to_f16_digits, widen
+from tensorsurgeon.kernels.compiled import inline, kernel
 
 # Precisions, and how the quotient is taken. Plain numbers, because kernels branch on them.
 AS_F32, AS_BF16, AS_F16, BY_RECIPROCAL = 0, 1, 2, 3
@@ -207,16 +207,16 @@ def symmetric(
     signed: bool,
     codes: np.ndarray,
     scale: np.ndarray,
+    scratch: np.ndarray,
 ) -> int:
     """Codes int8 [N, K] and scales float32 [N, G] of weight bits [N, K]; -1, or the first row that is not finite.
 
     ``signed`` is AutoRound's full range: the scale is negative unless the minimum of the group leads.
+    ``scratch``: float32 [3, G].
     """
     rows, columns = weight.shape
     groups = columns // size
-    span = np.empty(groups, np.float32)
-    lows = np.empty(groups, np.float32)
-    divisor = np.empty(groups, np.float32)
+    span, lows, divisor = scratch[0], scratch[1], scratch[2]
     for n in range(rows):
         row, made, scales = weight[n], codes[n], scale[n]
         if signed:
@@ -258,19 +258,16 @@ def asymmetric(
     codes: np.ndarray,
     scale: np.ndarray,
     zero_point: np.ndarray,
+    scratch: np.ndarray,
 ) -> int:
     """Codes, scales and zero points int8 [N, G]; -1, or the first row that is not finite.
 
     ``low`` and ``high`` bound the codes as the tool counts them, and ``shift`` makes them signed. ``zeros`` is the way
-    to the zero point.
+    to the zero point. ``scratch``: float32 [5, G].
     """
     rows, columns = weight.shape
     groups = columns // size
-    least = np.empty(groups, np.float32)
-    most = np.empty(groups, np.float32)
-    span = np.empty(groups, np.float32)
-    divisor = np.empty(groups, np.float32)
-    zero = np.empty(groups, np.float32)
+    least, most, span, divisor, zero = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4]
     for n in range(rows):
         row, made, scales, zero_points = weight[n], codes[n], scale[n], zero_point[n]
         if not group_range(row, groups, size, least, most):

@@ -1,0 +1,91 @@
+"""How the package compiles its loops: numba, without fastmath, into code that needs neither numba nor Python to run.
+
+Only modules of kernels import this, and only ``loader`` imports those, where nothing is on disk yet: numba costs
+a third of a CPU second to import, a quarter of what a 3 GB conversion takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+from numba import types
+
+from tensorsurgeon.kernels.host import target_machine
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_WORD, _POINTER = "i64", "ptr"
+# What a kernel may return, by numba's name for it.
+RETURNS = ("none", "int64", "bool", "float32")
+
+
+class NotSelfContainedError(Exception):
+    """The compiler made code that cannot run by itself; the message says why."""
+
+
+def inline(function: F) -> F:
+    """Compile a piece of a kernel into its callers."""
+    return _compiler()(function)
+
+
+def kernel(function: F) -> F:
+    """Mark a loop that ``loader.Kernels`` compiles at its first call for each set of argument types.
+
+    It allocates nothing (what it needs to write in is handed in), raises nothing, and calls nothing of Python's.
+    ``error_model="numpy"`` divides as IEEE says instead of testing for zero, which would keep the loops scalar.
+    ``fastmath`` stays off: it divides by multiplying with a reciprocal, which gives other codes than the tools'.
+    """
+    return _compiler()(function)
+
+
+def _compiler() -> Any:
+    # Without numba's runtime (_nrt) an allocation is a compile error, and without the wrappers there is no Python.
+    bare = {"_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return numba.njit(nogil=True, error_model="numpy", **bare)
+
+
+def object_code(function: Any, arguments: Sequence[Any]) -> tuple[str, str, bytes]:
+    """Symbol, type of the result and object file of a kernel for arguments of these types, for this CPU.
+
+    NotSelfContainedError where the code refers to anything outside itself but C's memory functions, or where numba does not
+    take arguments as ``loader`` hands them over.
+    """
+    signature = tuple(map(_type_of, arguments))
+    function.compile(signature)
+    description = function.overloads[signature].fndesc
+    symbol, returns = description.llvm_func_name, str(description.restype)
+    module = llvm.parse_assembly(function.inspect_llvm(signature))
+    wanted = [_POINTER, _POINTER, *(part for argument in arguments for part in _parts(argument))]
+    found = [str(argument.type) for argument in module.get_function(symbol).arguments]
+    if found != wanted or returns not in RETURNS:
+        raise NotSelfContainedError(f"numba {numba.__version__} takes {found} and gives {returns}, wanted {wanted}")
+    outside = [f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")]
+    outside = [name for name in outside if name not in ("memset", "memcpy", "memmove")]
+    if outside:
+        raise NotSelfContainedError(f"{symbol} refers to {', '.join(outside)}")
+    return symbol, returns, target_machine().emit_object(module)
+
+
+def callable_in_process(function: Any) -> Callable[[Sequence[Any]], Any]:
+    """A kernel in numba's own hands, taking its arguments as one sequence: compiled anew in every process."""
+    dispatcher = numba.njit(nogil=True, error_model="numpy")(function.py_func)
+    return lambda arguments: dispatcher(*arguments)
+
+
+def _type_of(argument: Any) -> Any:
+    if isinstance(argument, np.ndarray):
+        layout = "C" if argument.flags.c_contiguous else "A"
+        return types.Array(numba.from_dtype(argument.dtype), argument.ndim, layout)
+    return numba.typeof(argument)
+
+
+def _parts(argument: Any) -> list[str]:
+    """LLVM's types of the values as which numba hands over an argument."""
+    if isinstance(argument, np.ndarray):
+        return [_POINTER, _POINTER, _WORD, _WORD, _POINTER, *[_WORD] * (2 * argument.ndim)]
+    dtype = argument.dtype if isinstance(argument, np.generic) else np.dtype(type(argument))
+    return [{"f4": "float", "f8": "double"}.get(dtype.str[1:], f"i{8 * dtype.itemsize}")]
