@@ -29,7 +29,9 @@ from tensorsurgeon.work_queue import WorkQueue, warming_up
 # Data is made durable and journalled in batches, for a sync per unit would cost more than the unit; in small ones, so
 # that the disk is busy from the start. What is finished during a sync goes with the next.
 COMMIT_BYTES = 32 << 20
-_DIGEST_BUFFER = 1 << 20
+# Small enough for a core's own cache: bytes are read, digested and written while they are warm. The kernel's own
+# ``copy_file_range`` moves 64 KB at a time under the file's lock and costs a quarter of a whole run more.
+_COPY_BUFFER = 1 << 20
 
 
 class UnitResult(NamedTuple):
@@ -205,10 +207,8 @@ def run_unit(unit: Unit, plan: Plan, source: Source, sink: Sink, workspace: Work
         digests.append(xxhash.xxh3_64_hexdigest(data))
     if unit.copies:
         # One buffer for all: a unit may hold thousands of short copies.
-        buffer = empty((min(_DIGEST_BUFFER, max(copy.nbytes for copy in unit.copies)),), np.uint8).data
-        for copy in unit.copies:
-            sink.copy(source, *copy)
-            digests.append(_digest_of_source(source, copy, buffer))
+        buffer = empty((min(_COPY_BUFFER, max(copy.nbytes for copy in unit.copies)),), np.uint8).data
+        digests += [_copy(copy, source, sink, buffer) for copy in unit.copies]
     return digests
 
 
@@ -253,11 +253,12 @@ def _gather(region: Region, pieces: Pieces, source: Source, plan: Plan, made: di
     return array
 
 
-def _digest_of_source(source: Source, copy: Copy, buffer: memoryview) -> str:
-    """The digest of bytes that were copied inside the kernel, from the source, whose pages are warm by now."""
+def _copy(copy: Copy, source: Source, sink: Sink, buffer: memoryview) -> str:
+    """Move bytes through a buffer, never as a tensor; returns their digest."""
     digest = xxhash.xxh3_64()
     for start in range(0, copy.nbytes, len(buffer)):
         part = buffer[: copy.nbytes - start]
         source.read_into(copy.source_shard, copy.source_offset + start, part)
         digest.update(part)
+        sink.write(copy.shard, copy.offset + start, part)
     return digest.hexdigest()

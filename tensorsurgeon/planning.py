@@ -31,7 +31,7 @@ COPY_BYTES = 32 << 20
 
 
 class Copy(NamedTuple):
-    """Bytes that the kernel moves from a source shard to an output shard."""
+    """Bytes that go from a source shard to an output shard as they are."""
 
     source_shard: int
     source_offset: int

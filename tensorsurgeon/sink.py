@@ -11,10 +11,6 @@ from pathlib import Path
 
 from tensorsurgeon.errors import SinkError
 from tensorsurgeon.layout import Layout
-from tensorsurgeon.source import Source
-
-_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ETXTBSY, errno.EPERM}
-_BUFFER_BYTES = 1 << 20
 
 
 class Sink:
@@ -26,14 +22,13 @@ class Sink:
         self._paths = [target / f"{shard.name}.partial" for shard in layout.shards]
         self._fds: list[int] = []
         self._is_dirty = [True] * len(self._paths)
-        self._kernel_copies = True
 
     def open(self) -> None:
         """Open every shard at its final size with its header; existing bytes of a stopped run stay.
 
         The space is reserved now, so that a disk too small is noticed before the first weight is read.
         """
-        for path, shard in zip(self._paths, self._layout.shards, strict=True):
+        for number, (path, shard) in enumerate(zip(self._paths, self._layout.shards, strict=True)):
             final = self.target / shard.name
             with sink_errors(path, "be created"):
                 if final.exists() and not path.exists():
@@ -44,7 +39,7 @@ class Sink:
                 if os.fstat(fd).st_size > shard.file_bytes:
                     os.ftruncate(fd, shard.file_bytes)
                 reserve(fd, shard.file_bytes)
-                os.pwrite(fd, shard.header, 0)
+            self.write(number, 0, memoryview(shard.header))
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         done = 0
@@ -58,32 +53,6 @@ class Sink:
         """Bytes that a stopped run left; returns how many there were."""
         with sink_errors(self._paths[shard], "be read"):
             return os.preadv(self._fds[shard], [buffer], offset)
-
-    def copy(self, source: Source, source_shard: int, source_offset: int, nbytes: int, shard: int, offset: int) -> None:
-        """Move bytes from a source shard without taking them into the process, where the file system can."""
-        done = 0
-        with sink_errors(self._paths[shard], "be written"):
-            while self._kernel_copies and done < nbytes:
-                try:
-                    count = os.copy_file_range(
-                        source.fd(source_shard), self._fds[shard], nbytes - done, source_offset + done, offset + done
-                    )
-                except OSError as error:
-                    if error.errno not in _NO_KERNEL_COPY:
-                        raise
-                    self._kernel_copies = False
-                    break
-                if not count:
-                    break
-                done += count
-        buffer = memoryview(bytearray(min(_BUFFER_BYTES, nbytes - done)))
-        while done < nbytes:
-            part = buffer[: nbytes - done]
-            # A source that became shorter is reported here, with its name.
-            source.read_into(source_shard, source_offset + done, part)
-            self.write(shard, offset + done, part)
-            done += len(part)
-        self._is_dirty[shard] = True
 
     def sync(self) -> None:
         """Make everything written so far durable; one thread at a time."""

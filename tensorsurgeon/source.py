@@ -45,10 +45,6 @@ class Source:
                 )
             done += count
 
-    def fd(self, shard: int) -> int:
-        """The open file of a shard, for copies inside the kernel."""
-        return self._fds[shard]
-
     def path(self, shard: int) -> str:
         return self._paths[shard]
 

@@ -2,7 +2,7 @@
 
 Byte moves are resolved here and vanish: every tensor is a list of pieces, each a range of bytes of an *origin*,
 which is a source tensor or an array that some task makes. Splitting a fused tensor, renaming it and stacking it
-again leaves pieces of the source, which the kernel copies; only tasks that compute something remain. Tasks that
+again leaves pieces of the source, which are copied; only tasks that compute something remain. Tasks that
 feed each other form a unit.
 """
 

@@ -15,7 +15,7 @@ class WorkQueue:
 
     Copies alone until ``may_compute`` says that the code to compute with is loaded: a worker that took another unit
     would wait for it, with the disk idle. From then on copies are spread evenly, for a copy holds its file's lock in
-    the kernel while it lasts, so that two at once wait for each other.
+    the kernel most of the time, so that two at once wait for each other.
     """
 
     def __init__(self, plan: Plan, numbers: Sequence[int], may_compute: Callable[[], bool]) -> None:
