@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,19 @@ from tests.checkpoints import moe_config, tiny_moe, write_checkpoint
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def kernels_stand_alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No kernel falls back to numba in any test, which would be right but slow, and unnoticed; see ``kernels.compiled``."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("tensorsurgeon.kernels")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert not said or request.node.get_closest_marker("kernels_may_warn"), said
 
 
 @pytest.fixture

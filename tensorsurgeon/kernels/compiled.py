@@ -6,21 +6,28 @@ a third of a CPU second to import, a quarter of what a 3 GB conversion takes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import llvmlite.binding as llvm
-import numba
+import numba as typed_numba
 import numpy as np
-from numba import types
 
 from tensorsurgeon.kernels.host import target_machine
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# Its stubs know neither the options without a runtime nor how types are made.
+numba: Any = typed_numba
+
 _WORD, _POINTER = "i64", "ptr"
 # What a kernel may return, by numba's name for it.
 RETURNS = ("none", "int64", "bool", "float32")
+# What code may call outside itself: C functions that every process has and whose results have no freedom.
+_EVERYWHERE = ("memset", "memcpy", "memmove", "sqrt", "sqrtf")
+# LLVM's own names for C functions whose results differ from one C library to the next.
+_INEXACT = re.compile(r"llvm\.(exp|log|pow|a?(sin|cos|tan)h?|atan2|sincos)(2|10|i)?\b")
 
 
 class NotSelfContainedError(Exception):
@@ -29,7 +36,7 @@ class NotSelfContainedError(Exception):
 
 def inline(function: F) -> F:
     """Compile a piece of a kernel into its callers."""
-    return _compiler()(function)
+    return cast("F", _compiler()(function))
 
 
 def kernel(function: F) -> F:
@@ -39,7 +46,7 @@ def kernel(function: F) -> F:
     ``error_model="numpy"`` divides as IEEE says instead of testing for zero, which would keep the loops scalar.
     ``fastmath`` stays off: it divides by multiplying with a reciprocal, which gives other codes than the tools'.
     """
-    return _compiler()(function)
+    return cast("F", _compiler()(function))
 
 
 def _compiler() -> Any:
@@ -51,8 +58,8 @@ def _compiler() -> Any:
 def object_code(function: Any, arguments: Sequence[Any]) -> tuple[str, str, bytes]:
     """Symbol, type of the result and object file of a kernel for arguments of these types, for this CPU.
 
-    NotSelfContainedError where the code refers to anything outside itself but C's memory functions, or where numba does not
-    take arguments as ``loader`` hands them over.
+    NotSelfContainedError where the code refers to more outside itself than a few C functions, or where numba does not take
+    arguments as ``loader`` hands them over.
     """
     signature = tuple(map(_type_of, arguments))
     function.compile(signature)
@@ -63,11 +70,18 @@ def object_code(function: Any, arguments: Sequence[Any]) -> tuple[str, str, byte
     found = [str(argument.type) for argument in module.get_function(symbol).arguments]
     if found != wanted or returns not in RETURNS:
         raise NotSelfContainedError(f"numba {numba.__version__} takes {found} and gives {returns}, wanted {wanted}")
-    outside = [f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")]
-    outside = [name for name in outside if name not in ("memset", "memcpy", "memmove")]
+    named = [value.name for value in (*module.functions, *module.global_variables) if value.is_declaration]
+    outside = [name for name in named if not _is_harmless(name)]
     if outside:
         raise NotSelfContainedError(f"{symbol} refers to {', '.join(outside)}")
     return symbol, returns, target_machine().emit_object(module)
+
+
+def _is_harmless(name: str) -> bool:
+    """Whether code that refers to this name still stands alone."""
+    if name.startswith("llvm."):
+        return _INEXACT.match(name) is None
+    return name in _EVERYWHERE and llvm.address_of_symbol(name) is not None
 
 
 def callable_in_process(function: Any) -> Callable[[Sequence[Any]], Any]:
@@ -79,7 +93,7 @@ def callable_in_process(function: Any) -> Callable[[Sequence[Any]], Any]:
 def _type_of(argument: Any) -> Any:
     if isinstance(argument, np.ndarray):
         layout = "C" if argument.flags.c_contiguous else "A"
-        return types.Array(numba.from_dtype(argument.dtype), argument.ndim, layout)
+        return numba.types.Array(numba.from_dtype(argument.dtype), argument.ndim, layout)
     return numba.typeof(argument)
 
 

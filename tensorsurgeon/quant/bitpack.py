@@ -192,5 +192,5 @@ def _first_columns(array: np.ndarray, count: int) -> np.ndarray:
 
 def _transposed(array: np.ndarray) -> np.ndarray:
     target = empty((array.shape[1], array.shape[0]), array.dtype)
-    _kernels.transpose(np.require(array, requirements="CA"), target)
+    _kernels.transpose(np.require(array, requirements=["C", "A"]), target)
     return target
