@@ -1,7 +1,7 @@
 """How the package compiles its loops: numba, without fastmath, into code that needs neither numba nor Python to run.
 
-Only modules of kernels import this, and only ``loader`` imports those, where nothing is on disk yet: numba costs
-a third of a CPU second to import, a quarter of what a 3 GB conversion takes.
+Only modules of kernels import this, and only ``loader`` imports those, where nothing is on disk yet: importing numba takes
+longer than planning a 3 GB conversion.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def choose_backend(name: str, scheme: Scheme, dtype: DType) -> Backend:
 
 @cache
 def _backend(name: str) -> Backend:
-    # Imported where chosen: torch costs a second, and numba 0.2.
+    # Imported where chosen: torch costs a second.
     if name == "fast":
         from tensorsurgeon.quant.fast import FastBackend
 
