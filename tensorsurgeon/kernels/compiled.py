@@ -14,7 +14,8 @@ import llvmlite.binding as llvm
 import numba as typed_numba
 import numpy as np
 
-from tensorsurgeon.kernels.host import target_machine
+from tensorsurgeon.kernels.host import ENTRY, target_machine
+from tensorsurgeon.kernels.loader import RESULTS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,8 +23,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 numba: Any = typed_numba
 
 _WORD, _POINTER = "i64", "ptr"
-# What a kernel may return, by numba's name for it.
-RETURNS = ("none", "int64", "bool", "float32")
 # What code may call outside itself: C functions that every process has and whose results have no freedom.
 _EVERYWHERE = ("memset", "memcpy", "memmove", "sqrt", "sqrtf")
 # LLVM's own names for C functions whose results differ from one C library to the next.
@@ -55,11 +54,13 @@ def _compiler() -> Any:
     return numba.njit(nogil=True, error_model="numpy", **bare)
 
 
-def object_code(function: Any, arguments: Sequence[Any]) -> tuple[str, str, bytes]:
-    """Symbol, type of the result and object file of a kernel for arguments of these types, for this CPU.
+def object_code(function: Any, arguments: Sequence[Any]) -> tuple[str, bytes]:
+    """Type of the result, and object file, of a kernel for arguments of these types, on this CPU.
 
-    NotSelfContainedError where the code refers to more outside itself than a few C functions, or where numba does not take
-    arguments as ``loader`` hands them over.
+    The file holds one function to call, ``int32 ENTRY(block)``: see ``loader`` for what lies in the block. It calls the
+    kernel by numba's own convention (``numba.core.callconv.CPUCallConv``), ``status f(result*, exception**, values...)``.
+    NotSelfContainedError where numba takes values otherwise, or the code refers to more outside itself than a few C
+    functions.
     """
     signature = tuple(map(_type_of, arguments))
     function.compile(signature)
@@ -68,13 +69,25 @@ def object_code(function: Any, arguments: Sequence[Any]) -> tuple[str, str, byte
     module = llvm.parse_assembly(function.inspect_llvm(signature))
     wanted = [_POINTER, _POINTER, *(part for argument in arguments for part in _parts(argument))]
     found = [str(argument.type) for argument in module.get_function(symbol).arguments]
-    if found != wanted or returns not in RETURNS:
+    if found != wanted or returns not in RESULTS:
         raise NotSelfContainedError(f"numba {numba.__version__} takes {found} and gives {returns}, wanted {wanted}")
     named = [value.name for value in (*module.functions, *module.global_variables) if value.is_declaration]
     outside = [name for name in named if not _is_harmless(name)]
     if outside:
         raise NotSelfContainedError(f"{symbol} refers to {', '.join(outside)}")
-    return symbol, returns, target_machine().emit_object(module)
+    module.link_in(llvm.parse_assembly(_entry(symbol, found)))
+    return returns, target_machine().emit_object(module)
+
+
+def _entry(symbol: str, taken: Sequence[str]) -> str:
+    """LLVM's text of a function that calls another with values from a block of 64-bit words."""
+    lines = [f'declare i32 @"{symbol}"({", ".join(taken)})', f"define i32 @{ENTRY}(ptr %block) {{"]
+    for number, kind in enumerate(taken):
+        lines.append(f"  %place{number} = getelementptr i64, ptr %block, i64 {number}")
+        if number >= 2:  # the first two are places themselves
+            lines.append(f"  %value{number} = load {kind}, ptr %place{number}")
+    values = [f"{kind} %{'place' if number < 2 else 'value'}{number}" for number, kind in enumerate(taken)]
+    return "\n".join([*lines, f'  %status = call i32 @"{symbol}"({", ".join(values)})', "  ret i32 %status", "}"])
 
 
 def _is_harmless(name: str) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
+ENTRY = "tensorsurgeon_kernel"
+
 
 def target_machine() -> Any:
     """A target machine of LLVM's for this CPU with all it can do; the settings are those of numba's own.
@@ -33,15 +35,15 @@ def identity() -> str:
     return "\n".join((llvmlite.__version__, llvm.get_default_triple(), llvm.get_host_cpu_name(), _features()))
 
 
-def load(code: bytes, symbol: str) -> tuple[int, object]:
-    """The address of a function of an object file, and what must stay alive for as long as it may be called.
+def load(code: bytes) -> tuple[int, object]:
+    """The address of an object file's ``ENTRY``, and what must stay alive for as long as that may be called.
 
     An engine of its own for each, so that no file sees another's symbols.
     """
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    return engine.get_function_address(symbol), engine
+    return engine.get_function_address(ENTRY), engine
 
 
 def _features() -> str:

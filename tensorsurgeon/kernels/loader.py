@@ -1,9 +1,14 @@
-"""Call compiled kernels with NumPy arrays, without the GIL, and without numba wherever their code is on disk already."""
+"""Call compiled kernels with NumPy arrays, without the GIL, and without numba wherever their code is on disk already.
+
+A kernel takes one block of 64-bit words: its result, room for an exception (never used), and the values. An array is seven
+values and more: owner and parent (none of either), number of elements, bytes per element, address, shape and strides.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -14,26 +19,26 @@ import numpy as np
 log = logging.getLogger(__name__)
 
 _lock = threading.Lock()
-_SCALARS: Final[dict[str, Any]] = {
-    "b1": ctypes.c_bool,
-    "u1": ctypes.c_uint8,
-    "i8": ctypes.c_int64,
-    "u8": ctypes.c_uint64,
-    "f4": ctypes.c_float,
-    "f8": ctypes.c_double,
+# How a number lies in its word.
+_NUMBERS: Final[dict[type, str]] = {
+    bool: "?7x",
+    int: "q",
+    float: "d",
+    np.bool_: "?7x",
+    np.uint8: "B7x",
+    np.int64: "q",
+    np.uint64: "Q",
+    np.float32: "f4x",
+    np.float64: "d",
 }
-_RESULTS: Final[dict[str, Any]] = {
-    "none": ctypes.c_void_p,
-    "int64": ctypes.c_int64,
-    "bool": ctypes.c_bool,
-    "float32": ctypes.c_float,
-}
-# numba's calling convention: 0 for a result, -2 for a result of None. Everything else is an exception.
+RESULTS: Final = {"none": "8x", "int64": "q", "bool": "?7x", "float32": "f4x"}
+"""How a result lies in its word, by numba's name for its type: what a kernel may return."""
+# 0 for a result, -2 for a result of None. Everything else is an exception.
 _RETURNED: Final = (0, -2)
 
 
 class Kernels:
-    """The kernels of one module of this package as attributes, such as ``Kernels("packing").pack4``."""
+    """The kernels of one module of this package as attributes, such as ``Kernels("bitpack").pack4``."""
 
     def __init__(self, module: str) -> None:
         self._module = module
@@ -55,21 +60,28 @@ class Kernel:
     def __init__(self, module: str, name: str) -> None:
         self._module = module
         self._name = name
-        self._entries: dict[tuple[str, ...], Callable[[Sequence[Any]], Any]] = {}
+        self._entries: dict[tuple[Any, ...], Callable[[Sequence[Any]], Any]] = {}
 
     def __call__(self, *arguments: Any) -> Any:
-        kinds = tuple(map(_kind, arguments))
+        # As cheap as can be: there are tens of thousands of calls, with the GIL held.
+        kinds = tuple(
+            [
+                (a.dtype.char, a.ndim, (flags := a.flags).c_contiguous, flags.aligned) if isinstance(a, np.ndarray) else type(a)
+                for a in arguments
+            ]
+        )
         entry = self._entries.get(kinds)
         if entry is None:
             with _lock:
-                entry = self._entries.get(kinds) or self._prepare(kinds, arguments)
+                entry = self._entries.get(kinds) or self._prepare(arguments)
                 self._entries[kinds] = entry
         return entry(arguments)
 
-    def _prepare(self, kinds: tuple[str, ...], arguments: Sequence[Any]) -> Callable[[Sequence[Any]], Any]:
+    def _prepare(self, arguments: Sequence[Any]) -> Callable[[Sequence[Any]], Any]:
         from tensorsurgeon.kernels import host, store
 
-        file = "-".join((self._module, self._name, *kinds))
+        layout = "".join(map(_layout, arguments))
+        file = "-".join((self._module, self._name, *map(_kind, arguments)))
         found = store.read(file)
         if found is None:
             from tensorsurgeon.kernels import compiled
@@ -81,55 +93,51 @@ class Kernel:
                 log.warning("%s.%s is compiled in every process: %s", self._module, self._name, error)
                 return compiled.callable_in_process(function)
             store.write(file, found)
-        address, engine = host.load(found.code, found.symbol)
-        return _Entry(address, engine, kinds, found.returns)
+        return _Entry(*host.load(found.code), layout, found.returns)
 
 
 class _Entry:
-    """Machine code at an address, called by numba's convention for C (``numba.core.callconv.CPUCallConv``).
+    """Machine code at an address."""
 
-    ``status f(result*, exception**, arguments...)``, where an array is owner, parent (none of either), size, bytes per
-    element, data, shape and strides.
-    """
-
-    def __init__(self, address: int, engine: object, kinds: Sequence[str], returns: str) -> None:
-        taken = [ctypes.c_void_p, ctypes.c_void_p]
-        for kind in kinds:
-            taken += [_SCALARS[kind]] if kind in _SCALARS else _array(int(kind[-2]))
-        self._function = ctypes.CFUNCTYPE(ctypes.c_int32, *taken)(address)
+    def __init__(self, address: int, engine: object, layout: str, returns: str) -> None:
         self._engine = engine
-        self._result = _RESULTS[returns]
+        self._values = struct.Struct(f"=16x{layout}")
+        self._block = ctypes.c_char * self._values.size
+        self._result = struct.Struct(f"={RESULTS[returns]}")
+        # Of a type that lets go of the GIL.
+        self._function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p)(address)
 
     def __call__(self, arguments: Sequence[Any]) -> Any:
-        result, exception = self._result(), ctypes.c_void_p()
-        values: list[Any] = [ctypes.byref(result), ctypes.byref(exception)]
+        values: list[Any] = []
         for argument in arguments:
             if isinstance(argument, np.ndarray):
-                values += (None, None, argument.size, argument.itemsize, argument.ctypes.data)
+                values += (0, 0, argument.size, argument.itemsize, argument.__array_interface__["data"][0])
                 values += argument.shape
                 values += argument.strides
             else:
-                values.append(argument.item() if isinstance(argument, np.generic) else argument)
-        status = self._function(*values)
+                values.append(argument)
+        block = self._block()
+        self._values.pack_into(block, 0, *values)
+        status = self._function(block)
         if status not in _RETURNED:
             raise RuntimeError(f"a kernel ended with status {status}")
-        return result.value
+        result = self._result.unpack_from(block)
+        return result[0] if result else None
+
+
+def _layout(argument: Any) -> str:
+    """How an argument lies in the block; refuses what no kernel takes."""
+    if isinstance(argument, np.ndarray):
+        if not argument.flags.aligned:
+            raise ValueError(f"kernels need aligned arrays, found one of {argument.dtype} {list(argument.shape)} that is not")
+        return f"QQqqQ{2 * argument.ndim}q"
+    if type(argument) not in _NUMBERS:
+        raise TypeError(f"kernels take arrays and numbers, found {type(argument).__name__}")
+    return _NUMBERS[type(argument)]
 
 
 def _kind(argument: Any) -> str:
     """The type of an argument, as far as code depends on it."""
     if isinstance(argument, np.ndarray):
-        if not argument.flags.aligned:
-            raise ValueError(f"kernels need aligned arrays, found one of {argument.dtype} {list(argument.shape)} that is not")
         return f"{argument.dtype.str[1:]}x{argument.ndim}{'c' if argument.flags.c_contiguous else 'a'}"
-    if isinstance(argument, np.generic):
-        return argument.dtype.str[1:]
-    kind = {bool: "b1", int: "i8", float: "f8"}.get(type(argument))
-    if kind is None:
-        raise TypeError(f"kernels take arrays and numbers, found {type(argument).__name__}")
-    return kind
-
-
-def _array(dimensions: int) -> list[Any]:
-    owner = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
-    return owner + [ctypes.c_int64] * (2 * dimensions)
+    return np.dtype(type(argument)).str[1:]

@@ -24,9 +24,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ObjectFile:
-    """Machine code: ``symbol`` is the function to call, ``returns`` the type of its result by numba's name."""
+    """Machine code, and the type of its result by numba's name."""
 
-    symbol: str
     returns: str
     code: bytes
 
@@ -40,7 +39,7 @@ def read(name: str) -> ObjectFile | None:
         head, _, code = (place / name).read_bytes().partition(b"\n")
         told = json.loads(head)
         if told["blake2b"] == hashlib.blake2b(code).hexdigest():
-            return ObjectFile(told["symbol"], told["returns"], code)
+            return ObjectFile(told["returns"], code)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
@@ -54,7 +53,7 @@ def write(name: str, made: ObjectFile) -> None:
     place = folder()
     if place is None:
         return
-    told = {"symbol": made.symbol, "returns": made.returns, "blake2b": hashlib.blake2b(made.code).hexdigest()}
+    told = {"returns": made.returns, "blake2b": hashlib.blake2b(made.code).hexdigest()}
     try:
         descriptor, temporary = tempfile.mkstemp(dir=place)
         try:
