@@ -10,7 +10,7 @@ import click
 from tensorsurgeon.cli_calibrate import calibration_options, run_with_calibration, settings_for
 from tensorsurgeon.cli_plan import plan_named, transform_options
 from tensorsurgeon.cli_terminal import emit, json_option, note, progress_bar, stop_on_signals
-from tensorsurgeon.errors import SurgeonError
+from tensorsurgeon.errors import NumericError, SurgeonError
 from tensorsurgeon.sizes import parse_size, show_size
 
 
@@ -69,7 +69,9 @@ def apply(
                 overwrite=overwrite, stop=stop, progress=lambda p: advance(p.nbytes),
             )  # fmt: skip
         except SurgeonError as error:
-            if 40 <= error.exit_code < 50 or error.exit_code == 130:
+            if isinstance(error, NumericError):
+                error.message += "; --resume would stop here again: change the source or the transform and use --overwrite"
+            elif 40 <= error.exit_code < 50 or error.exit_code == 130:
                 error.message += f"; continue with: surgeon apply ... {target} --resume"
             raise
     data = {

@@ -248,7 +248,7 @@ def test_nan_or_infinity_in_a_weight(bad, dtype, tmp_path, safe):
     source = write_checkpoint(tmp_path / "m", tensors, config=moe_config())
     message = refused(42, "apply", "quark-w8a8-int8", source, safe)
     assert "model.layers.1.self_attn.k_proj.weight" in message
-    assert "--resume" in message
+    assert "--resume would stop here again: change the source or the transform and use --overwrite" in message
 
 
 def test_nan_in_a_weight_that_stays_as_it_is_is_none_of_our_business(tmp_path):
