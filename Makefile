@@ -61,4 +61,4 @@ bench-kl: $(STAMP)
 	$(BIN)/python benchmarks/bench_oneshot.py --check
 
 clean:
-	rm -rf $(VENV) .venvs .demo .bench dist
+	rm -rf $(VENV) .venvs .demo .bench .kernels dist

@@ -10,7 +10,7 @@ import click
 from tensorsurgeon.cli_calibrate import calibration_options, run_with_calibration, settings_for
 from tensorsurgeon.cli_plan import plan_named, transform_options
 from tensorsurgeon.cli_terminal import emit, json_option, note, progress_bar, stop_on_signals
-from tensorsurgeon.errors import NumericError, SurgeonError
+from tensorsurgeon.errors import NumericError, PlanViolationError, SurgeonError
 from tensorsurgeon.sizes import parse_size, show_size
 
 
@@ -70,7 +70,12 @@ def apply(
             )  # fmt: skip
         except SurgeonError as error:
             if isinstance(error, NumericError):
-                error.message += "; --resume would stop here again: change the source or the transform and use --overwrite"
+                changed = (
+                    "the source, the transform or the calibration" if "sources" in calibration else "the source or the transform"
+                )
+                error.message += f"; --resume would stop here again: change {changed} and use --overwrite"
+            elif isinstance(error, PlanViolationError):
+                error.message += "; this is a fault of surgeon's own, please report it"
             elif 40 <= error.exit_code < 50 or error.exit_code == 130:
                 error.message += f"; continue with: surgeon apply ... {target} --resume"
             raise

@@ -14,20 +14,33 @@ from tests.checkpoints import moe_config, tiny_moe, write_checkpoint
 
 # No test may reach for the network, and property tests take the same examples everywhere.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Code that tests compile is kept here, not in the user's own cache.
+os.environ.setdefault("TENSORSURGEON_CACHE", str(Path(__file__).parents[1] / ".kernels"))
 settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("fixed")
 
 
+class _Fallbacks(logging.Handler):
+    """Kernels that fell back to numba, which is right but slow and would go unnoticed; see ``kernels.compiled``."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+FALLBACKS = _Fallbacks()
+# For the whole session: fixtures of modules and of the session compile too.
+logging.getLogger("tensorsurgeon.kernels").addHandler(FALLBACKS)
+
+
 @pytest.fixture(autouse=True)
 def kernels_stand_alone(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No kernel falls back to numba in any test, which would be right but slow, and unnoticed; see ``kernels.compiled``."""
-    said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("tensorsurgeon.kernels")
-    logger.addHandler(handler)
+    """No kernel has fallen back to numba since the last test."""
     yield
-    logger.removeHandler(handler)
+    said, FALLBACKS.said = FALLBACKS.said, []
     assert not said or request.node.get_closest_marker("kernels_may_warn"), said
 
 

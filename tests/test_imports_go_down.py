@@ -111,8 +111,15 @@ def test_every_room_has_a_floor():
 
 def test_the_ground_floor_of_math_knows_neither_formats_nor_files():
     allowed = {"errors", "dtypes", "arrays", "kernels", "quant"}
-    for path in [*(PACKAGE / "kernels").rglob("*.py"), *(PACKAGE / "quant").rglob("*.py")]:
+    for path in (PACKAGE / "quant").rglob("*.py"):
         assert {room_of(name) for _, name in imports(path)} <= allowed, path
+
+
+def test_compiled_code_depends_on_its_own_room_only():
+    """``kernels.identity`` digests the modules of that room, so whatever came from elsewhere would go stale unseen."""
+    for path in (PACKAGE / "kernels").rglob("*.py"):
+        assert path.parent == PACKAGE / "kernels"
+        assert {room_of(name) for _, name in imports(path)} <= {"kernels"}, path
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -105,8 +105,8 @@ def callable_in_process(function: Any) -> Callable[[Sequence[Any]], Any]:
 
 def _type_of(argument: Any) -> Any:
     if isinstance(argument, np.ndarray):
-        layout = "C" if argument.flags.c_contiguous else "A"
-        return numba.types.Array(numba.from_dtype(argument.dtype), argument.ndim, layout)
+        layout, readonly = "C" if argument.flags.c_contiguous else "A", not argument.flags.writeable
+        return numba.types.Array(numba.from_dtype(argument.dtype), argument.ndim, layout, readonly=readonly)
     return numba.typeof(argument)
 
 

@@ -1,4 +1,4 @@
-"""The compiled loops of the fast backend for FP8 and FP4; see ``fast_kernels`` for the integers."""
+"""The compiled loops of the fast backend for FP8 and FP4; see ``integer_codes`` for the integers."""
 
 # mypy: ignore-errors
 # The types in here are numba's, decided per call; the kernels' own signatures are written out for their callers.

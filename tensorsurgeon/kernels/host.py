@@ -12,7 +12,7 @@ ENTRY = "tensorsurgeon_kernel"
 
 
 def target_machine() -> Any:
-    """A target machine of LLVM's for this CPU with all it can do; the settings are those of numba's own.
+    """A target machine of LLVM's for this CPU with all it can do; the settings are numba's defaults.
 
     A new one each time (0.4 ms): an engine takes it over, and takes it along when it goes.
     """

@@ -40,8 +40,7 @@ def run_amax(row, start, size):
     """The largest magnitude, as bits, of ``size`` elements from ``start`` (unsigned).
 
     Blocks of known length for short groups: their vector loop would be over before it begins. Indices are unsigned
-    because a signed one might count from the end, which keeps a loop scalar; no slice is taken, for each counts
-    references.
+    because a signed one might count from the end, which keeps a loop scalar.
     """
     largest = like(row[0], 0)
     if size < _LONG and size % 8 == 0:

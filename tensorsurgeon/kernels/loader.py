@@ -33,6 +33,8 @@ _NUMBERS: Final[dict[type, str]] = {
 }
 RESULTS: Final = {"none": "8x", "int64": "q", "bool": "?7x", "float32": "f4x"}
 """How a result lies in its word, by numba's name for its type: what a kernel may return."""
+# C_CONTIGUOUS, ALIGNED, WRITEABLE.
+_FLAGS: Final = 0x1 | 0x100 | 0x400
 # 0 for a result, -2 for a result of None. Everything else is an exception.
 _RETURNED: Final = (0, -2)
 
@@ -54,7 +56,7 @@ class Kernels:
 class Kernel:
     """One kernel, loaded or compiled at the first call for each set of argument types.
 
-    Arguments are arrays (aligned; written in place), int, float, bool, or NumPy scalars, whose type then counts.
+    Arguments are arrays (written in place, if they may be), int, float, bool, or NumPy scalars, whose type then counts.
     """
 
     def __init__(self, module: str, name: str) -> None:
@@ -66,7 +68,7 @@ class Kernel:
         # As cheap as can be: there are tens of thousands of calls, with the GIL held.
         kinds = tuple(
             [
-                (a.dtype.char, a.ndim, (flags := a.flags).c_contiguous, flags.aligned) if isinstance(a, np.ndarray) else type(a)
+                ((d := a.dtype).char, d.isnative, a.ndim, a.flags.num & _FLAGS) if isinstance(a, np.ndarray) else type(a)
                 for a in arguments
             ]
         )
@@ -128,8 +130,9 @@ class _Entry:
 def _layout(argument: Any) -> str:
     """How an argument lies in the block; refuses what no kernel takes."""
     if isinstance(argument, np.ndarray):
-        if not argument.flags.aligned:
-            raise ValueError(f"kernels need aligned arrays, found one of {argument.dtype} {list(argument.shape)} that is not")
+        if not argument.flags.aligned or not argument.dtype.isnative:
+            found = f"{argument.dtype} {list(argument.shape)}"
+            raise ValueError(f"kernels need aligned arrays in the machine's byte order, found one of {found} that is not")
         return f"QQqqQ{2 * argument.ndim}q"
     if type(argument) not in _NUMBERS:
         raise TypeError(f"kernels take arrays and numbers, found {type(argument).__name__}")
@@ -139,5 +142,6 @@ def _layout(argument: Any) -> str:
 def _kind(argument: Any) -> str:
     """The type of an argument, as far as code depends on it."""
     if isinstance(argument, np.ndarray):
-        return f"{argument.dtype.str[1:]}x{argument.ndim}{'c' if argument.flags.c_contiguous else 'a'}"
+        flags = argument.flags
+        return f"{argument.dtype.str[1:]}x{argument.ndim}{'c' if flags.c_contiguous else 'a'}{'' if flags.writeable else 'r'}"
     return np.dtype(type(argument)).str[1:]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tensorsurgeon.kernels import compiled, store
+from tensorsurgeon.kernels import compiled, identity, place, store
 from tensorsurgeon.kernels.loader import Kernel, Kernels
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +33,10 @@ PACKED = "['0x87654321', '0xfedcba9']"
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty place for compiled code."""
     monkeypatch.setenv("TENSORSURGEON_CACHE", str(tmp_path / "cache"))
-    store.folder.cache_clear()
+    place.folder.cache_clear()
     yield tmp_path / "cache"
-    store.folder.cache_clear()
+    place.folder.cache_clear()
+    identity.identity.cache_clear()
 
 
 def run_script(**environment: str) -> tuple[str, str]:
@@ -55,14 +58,15 @@ def test_code_is_kept_where_nobody_else_can_write(tmp_path: Path) -> None:
     (tmp_path / "cache").chmod(0o777)  # anybody may have planted something
     printed, said = run_script(TENSORSURGEON_CACHE=str(tmp_path / "cache"))
     assert printed == f"{PACKED} compiled"
-    assert "no private folder for compiled code" in said
+    assert f"compiled code has no folder ({tmp_path / 'cache'}: others may write it (chmod go-w))" in said
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (tmp_path / "cache").symlink_to(tmp_path / "elsewhere")
     printed, said = run_script(TENSORSURGEON_CACHE=str(tmp_path / "cache"))
-    assert (printed, "TENSORSURGEON_CACHE" in said) == (f"{PACKED} compiled", True)
+    assert printed == f"{PACKED} compiled"
+    assert f"({tmp_path / 'cache'}: is a link, or no folder)" in said
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
@@ -75,12 +79,14 @@ def test_a_home_that_takes_nothing_leaves_the_temporary_folder(tmp_path: Path) -
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "text"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "text", "head"])
 def test_damaged_code_is_made_again_and_never_run(tmp_path: Path, damage: str) -> None:
     assert run_script(TENSORSURGEON_CACHE=str(tmp_path))[0].endswith("compiled")
     (file,) = tmp_path.rglob("bitpack-*")
     whole = file.read_bytes()
-    changed = {"cut": whole[:-9], "emptied": b"", "text": b"hello\nworld", "flipped": whole[:-9] + bytes(9)}[damage]
+    changed = {"cut": whole[:-9], "emptied": b"", "text": b"hello\nworld", "flipped": whole[:-9] + bytes(9)}.get(
+        damage, whole.replace(b"none", b"nome")
+    )
     assert changed != whole
     file.write_bytes(changed)
     printed, said = run_script(TENSORSURGEON_CACHE=str(tmp_path))
@@ -90,18 +96,66 @@ def test_damaged_code_is_made_again_and_never_run(tmp_path: Path, damage: str) -
     assert run_script(TENSORSURGEON_CACHE=str(tmp_path)) == (f"{PACKED} loaded", "")
 
 
-def test_other_sources_or_another_cpu_do_not_find_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = store.folder()
-    store._identity.cache_clear()
-    monkeypatch.setattr(store.host, "identity", lambda: "another CPU")
-    store.folder.cache_clear()
-    try:
-        assert store.folder() not in (None, mine)
-    finally:
-        store._identity.cache_clear()
+@pytest.fixture
+def copied(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The sources that code is kept for, where they can be edited."""
+    shutil.copytree(Path(identity.__file__).parent, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(identity, "__file__", str(tmp_path / "kernels" / "identity.py"))
+    identity.identity.cache_clear()
+    return tmp_path / "kernels"
 
 
-def test_many_threads_may_make_the_first_call(cache: Path) -> None:
+def test_whatever_code_depends_on_changes_its_identity(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = [identity.digest()]
+    for file in sorted(copied.iterdir()):
+        file.write_text(f"{file.read_text()}\n# edited\n")
+        seen.append(identity.digest())
+    monkeypatch.setattr(identity.host, "identity", lambda: "another CPU")
+    seen.append(identity.digest())
+    monkeypatch.setenv("NUMBA_OPT", "0")
+    seen.append(identity.digest())
+    monkeypatch.setattr(identity.np, "__version__", "9")
+    seen.append(identity.digest())
+    assert len(seen) == len(set(seen)) == len(list(copied.iterdir())) + 4
+    shutil.rmtree(copied)
+    assert identity.digest() is None
+
+
+def test_an_edit_while_a_process_runs_keeps_nothing_under_the_wrong_name(copied: Path, cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(store, "_sources_moved", False)
+    made = store.ObjectFile("none", b"code")
+    store.write("before", made)
+    source = copied / "bitpack.py"
+    whole = source.read_text()
+    source.write_text(whole + "# edited\n")
+    store.write("edited", made)
+    source.write_text(whole)
+    store.write("after", made)  # of a module that may have been imported in between
+    assert [file.name for file in cache.rglob("*") if file.is_file()] == ["before"]
+    assert store.read("before") == made
+
+
+def test_code_of_versions_long_gone_is_removed(cache: Path) -> None:
+    cache.mkdir(mode=0o700)
+    for name, days in {"a" * 32: 31, "b" * 32: 29, "notes": 99}.items():
+        (cache / name).mkdir()
+        then = time.time() - days * 24 * 3600
+        os.utime(cache / name, (then, then))
+    made = place.folder()
+    assert made is not None
+    assert {file.name for file in cache.iterdir()} == {"b" * 32, "notes", made.name}
+
+
+def test_many_threads_may_make_the_first_call(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def slowly(*arguments: object) -> tuple[str, bytes]:
+        made.append(arguments)
+        time.sleep(0.1)
+        return whole(*arguments)
+
+    whole = compiled.object_code
+    monkeypatch.setattr(compiled, "object_code", slowly)
     kernels = Kernels("bitpack")
     sources = [np.arange(64 * 48, dtype=np.int32).reshape(64, 48) + n for n in range(16)]
 
@@ -113,7 +167,7 @@ def test_many_threads_may_make_the_first_call(cache: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         for source, target in zip(sources, pool.map(transpose, sources), strict=True):
             assert (target == source.T).all()
-    assert len(list(cache.rglob("bitpack-transpose*"))) == 1
+    assert len(made) == 1
 
 
 def test_arrays_with_gaps_are_walked_by_their_strides() -> None:
@@ -124,10 +178,27 @@ def test_arrays_with_gaps_are_walked_by_their_strides() -> None:
     assert (target == source.T).all()
 
 
-def test_an_array_that_is_not_aligned_is_refused() -> None:
-    unaligned = np.zeros(33, np.uint8)[1:].view(np.int32).reshape(2, 4)
-    with pytest.raises(ValueError, match=r"kernels need aligned arrays, found one of int32 \[2, 4\] that is not"):
-        Kernels("bitpack").transpose(unaligned, np.zeros((4, 2), np.int32))
+@pytest.mark.parametrize(
+    "strange", [np.zeros(33, np.uint8)[1:].view(np.int32).reshape(2, 4), np.zeros((2, 4), ">i4")], ids=["unaligned", "swapped"]
+)
+def test_an_array_that_no_loop_could_read_is_refused(strange: np.ndarray) -> None:
+    transpose = Kernels("bitpack").transpose
+    transpose(np.zeros((2, 4), np.int32), np.zeros((4, 2), np.int32))  # what fits does not make the rest fit
+    with pytest.raises(ValueError, match=r"aligned arrays in the machine's byte order, found one of \S+ \[2, 4\] that is not"):
+        transpose(strange, np.zeros((4, 2), np.int32))
+
+
+def test_an_array_that_may_not_be_written_is_not_written() -> None:
+    source, target = np.ones((2, 4), np.int32), np.zeros((4, 2), np.int32)
+    transpose = Kernels("bitpack").transpose
+    source.flags.writeable = False
+    transpose(source, target)
+    assert target.all()
+    target = np.zeros((4, 2), np.int32)
+    target.flags.writeable = False
+    with pytest.raises(Exception, match=r"(?i)readonly"):
+        transpose(source, target)
+    assert not target.any()
 
 
 def test_what_is_neither_array_nor_number_is_refused() -> None:
