@@ -14,15 +14,14 @@ import llvmlite.binding as llvm
 import numba as typed_numba
 import numpy as np
 
-from tensorsurgeon.kernels.host import ENTRY, target_machine
-from tensorsurgeon.kernels.loader import RESULTS
+from tensorsurgeon.kernels.block import ENTRY, RESULTS, llvm_types
+from tensorsurgeon.kernels.host import target_machine
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Its stubs know neither the options without a runtime nor how types are made.
 numba: Any = typed_numba
 
-_WORD, _POINTER = "i64", "ptr"
 # What code may call outside itself: C functions that every process has and whose results have no freedom.
 _EVERYWHERE = ("memset", "memcpy", "memmove", "sqrt", "sqrtf")
 # LLVM's own names for C functions whose results differ from one C library to the next.
@@ -57,17 +56,16 @@ def _compiler() -> Any:
 def object_code(function: Any, arguments: Sequence[Any]) -> tuple[str, bytes]:
     """Type of the result, and object file, of a kernel for arguments of these types, on this CPU.
 
-    The file holds one function to call, ``int32 ENTRY(block)``: see ``loader`` for what lies in the block. It calls the
-    kernel by numba's own convention (``numba.core.callconv.CPUCallConv``), ``status f(result*, exception**, values...)``.
-    NotSelfContainedError where numba takes values otherwise, or the code refers to more outside itself than a few C
-    functions.
+    The file holds one function to call, ``int32 ENTRY(block)``: see ``block``. It calls the kernel by numba's own convention
+    (``numba.core.callconv.CPUCallConv``), ``status f(result*, exception**, values...)``. NotSelfContainedError where numba
+    takes values otherwise, or the code refers to more outside itself than a few C functions.
     """
     signature = tuple(map(_type_of, arguments))
     function.compile(signature)
     description = function.overloads[signature].fndesc
     symbol, returns = description.llvm_func_name, str(description.restype)
     module = llvm.parse_assembly(function.inspect_llvm(signature))
-    wanted = [_POINTER, _POINTER, *(part for argument in arguments for part in _parts(argument))]
+    wanted = ["ptr", "ptr", *(part for argument in arguments for part in llvm_types(argument))]
     found = [str(argument.type) for argument in module.get_function(symbol).arguments]
     if found != wanted or returns not in RESULTS:
         raise NotSelfContainedError(f"numba {numba.__version__} takes {found} and gives {returns}, wanted {wanted}")
@@ -108,11 +106,3 @@ def _type_of(argument: Any) -> Any:
         layout, readonly = "C" if argument.flags.c_contiguous else "A", not argument.flags.writeable
         return numba.types.Array(numba.from_dtype(argument.dtype), argument.ndim, layout, readonly=readonly)
     return numba.typeof(argument)
-
-
-def _parts(argument: Any) -> list[str]:
-    """LLVM's types of the values as which numba hands over an argument."""
-    if isinstance(argument, np.ndarray):
-        return [_POINTER, _POINTER, _WORD, _WORD, _POINTER, *[_WORD] * (2 * argument.ndim)]
-    dtype = argument.dtype if isinstance(argument, np.generic) else np.dtype(type(argument))
-    return [{"f4": "float", "f8": "double"}.get(dtype.str[1:], f"i{8 * dtype.itemsize}")]

@@ -8,7 +8,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
-ENTRY = "tensorsurgeon_kernel"
+from tensorsurgeon.kernels.block import ENTRY
 
 
 def target_machine() -> Any:

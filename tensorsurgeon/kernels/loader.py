@@ -1,8 +1,4 @@
-"""Call compiled kernels with NumPy arrays, without the GIL, and without numba wherever their code is on disk already.
-
-A kernel takes one block of 64-bit words: its result, room for an exception (never used), and the values. An array is seven
-values and more: owner and parent (none of either), number of elements, bytes per element, address, shape and strides.
-"""
+"""Call compiled kernels with NumPy arrays, without the GIL, and without numba wherever their code is on disk already."""
 
 from __future__ import annotations
 
@@ -16,23 +12,11 @@ from typing import Any, Final
 
 import numpy as np
 
+from tensorsurgeon.kernels import block
+
 log = logging.getLogger(__name__)
 
 _lock = threading.Lock()
-# How a number lies in its word.
-_NUMBERS: Final[dict[type, str]] = {
-    bool: "?7x",
-    int: "q",
-    float: "d",
-    np.bool_: "?7x",
-    np.uint8: "B7x",
-    np.int64: "q",
-    np.uint64: "Q",
-    np.float32: "f4x",
-    np.float64: "d",
-}
-RESULTS: Final = {"none": "8x", "int64": "q", "bool": "?7x", "float32": "f4x"}
-"""How a result lies in its word, by numba's name for its type: what a kernel may return."""
 # C_CONTIGUOUS, ALIGNED, WRITEABLE.
 _FLAGS: Final = 0x1 | 0x100 | 0x400
 # 0 for a result, -2 for a result of None. Everything else is an exception.
@@ -82,8 +66,9 @@ class Kernel:
     def _prepare(self, arguments: Sequence[Any]) -> Callable[[Sequence[Any]], Any]:
         from tensorsurgeon.kernels import host, store
 
-        layout = "".join(map(_layout, arguments))
-        file = "-".join((self._module, self._name, *map(_kind, arguments)))
+        for argument in arguments:
+            block.check(argument)
+        file = "-".join((self._module, self._name, *map(block.kind, arguments)))
         found = store.read(file)
         if found is None:
             from tensorsurgeon.kernels import compiled
@@ -95,7 +80,7 @@ class Kernel:
                 log.warning("%s.%s is compiled in every process: %s", self._module, self._name, error)
                 return compiled.callable_in_process(function)
             store.write(file, found)
-        return _Entry(*host.load(found.code), layout, found.returns)
+        return _Entry(*host.load(found.code), "".join(map(block.layout, arguments)), found.returns)
 
 
 class _Entry:
@@ -104,8 +89,8 @@ class _Entry:
     def __init__(self, address: int, engine: object, layout: str, returns: str) -> None:
         self._engine = engine
         self._values = struct.Struct(f"=16x{layout}")
-        self._block = ctypes.c_char * self._values.size
-        self._result = struct.Struct(f"={RESULTS[returns]}")
+        self._words = ctypes.c_char * self._values.size
+        self._result = struct.Struct(f"={block.RESULTS[returns]}")
         # Of a type that lets go of the GIL.
         self._function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p)(address)
 
@@ -118,30 +103,10 @@ class _Entry:
                 values += argument.strides
             else:
                 values.append(argument)
-        block = self._block()
-        self._values.pack_into(block, 0, *values)
-        status = self._function(block)
+        words = self._words()
+        self._values.pack_into(words, 0, *values)
+        status = self._function(words)
         if status not in _RETURNED:
             raise RuntimeError(f"a kernel ended with status {status}")
-        result = self._result.unpack_from(block)
+        result = self._result.unpack_from(words)
         return result[0] if result else None
-
-
-def _layout(argument: Any) -> str:
-    """How an argument lies in the block; refuses what no kernel takes."""
-    if isinstance(argument, np.ndarray):
-        if not argument.flags.aligned or not argument.dtype.isnative:
-            found = f"{argument.dtype} {list(argument.shape)}"
-            raise ValueError(f"kernels need aligned arrays in the machine's byte order, found one of {found} that is not")
-        return f"QQqqQ{2 * argument.ndim}q"
-    if type(argument) not in _NUMBERS:
-        raise TypeError(f"kernels take arrays and numbers, found {type(argument).__name__}")
-    return _NUMBERS[type(argument)]
-
-
-def _kind(argument: Any) -> str:
-    """The type of an argument, as far as code depends on it."""
-    if isinstance(argument, np.ndarray):
-        flags = argument.flags
-        return f"{argument.dtype.str[1:]}x{argument.ndim}{'c' if flags.c_contiguous else 'a'}{'' if flags.writeable else 'r'}"
-    return np.dtype(type(argument)).str[1:]
