@@ -10,9 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorsurgeon.kernels.compiled import kernel
+from tensorsurgeon.kernels.scratch import matrix
 
 # Columns whose errors are handed on together: a third of the memory traffic of one at a time. Written out below.
 _PANEL = 4
+# Rows that go together: 128 columns of them are 32 KB and stay in the L1 cache.
+_TILE = 64
 
 
 @kernel
@@ -41,17 +44,17 @@ def column_loop(
     codes: NDArray[np.int8],
     residual: NDArray[np.float32],
     loss: NDArray[np.float64],
-    sums: NDArray[np.float32],
+    scratch: NDArray[np.float32],
 ) -> None:
     """Quantize one block [B, N] of columns from its end; ``owed`` [B, N] is what columns outside it left behind.
 
-    ``loss`` [N] gains (U^T D)^2, less the damping's part ``added`` D^2. ``sums`` [B, T] is written in; T rows go together.
+    ``loss`` [N] gains (U^T D)^2, less the damping's part ``added`` D^2. ``scratch`` [64 B] is written in.
     No fastmath and a division, not a reciprocal: codes must be those of ``round_to_nearest``.
     """
     columns, rows = original.shape
-    tile = sums.shape[1]
-    for first in range(0, rows, tile):
-        width = min(tile, rows - first)
+    sums = matrix(scratch, columns, 64)
+    for first in range(0, rows, _TILE):
+        width = min(_TILE, rows - first)
         for k in range(columns):
             for n in range(width):
                 sums[k, n] = owed[k, first + n]

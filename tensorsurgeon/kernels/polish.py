@@ -10,9 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorsurgeon.kernels.compiled import kernel
+from tensorsurgeon.kernels.scratch import matrix
 
 # Columns whose steps are handed on together: a third of the memory traffic of one at a time. Written out below.
 _PANEL = 4
+# Rows that go together: 128 columns of them are 32 KB and stay in the L1 cache.
+_TILE = 64
 
 
 @kernel
@@ -49,21 +52,22 @@ def descend(
     qmax: np.float32,
     sweeps: int,
     gain: NDArray[np.float64],
-    slope: NDArray[np.float32],
+    slopes: NDArray[np.float32],
     steps: NDArray[np.float32],
 ) -> None:
     """Move each code of one block [B, N] to its best value given all others, columns in ``order``, ``sweeps`` times.
 
-    ``slope`` [B, T] and ``steps`` [5, T] are written in; T rows go together.
+    ``slopes`` [64 B] and ``steps`` [64 * 5] are written in.
     """
     columns, rows = gradient.shape
-    tile = slope.shape[1]
-    fallen = steps[_PANEL]
+    slope = matrix(slopes, columns, 64)
+    fallen = steps[_PANEL * _TILE :]
+    moves = matrix(steps, 4, 64)
     zero = np.float32(0.0)
     one = np.float32(1.0)
     two = np.float32(2.0)
-    for first in range(0, rows, tile):
-        width = min(tile, rows - first)
+    for first in range(0, rows, _TILE):
+        width = min(_TILE, rows - first)
         for k in range(columns):
             for n in range(width):
                 slope[k, n] = gradient[k, first + n]
@@ -80,7 +84,7 @@ def descend(
                     row_codes = codes[k, first : first + width]
                     row_change = change[k, first : first + width]
                     row_slope = slope[k]
-                    step = steps[place - begin]
+                    step = moves[place - begin]
                     for n in range(width):
                         size = row_scale[n]
                         divisor = one if size == zero else size
@@ -105,7 +109,7 @@ def descend(
                 if moved == 0 or (sweep == sweeps - 1 and end == columns):
                     continue
                 for k in range(end - begin, _PANEL):
-                    steps[k, :width] = zero
+                    moves[k, :width] = zero
                 k0, k1 = order[begin], order[min(begin + 1, end - 1)]
                 k2, k3 = order[min(begin + 2, end - 1)], order[min(begin + 3, end - 1)]
                 # The panel's own slopes are up to date; those of columns that come later in the last sweep suffice there.
@@ -115,4 +119,4 @@ def descend(
                     i = order[other]
                     c0, c1, c2, c3 = damped[k0, i], damped[k1, i], damped[k2, i], damped[k3, i]
                     for n in range(width):
-                        slope[i, n] -= (c0 * steps[0, n] + c1 * steps[1, n]) + (c2 * steps[2, n] + c3 * steps[3, n])
+                        slope[i, n] -= (c0 * moves[0, n] + c1 * moves[1, n]) + (c2 * moves[2, n] + c3 * moves[3, n])

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tensorsurgeon.arrays import aligned
 from tensorsurgeon.errors import NumericError
 from tensorsurgeon.kernels.loader import Kernels
 from tensorsurgeon.quant.hessian import ActOrder, FlippedFactor, damp_for_tokens, flipped_cholesky
@@ -252,8 +253,7 @@ def _quantize_columns(
     zero = zero_rows(zero_point, scale_rows.shape).numpy()
     added_in_order = added[factor.order].numpy()
     loss = torch.zeros(rows, dtype=torch.float64)
-    # 128 columns x 64 rows of sums are 32 KB and stay in the L1 cache.
-    sums = np.empty((min(block_size, columns), TILE_ROWS), np.float32)
+    sums = aligned((TILE_ROWS * min(block_size, columns),), np.float32)
     # The factor is flipped, so the column to visit first is the last.
     for stop in range(columns, 0, -block_size):
         start = max(0, stop - block_size)

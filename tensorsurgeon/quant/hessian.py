@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tensorsurgeon.arrays import aligned
 from tensorsurgeon.errors import NumericError
 from tensorsurgeon.kernels.loader import Kernels
 
@@ -231,7 +232,7 @@ def _factor_in_place(matrix: Tensor) -> bool:
             matrix[start:, start:stop].addmm_(matrix[start:, :start], matrix[start:stop, :start].T, alpha=-1)
         pivot = matrix[start:stop, start:stop].contiguous()
         inverse = torch.empty_like(pivot)
-        scratch = np.empty((2, *pivot.shape))
+        scratch = aligned((2, *pivot.shape), np.float64)
         if not _kernels.factor_panel(pivot.numpy(), inverse.numpy(), diagonal[start:stop], _PIVOT_FLOOR, scratch):
             return False
         matrix[start:stop, start:stop] = pivot

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tensorsurgeon.arrays import aligned
 from tensorsurgeon.kernels.loader import Kernels
 from tensorsurgeon.quant.scale_search import TILE_ROWS, StoreScale, zero_rows
 
@@ -105,8 +106,8 @@ def polish(
                 np.float32(qmax),
                 options.sweeps,
                 state.gain.numpy(),
-                np.empty((stop - start, TILE_ROWS), np.float32),
-                np.empty((5, TILE_ROWS), np.float32),
+                aligned((TILE_ROWS * (stop - start),), np.float32),
+                aligned((TILE_ROWS * 5,), np.float32),
             )
     return Polished(
         codes=state.codes.T.contiguous(),

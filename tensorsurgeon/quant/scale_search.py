@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tensorsurgeon.arrays import aligned
 from tensorsurgeon.errors import NumericError
 from tensorsurgeon.kernels.loader import Kernels
 
@@ -84,7 +85,7 @@ def search_scale(
         np.float32(qmin),
         np.float32(qmax),
         best,
-        np.empty((3, TILE_ROWS), np.float32),
+        aligned((3, TILE_ROWS), np.float32),
     )
     return torch.gather(candidates, 0, torch.from_numpy(best)[None])[0].T.contiguous()
 
