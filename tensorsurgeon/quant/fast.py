@@ -39,6 +39,8 @@ class FastBackend:
         check_groups(weight.shape, scheme)
         dtype = dtype_of(weight)
         bits = np.require(np.ascontiguousarray(weight), requirements="A").view(_BITS[dtype])
+        # Of one kind, whether the caller may write to the weight or not: so is the code that a small one warms up.
+        bits.flags.writeable = False
         if bits.size == 0:
             raise ValueError(f"an empty weight {list(weight.shape)} has no scales")
         if scheme.type == "nvfp4":

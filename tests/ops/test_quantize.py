@@ -8,9 +8,12 @@ import pytest
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.errors import NumericError, PlanError, RecipeError, SpecError
 from tensorsurgeon.formats.layouts import LAYOUTS
+from tensorsurgeon.kernels.loader import Kernel, Kernels
 from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.planning import make_plan
+from tensorsurgeon.quant import bitpack, fast
 from tensorsurgeon.rewriting import advance
+from tensorsurgeon.run import run_plan
 from tests.checkpoints import apply, read_all, write_checkpoint
 from tests.contract.ops import Case, OpContract, Refusal, array_of, spec_map
 from tests.ops.arrays import BF16
@@ -151,3 +154,22 @@ def test_fields_out_of_range_are_refused_when_the_step_is_made(fields, message):
 def test_an_unknown_format_names_the_nearest():
     with pytest.raises(RecipeError, match=r"unknown format 'ct-pakced'.*ct-packed"):
         quantize("ct-pakced").plan(spec_map(dense()))
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_warming_up_loads_the_very_code_that_the_weights_need(layout, tmp_path, monkeypatch):
+    """A worker that finds other code missing would load it, or compile it, with all others waiting."""
+    source = write_checkpoint(tmp_path / "s", dense(), config=CONFIG)
+    step = quantize(layout)
+    plan = make_plan(step, open_checkpoint(source))
+    monkeypatch.setattr(fast, "_integers", Kernels("integer_codes"))
+    monkeypatch.setattr(fast, "_floats", Kernels("float_codes"))
+    monkeypatch.setattr(bitpack, "_kernels", Kernels("bitpack"))
+    prepared = []
+    whole = Kernel._prepare
+    monkeypatch.setattr(Kernel, "_prepare", lambda self, arguments: prepared.append(self._name) or whole(self, arguments))
+    step.warm_up()
+    assert prepared
+    warmed = list(prepared)
+    run_plan(plan, tmp_path / "t", workers=1)
+    assert prepared == warmed
