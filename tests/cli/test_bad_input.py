@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from tensorsurgeon import errors
 from tensorsurgeon.cli import main
+from tensorsurgeon.ops.quantize import Quantize
 from tests.checkpoints import FIXTURE, INDEX, folder_bytes, moe_config, read_all, tiny_moe, write_checkpoint
 from tests.test_checkpoint import INDEX_FAULTS, edit_index
 from tests.test_header import REFUSED
@@ -249,6 +250,14 @@ def test_nan_or_infinity_in_a_weight(bad, dtype, tmp_path, safe):
     message = refused(42, "apply", "quark-w8a8-int8", source, safe)
     assert "model.layers.1.self_attn.k_proj.weight" in message
     assert "--resume would stop here again: change the source or the transform and use --overwrite" in message
+
+
+def test_a_step_that_breaks_its_own_plan_says_whose_fault_that_is(moe, safe, monkeypatch):
+    whole = Quantize.apply
+    monkeypatch.setattr(Quantize, "apply", lambda *given: [array[:1] for array in whole(*given)])
+    message = refused(41, "apply", "quark-w8a8-int8", moe, safe)
+    assert "this is a fault of surgeon's own, please report it" in message
+    assert "--resume" not in message
 
 
 def test_nan_in_a_weight_that_stays_as_it_is_is_none_of_our_business(tmp_path):
