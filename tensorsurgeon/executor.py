@@ -30,7 +30,7 @@ from tensorsurgeon.work_queue import WorkQueue, warming_up
 # that the disk is busy from the start. What is finished during a sync goes with the next.
 COMMIT_BYTES = 32 << 20
 # Small enough for a core's own cache: bytes are read, digested and written while they are warm. The kernel's own
-# ``copy_file_range`` moves 64 KB at a time under the file's lock and costs a quarter of a whole run more.
+# ``copy_file_range`` moves 64 KB at a time under the file's lock, and leaves the digest to read them again.
 _COPY_BUFFER = 1 << 20
 
 

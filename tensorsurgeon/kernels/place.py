@@ -27,17 +27,18 @@ def folder() -> Path | None:
     In the place that ``TENSORSURGEON_CACHE`` names, or else in the user's cache directory, or else in the temporary one.
     """
     name = identity()
+    if name is None:
+        log.warning("compiling in every process, for there are no sources to tell versions of compiled code apart by")
+        return None
     refused = []
     for place in _places():
-        found = None if name is None else place / name
-        reason = "no sources to tell versions apart by" if found is None else _why_not_private(place)
-        if found is not None and reason is None:
-            is_new = not found.exists()
-            reason = _why_not_private(found)
-            if reason is None:
-                if is_new:
-                    _remove_old(place)
-                return found
+        reason = _why_not_private(place)
+        is_new = reason is None and not (place / name).exists()
+        reason = reason or _why_not_private(place / name)
+        if reason is None:
+            if is_new:
+                _remove_old(place)
+            return place / name
         refused.append(f"{place}: {reason}")
     log.warning("compiling in every process, for compiled code has no folder (%s)", "; ".join(refused) or "none was found")
     return None
