@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from tensorsurgeon.kernels.compiled import inline, kernel
+from tensorsurgeon.kernels.tiles import PACKED_TILE
 
 _U8 = np.uint64(8)
 _U16 = np.uint64(16)
@@ -20,8 +21,7 @@ _WORDS = np.uint64(0x0000000100000001)
 _TOP = np.uint64(0x8080808080808080)
 _LOW = np.uint64(0x7F7F7F7F7F7F7F7F)
 _ONE = np.uint64(1)
-_TILE = 16  # int32 words in a cache line
-_WIDE = 64  # columns that one pass of pack4_down takes
+_TILE, _WIDE = PACKED_TILE
 
 
 @inline
@@ -177,7 +177,7 @@ def pack4_down(codes: np.ndarray, order: np.ndarray, offset: np.uint8, words: np
     """uint8 [8 n, K] -> uint32 [K, n]: nibble i of word (k, c) is row ``8 c + order[i]`` of column k.
 
     Sixteen words of 64 columns at a time: reads run along rows, and each write fills a cache line. ``tile``: uint32
-    [16, 64] to write in.
+    PACKED_TILE to write in.
     """
     columns = codes.shape[1]
     count = words.shape[1]

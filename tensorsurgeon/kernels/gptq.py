@@ -11,11 +11,7 @@ from numpy.typing import NDArray
 
 from tensorsurgeon.kernels.compiled import kernel
 from tensorsurgeon.kernels.scratch import matrix
-
-# Columns whose errors are handed on together: a third of the memory traffic of one at a time. Written out below.
-_PANEL = 4
-# Rows that go together: 128 columns of them are 32 KB and stay in the L1 cache.
-_TILE = 64
+from tensorsurgeon.kernels.tiles import PANEL_COLUMNS, TILE_ROWS
 
 
 @kernel
@@ -48,18 +44,18 @@ def column_loop(
 ) -> None:
     """Quantize one block [B, N] of columns from its end; ``owed`` [B, N] is what columns outside it left behind.
 
-    ``loss`` [N] gains (U^T D)^2, less the damping's part ``added`` D^2. ``scratch`` [64 B] is written in.
+    ``loss`` [N] gains (U^T D)^2, less the damping's part ``added`` D^2. ``scratch`` [TILE_ROWS B] is written in.
     No fastmath and a division, not a reciprocal: codes must be those of ``round_to_nearest``.
     """
     columns, rows = original.shape
-    sums = matrix(scratch, columns, 64)
-    for first in range(0, rows, _TILE):
-        width = min(_TILE, rows - first)
+    sums = matrix(scratch, columns, TILE_ROWS)
+    for first in range(0, rows, TILE_ROWS):
+        width = min(TILE_ROWS, rows - first)
         for k in range(columns):
             for n in range(width):
                 sums[k, n] = owed[k, first + n]
-        for stop in range(columns, 0, -_PANEL):
-            start = max(0, stop - _PANEL)
+        for stop in range(columns, 0, -PANEL_COLUMNS):
+            start = max(0, stop - PANEL_COLUMNS)
             for k in range(stop - 1, start - 1, -1):
                 pivot = lower[k, k]
                 row_scale = scale[group[k], first : first + width]

@@ -11,11 +11,7 @@ from numpy.typing import NDArray
 
 from tensorsurgeon.kernels.compiled import kernel
 from tensorsurgeon.kernels.scratch import matrix
-
-# Columns whose steps are handed on together: a third of the memory traffic of one at a time. Written out below.
-_PANEL = 4
-# Rows that go together: 128 columns of them are 32 KB and stay in the L1 cache.
-_TILE = 64
+from tensorsurgeon.kernels.tiles import PANEL_COLUMNS, TILE_ROWS
 
 
 @kernel
@@ -57,23 +53,23 @@ def descend(
 ) -> None:
     """Move each code of one block [B, N] to its best value given all others, columns in ``order``, ``sweeps`` times.
 
-    ``slopes`` [64 B] and ``steps`` [64 * 5] are written in.
+    ``slopes`` [TILE_ROWS B] and ``steps`` [TILE_ROWS (PANEL_COLUMNS + 1)] are written in.
     """
     columns, rows = gradient.shape
-    slope = matrix(slopes, columns, 64)
-    fallen = steps[_PANEL * _TILE :]
-    moves = matrix(steps, 4, 64)
+    slope = matrix(slopes, columns, TILE_ROWS)
+    fallen = steps[PANEL_COLUMNS * TILE_ROWS :]
+    moves = matrix(steps, PANEL_COLUMNS, TILE_ROWS)
     zero = np.float32(0.0)
     one = np.float32(1.0)
     two = np.float32(2.0)
-    for first in range(0, rows, _TILE):
-        width = min(_TILE, rows - first)
+    for first in range(0, rows, TILE_ROWS):
+        width = min(TILE_ROWS, rows - first)
         for k in range(columns):
             for n in range(width):
                 slope[k, n] = gradient[k, first + n]
         for sweep in range(sweeps):
-            for begin in range(0, columns, _PANEL):
-                end = min(begin + _PANEL, columns)
+            for begin in range(0, columns, PANEL_COLUMNS):
+                end = min(begin + PANEL_COLUMNS, columns)
                 moved = 0
                 for place in range(begin, end):
                     k = order[place]
@@ -108,7 +104,7 @@ def descend(
                             slope[i, n] -= coupling * step[n]
                 if moved == 0 or (sweep == sweeps - 1 and end == columns):
                     continue
-                for k in range(end - begin, _PANEL):
+                for k in range(end - begin, PANEL_COLUMNS):
                     moves[k, :width] = zero
                 k0, k1 = order[begin], order[min(begin + 1, end - 1)]
                 k2, k3 = order[min(begin + 2, end - 1)], order[min(begin + 3, end - 1)]

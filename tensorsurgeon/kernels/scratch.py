@@ -14,7 +14,7 @@ from numba.np.arrayobj import populate_array
 
 
 def _matrix(_context: Any, flat: Any, rows: Any, columns: Any) -> tuple[Any, Callable[..., Any]]:
-    """The beginning of a vector as a matrix; ``columns`` is written out as a number.
+    """The beginning of a vector as a matrix; ``columns`` is a constant.
 
     Its strides are known when the loops are compiled; those of an argument are not, which costs the polishing loop what
     `benchmarks/bench_gptq.py` notices.

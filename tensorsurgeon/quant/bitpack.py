@@ -24,6 +24,7 @@ import numpy as np
 
 from tensorsurgeon.arrays import empty
 from tensorsurgeon.kernels.loader import Kernels
+from tensorsurgeon.kernels.tiles import PACKED_TILE
 
 _kernels = Kernels("bitpack")
 
@@ -122,7 +123,7 @@ def pack_transposed(codes: np.ndarray, num_bits: int, *, offset: int = 0, order:
     if num_bits != 4 or rows % 8:
         return pack_rows(_transposed(codes), num_bits, offset=offset, order=order)
     words = empty((columns, rows // 8), np.int32)
-    tile = empty((16, 64), np.uint32)
+    tile = empty(PACKED_TILE, np.uint32)
     slots = np.array(NATURAL_ORDER if order is None else order, np.int64)
     _kernels.pack4_down(np.ascontiguousarray(codes).view(np.uint8), slots, np.uint8(offset % 256), words.view(np.uint32), tile)
     return words

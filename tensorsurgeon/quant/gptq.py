@@ -23,10 +23,10 @@ from torch import Tensor
 from tensorsurgeon.arrays import aligned
 from tensorsurgeon.errors import NumericError
 from tensorsurgeon.kernels.loader import Kernels
+from tensorsurgeon.kernels.tiles import TILE_ROWS
 from tensorsurgeon.quant.hessian import ActOrder, FlippedFactor, damp_for_tokens, flipped_cholesky
 from tensorsurgeon.quant.polish import Polish, polish
 from tensorsurgeon.quant.scale_search import (
-    TILE_ROWS,
     ScaleSearch,
     StoreScale,
     check_grid,

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tensorsurgeon.arrays import aligned
 from tensorsurgeon.kernels.loader import Kernels
-from tensorsurgeon.quant.scale_search import TILE_ROWS, StoreScale, zero_rows
+from tensorsurgeon.kernels.tiles import PANEL_COLUMNS, TILE_ROWS
+from tensorsurgeon.quant.scale_search import StoreScale, zero_rows
 
 _kernels = Kernels("polish")
 
@@ -107,7 +108,7 @@ def polish(
                 options.sweeps,
                 state.gain.numpy(),
                 aligned((TILE_ROWS * (stop - start),), np.float32),
-                aligned((TILE_ROWS * 5,), np.float32),
+                aligned((TILE_ROWS * (PANEL_COLUMNS + 1),), np.float32),
             )
     return Polished(
         codes=state.codes.T.contiguous(),

@@ -17,12 +17,10 @@ from torch import Tensor
 from tensorsurgeon.arrays import aligned
 from tensorsurgeon.errors import NumericError
 from tensorsurgeon.kernels.loader import Kernels
+from tensorsurgeon.kernels.tiles import TILE_ROWS
 
 # Rounds F32 scales to what the format will store, F32 in and out.
 StoreScale = Callable[[Tensor], Tensor]
-
-# Rows per tile: a group of 128 columns x 64 rows is 32 KB and stays in the L1 cache for all candidates.
-TILE_ROWS = 64
 
 _kernels = Kernels("scale_search")
 
