@@ -28,7 +28,9 @@ def folder() -> Path | None:
     """
     name = identity()
     if name is None:
-        log.warning("compiling in every process, for there are no sources to tell versions of compiled code apart by")
+        log.warning(
+            "compiled code cannot be kept, for there are no sources to tell its versions apart by: every run compiles it again"
+        )
         return None
     refused = []
     for place in _places():
@@ -40,7 +42,10 @@ def folder() -> Path | None:
                 _remove_old(place)
             return place / name
         refused.append(f"{place}: {reason}")
-    log.warning("compiling in every process, for compiled code has no folder (%s)", "; ".join(refused) or "none was found")
+    log.warning(
+        "compiled code cannot be kept (%s): every run compiles it again; TENSORSURGEON_CACHE can name a folder of your own",
+        "; ".join(refused) or "no folder was found",
+    )
     return None
 
 

@@ -58,7 +58,7 @@ def test_code_is_kept_where_nobody_else_can_write(tmp_path: Path) -> None:
     (tmp_path / "cache").chmod(0o777)  # anybody may have planted something
     printed, said = run_script(TENSORSURGEON_CACHE=str(tmp_path / "cache"))
     assert printed == f"{PACKED} compiled"
-    assert f"compiled code has no folder ({tmp_path / 'cache'}: others may write it (chmod go-w))" in said
+    assert f"compiled code cannot be kept ({tmp_path / 'cache'}: others may write it (chmod go-w)): every run" in said
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
