@@ -28,9 +28,7 @@ def folder() -> Path | None:
     """
     name = identity()
     if name is None:
-        log.warning(
-            "compiled code cannot be kept, for there are no sources to tell its versions apart by: every run compiles it again"
-        )
+        log.warning("compiled code cannot be kept (no sources to tell its versions apart by): every run compiles it again")
         return None
     refused = []
     for place in _places():
