@@ -26,12 +26,12 @@ from safetensors.torch import load_file
 from tensorsurgeon.calibrate.log import LOG_NAME, read_log
 from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
 from tensorsurgeon.calibrate.run import run_calibrated
-from tensorsurgeon.calibrate.statistics import StoredStatistics, layer_path
-from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.library import load_transform
-from tensorsurgeon.planning import make_plan
-from tensorsurgeon.rewriting import steps_of
-from tensorsurgeon.run import run_plan
+from tensorsurgeon.calibrate.walk.statistics import StoredStatistics, layer_path
+from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.planning.plan import make_plan
+from tensorsurgeon.planning.rewriting import steps_of
+from tensorsurgeon.recipes.library import load_transform
+from tensorsurgeon.running.run import run_plan
 
 _FIXTURES = Path(__file__).parents[1] / "fixtures"
 _EXPERT = re.compile(r"(.*\.layers\.(\d+)\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj")

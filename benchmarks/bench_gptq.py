@@ -120,8 +120,8 @@ class Peer:
 
 def compare(peer: Peer | None, shape: tuple[int, int], seed: int, threads: int, runs: int) -> None:
     """Print one table: every variant of ours, and llm-compressor between them in each round."""
-    from tensorsurgeon.quant.gptq import GptqOptions, gptq, gptq_stack
-    from tensorsurgeon.quant.polish import Polish
+    from tensorsurgeon.quant.gptq.gptq import GptqOptions, gptq, gptq_stack
+    from tensorsurgeon.quant.gptq.polish import Polish
 
     torch.set_num_threads(threads)
     tokens = inputs(shape[1], 4096, 1000)
@@ -180,9 +180,9 @@ def compare(peer: Peer | None, shape: tuple[int, int], seed: int, threads: int, 
 
 def compare_few_tokens(shape: tuple[int, int], counts: list[int], seeds: list[int]) -> None:
     """Print errors on fresh tokens by how many tokens there were to calibrate on, means over seeds of weight and tokens."""
-    from tensorsurgeon.quant.gptq import GptqOptions, gptq
-    from tensorsurgeon.quant.polish import Polish
-    from tensorsurgeon.quant.scale_search import round_to_nearest
+    from tensorsurgeon.quant.gptq.gptq import GptqOptions, gptq
+    from tensorsurgeon.quant.gptq.polish import Polish
+    from tensorsurgeon.quant.gptq.scale_search import round_to_nearest
 
     variants = {
         "plain": GptqOptions(search=None, measure_energy=False), "searched": GptqOptions(measure_energy=False),

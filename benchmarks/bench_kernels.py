@@ -22,11 +22,11 @@ from threading import Barrier
 import ml_dtypes
 import numpy as np
 
-from tensorsurgeon.arrays import workspace_of_thread
-from tensorsurgeon.dtypes import BF16
 from tensorsurgeon.quant import bitpack
-from tensorsurgeon.quant.backend import choose_backend
-from tensorsurgeon.quant.grid import Scheme
+from tensorsurgeon.quant.rtn.backend import choose_backend
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.arrays import workspace_of_thread
+from tensorsurgeon.tensors.dtypes import BF16
 
 Work = Callable[[np.ndarray], object]
 
@@ -35,9 +35,9 @@ import time
 start = time.perf_counter()
 import numpy, ml_dtypes
 numpy_s = time.perf_counter() - start
-from tensorsurgeon.dtypes import BF16
-from tensorsurgeon.quant.backend import choose_backend
-from tensorsurgeon.quant.grid import Scheme
+from tensorsurgeon.tensors.dtypes import BF16
+from tensorsurgeon.quant.rtn.backend import choose_backend
+from tensorsurgeon.quant.scheme import Scheme
 weight = numpy.ones((512, 2048), ml_dtypes.bfloat16)
 choose_backend("auto", Scheme(), BF16).quantize(weight, Scheme())
 print(f"{numpy_s:.3f} s numpy and ml_dtypes, {time.perf_counter() - start - numpy_s:.3f} s our modules and the first call")

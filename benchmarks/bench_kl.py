@@ -29,14 +29,14 @@ from torch import Tensor
 
 from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
 from tensorsurgeon.calibrate.run import run_calibrated
-from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.library import load_transform
+from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.ops.quantize import Quantize
-from tensorsurgeon.planning import Plan, make_plan
-from tensorsurgeon.quant.gptq import GptqOptions
-from tensorsurgeon.quant.polish import Polish
-from tensorsurgeon.rewriting import steps_of
-from tensorsurgeon.run import run_plan
+from tensorsurgeon.planning.plan import Plan, make_plan
+from tensorsurgeon.planning.rewriting import steps_of
+from tensorsurgeon.quant.gptq.gptq import GptqOptions
+from tensorsurgeon.quant.gptq.polish import Polish
+from tensorsurgeon.recipes.library import load_transform
+from tensorsurgeon.running.run import run_plan
 
 _FIXTURES = Path(__file__).parents[1] / "fixtures"
 _MODEL = _FIXTURES / "tiny-qwen3_5-moe"

@@ -116,11 +116,11 @@ def run_oneshot(interpreter: Path, orders: list[dict[str, Any]], threads: int, w
 
 def score_oneshot(judge: Judge, model: Path, folder: Path, planned: set[str], as_saved: bool, work: Path) -> dict[str, Any]:
     """Score the checkpoint in ``folder``, with the original's unquantized tensors unless ``as_saved``."""
-    from tensorsurgeon.checkpoint import open_checkpoint
-    from tensorsurgeon.library import load_transform
-    from tensorsurgeon.planning import make_plan
-    from tensorsurgeon.rewriting import steps_of
-    from tensorsurgeon.run import run_plan
+    from tensorsurgeon.checkpoint.folder import open_checkpoint
+    from tensorsurgeon.planning.plan import make_plan
+    from tensorsurgeon.planning.rewriting import steps_of
+    from tensorsurgeon.recipes.library import load_transform
+    from tensorsurgeon.running.run import run_plan
 
     saved, back = open_checkpoint(folder / "saved"), work / "back"
     packed = {name.removesuffix(".weight_packed") for name in saved.specs if name.endswith(".weight_packed")}
@@ -159,9 +159,9 @@ def runs_for(
     """Scores by tool, one of each seed's options."""
     from bench_kl import GRIDS, METHODS, measure, plan_for
 
-    from tensorsurgeon.calibrate.data import load_data
-    from tensorsurgeon.calibrate.model import StreamedModel
-    from tensorsurgeon.checkpoint import open_checkpoint
+    from tensorsurgeon.calibrate.data.data import load_data
+    from tensorsurgeon.calibrate.walk.model import StreamedModel
+    from tensorsurgeon.checkpoint.folder import open_checkpoint
 
     num_bits, group_size = GRIDS[grid]
     planned = set(plan_for(model, grid, "gptq").quantized)

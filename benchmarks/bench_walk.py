@@ -48,13 +48,13 @@ def calibrate(source: Path, target: Path, tokens: Path, samples: int, workers: i
     from tensorsurgeon.calibrate.log import LOG_NAME, read_log
     from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
     from tensorsurgeon.calibrate.run import run_calibrated
-    from tensorsurgeon.checkpoint import open_checkpoint
-    from tensorsurgeon.library import load_transform
+    from tensorsurgeon.checkpoint.folder import open_checkpoint
     from tensorsurgeon.ops.quantize import Quantize
-    from tensorsurgeon.planning import make_plan
-    from tensorsurgeon.quant.gptq import GptqOptions
-    from tensorsurgeon.quant.polish import Polish
-    from tensorsurgeon.rewriting import steps_of
+    from tensorsurgeon.planning.plan import make_plan
+    from tensorsurgeon.planning.rewriting import steps_of
+    from tensorsurgeon.quant.gptq.gptq import GptqOptions
+    from tensorsurgeon.quant.gptq.polish import Polish
+    from tensorsurgeon.recipes.library import load_transform
 
     times = _LayerTimes()
     logger = logging.getLogger("tensorsurgeon.calibrate.run")

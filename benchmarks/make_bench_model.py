@@ -15,10 +15,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from tensorsurgeon.dtypes import dtype_named
-from tensorsurgeon.layout import INDEX_NAME, lay_out
-from tensorsurgeon.names import natural_key
-from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.checkpoint.layout import INDEX_NAME, lay_out
+from tensorsurgeon.tensors.dtypes import dtype_named
+from tensorsurgeon.tensors.names import natural_key
+from tensorsurgeon.tensors.spec import TensorSpec
 
 _SKELETON = Path(__file__).parents[1] / "fixtures" / "qwen3.6-35b-a3b"
 _VOCABULARY = 50_000

@@ -14,7 +14,7 @@ from tensorsurgeon.version import __version__
 if TYPE_CHECKING:
     from tensorsurgeon.api import apply, describe, diff, inspect, plan, transform, verify
     from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
-    from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
+    from tensorsurgeon.checkpoint.folder import Checkpoint, open_checkpoint
     from tensorsurgeon.errors import SurgeonError
     from tensorsurgeon.ops.cast import Cast
     from tensorsurgeon.ops.concat import Concat
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from tensorsurgeon.ops.transpose import Transpose
     from tensorsurgeon.ops.unsqueeze import Unsqueeze
     from tensorsurgeon.ops.unstack import Unstack
-    from tensorsurgeon.planning import Plan
-    from tensorsurgeon.rewriting import Chain, Rewrite, Transform
-    from tensorsurgeon.run import RunResult
-    from tensorsurgeon.spec import Region, SpecMap, TensorSpec
+    from tensorsurgeon.planning.plan import Plan
+    from tensorsurgeon.planning.rewriting import Chain, Rewrite, Transform
+    from tensorsurgeon.running.run import RunResult
+    from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 _HOMES = {
     "tensorsurgeon.api": ("apply", "describe", "diff", "inspect", "plan", "transform", "verify"),
     "tensorsurgeon.calibrate.options": ("CalibrationOptions", "DataSource"),
-    "tensorsurgeon.checkpoint": ("Checkpoint", "open_checkpoint"),
+    "tensorsurgeon.checkpoint.folder": ("Checkpoint", "open_checkpoint"),
     "tensorsurgeon.errors": ("SurgeonError",),
     "tensorsurgeon.ops.cast": ("Cast",),
     "tensorsurgeon.ops.concat": ("Concat",),
@@ -58,10 +58,10 @@ _HOMES = {
     "tensorsurgeon.ops.transpose": ("Transpose",),
     "tensorsurgeon.ops.unsqueeze": ("Unsqueeze",),
     "tensorsurgeon.ops.unstack": ("Unstack",),
-    "tensorsurgeon.planning": ("Plan",),
-    "tensorsurgeon.run": ("RunResult",),
-    "tensorsurgeon.spec": ("Region", "SpecMap", "TensorSpec"),
-    "tensorsurgeon.rewriting": ("Chain", "Rewrite", "Transform"),
+    "tensorsurgeon.planning.plan": ("Plan",),
+    "tensorsurgeon.running.run": ("RunResult",),
+    "tensorsurgeon.tensors.spec": ("Region", "SpecMap", "TensorSpec"),
+    "tensorsurgeon.planning.rewriting": ("Chain", "Rewrite", "Transform"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

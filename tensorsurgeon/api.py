@@ -14,15 +14,15 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.diffing import Difference, diff_checkpoints
-from tensorsurgeon.inspecting import inspect_checkpoint
-from tensorsurgeon.library import load_transform
-from tensorsurgeon.planning import Plan, make_plan
-from tensorsurgeon.report import plan_as_text
-from tensorsurgeon.rewriting import AnyTransform, Chain
-from tensorsurgeon.run import RunResult, run_plan
-from tensorsurgeon.sizes import parse_size
+from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.look.diffing import Difference, diff_checkpoints
+from tensorsurgeon.look.inspecting import inspect_checkpoint
+from tensorsurgeon.planning.plan import Plan, make_plan
+from tensorsurgeon.planning.report import plan_as_text
+from tensorsurgeon.planning.rewriting import AnyTransform, Chain
+from tensorsurgeon.recipes.library import load_transform
+from tensorsurgeon.running.run import RunResult, run_plan
+from tensorsurgeon.tensors.sizes import parse_size
 from tensorsurgeon.verifying.judging import Verification
 from tensorsurgeon.verifying.judging import verify as verify_checkpoint
 

@@ -12,10 +12,10 @@ import numpy as np
 from safetensors import deserialize
 from safetensors.numpy import save_file
 
-from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.dtypes import DTYPES
-from tensorsurgeon.planning import make_plan
-from tensorsurgeon.run import RunResult, run_plan
+from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.planning.plan import make_plan
+from tensorsurgeon.running.run import RunResult, run_plan
+from tensorsurgeon.tensors.dtypes import DTYPES
 
 Tensors = dict[str, np.ndarray]
 INDEX = "model.safetensors.index.json"

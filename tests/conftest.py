@@ -33,7 +33,7 @@ class _Fallbacks(logging.Handler):
 
 FALLBACKS = _Fallbacks()
 # For the whole session: fixtures of modules and of the session compile too.
-logging.getLogger("tensorsurgeon.kernels").addHandler(FALLBACKS)
+logging.getLogger("tensorsurgeon.quant.loops").addHandler(FALLBACKS)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tensorsurgeon.ops.quantize import Quantize
-from tensorsurgeon.rewriting import Transform
+from tensorsurgeon.planning.rewriting import Transform
 
 
 def needs_calibration(steps: Sequence[Transform]) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from tensorsurgeon.errors import RecipeError, did_you_mean
-from tensorsurgeon.quant.gptq import GptqOptions
-from tensorsurgeon.quant.polish import Polish
+from tensorsurgeon.quant.gptq.gptq import GptqOptions
+from tensorsurgeon.quant.gptq.polish import Polish
 
 ExpertFeeding = Literal["routed", "all", "balanced"]
 ExpertHessian = Literal["shared", "own"]

@@ -20,24 +20,24 @@ from typing import Any, NamedTuple
 import torch
 
 from tensorsurgeon.calibrate import needs_calibration
-from tensorsurgeon.calibrate.allocator import give_back_memory
-from tensorsurgeon.calibrate.data import CalibrationData, load_data
+from tensorsurgeon.calibrate.codes.stage import LayerStage
+from tensorsurgeon.calibrate.codes.targets import Target, find_targets
+from tensorsurgeon.calibrate.data.data import CalibrationData, load_data
 from tensorsurgeon.calibrate.log import LOG_NAME, LogRow, log_bytes, read_log, summarize, summary_text
-from tensorsurgeon.calibrate.model import StreamedModel
 from tensorsurgeon.calibrate.options import CalibrationOptions
-from tensorsurgeon.calibrate.stage import LayerStage
-from tensorsurgeon.calibrate.statistics import layer_path
-from tensorsurgeon.calibrate.targets import Target, find_targets
+from tensorsurgeon.calibrate.walk.allocator import give_back_memory
+from tensorsurgeon.calibrate.walk.model import StreamedModel
+from tensorsurgeon.calibrate.walk.statistics import layer_path
+from tensorsurgeon.checkpoint.sink import Sink, publish_bytes
+from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.errors import BudgetError, NoMatchError, RecipeError
-from tensorsurgeon.executor import Progress, run_units
-from tensorsurgeon.journal import Journal, state_folder
 from tensorsurgeon.ops.quantize import Quantize
-from tensorsurgeon.planning import Plan
-from tensorsurgeon.quant.grid import Quantized
+from tensorsurgeon.planning.plan import Plan
+from tensorsurgeon.quant.scheme import Quantized
 from tensorsurgeon.quant.threads import one_torch_thread
-from tensorsurgeon.run import RunResult, run_plan
-from tensorsurgeon.sink import Sink, publish_bytes
-from tensorsurgeon.source import Source
+from tensorsurgeon.running.executor import Progress, run_units
+from tensorsurgeon.running.journal import Journal, state_folder
+from tensorsurgeon.running.run import RunResult, run_plan
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from tensorsurgeon.engines.base import Advice, Device, Target, loads
 from tensorsurgeon.engines.facts import Facts, facts_of
 from tensorsurgeon.engines.registry import ENGINES, engine_named
 from tensorsurgeon.errors import EngineError, RecipeError, did_you_mean
-from tensorsurgeon.planning import Plan
+from tensorsurgeon.planning.plan import Plan
 
 KEYS: Final = ("tp", "version", "device")
 _NUMBER: Final = re.compile(r"\d+")

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, NamedTuple
 
-from tensorsurgeon.dtypes import BF16, WEIGHT_DTYPES
 from tensorsurgeon.engines.sharding import Experts, Heads, Linear
 from tensorsurgeon.errors import ConfigError
 from tensorsurgeon.formats.base import Format
-from tensorsurgeon.formats.fused_modules import EXPERTS, FUSED, FUSED_NAME, describe
 from tensorsurgeon.formats.registry import detect, quantization_config
-from tensorsurgeon.planning import Plan
-from tensorsurgeon.quant.grid import Scheme
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.models.fused import EXPERTS, FUSED, FUSED_NAME, describe
+from tensorsurgeon.planning.plan import Plan
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.dtypes import BF16, WEIGHT_DTYPES
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 MTP: Final = "mtp."
 GATED: Final = (frozenset(("gate_proj", "up_proj", "down_proj")), frozenset(("w1", "w2", "w3")))

@@ -8,7 +8,7 @@ from typing import Final
 from tensorsurgeon.engines.base import Finding, Target
 from tensorsurgeon.engines.facts import Facts
 from tensorsurgeon.engines.sharding import Linear
-from tensorsurgeon.formats.fused_modules import describe
+from tensorsurgeon.models.fused import describe
 
 WORDS: Final = {"ct_packed", "gptq", "autoround", "awq", "quark_int4"}
 """Layouts of integers packed into words, read with BF16 activations (WNA16)."""

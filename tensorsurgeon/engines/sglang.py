@@ -13,7 +13,7 @@ from tensorsurgeon.engines.base import Engine, Finding, Target
 from tensorsurgeon.engines.facts import MTP, Facts
 from tensorsurgeon.engines.parallel import MARLIN_GROUPS, RULES, WORDS
 from tensorsurgeon.engines.vllm import TILE_INPUTS, TILE_OUTPUTS
-from tensorsurgeon.formats.fused_modules import describe
+from tensorsurgeon.models.fused import describe
 
 PACKINGS: Final = ("auto_round:auto_gptq", "auto_round:auto_awq")
 

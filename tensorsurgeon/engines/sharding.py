@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final, Literal, NamedTuple
 
-from tensorsurgeon.quant.grid import Scheme
+from tensorsurgeon.quant.scheme import Scheme
 
 Cut = Literal["outputs", "inputs", "unknown"]
 

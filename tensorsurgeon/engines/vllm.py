@@ -16,7 +16,7 @@ from tensorsurgeon.engines.facts import Facts
 from tensorsurgeon.engines.mtp import mtp_left_alone
 from tensorsurgeon.engines.parallel import MARLIN_GROUPS, RULES, WORDS, ranks_of
 from tensorsurgeon.engines.sharding import Experts
-from tensorsurgeon.formats.fused_modules import describe
+from tensorsurgeon.models.fused import describe
 
 # The engine's own constants (marlin_utils.py): the narrowest tile, and the smallest group it halves to.
 TILE_OUTPUTS, TILE_INPUTS = 64, 128

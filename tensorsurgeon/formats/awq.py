@@ -13,17 +13,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tensorsurgeon.dtypes import F16, I32, DType
 from tensorsurgeon.errors import SpecError
 from tensorsurgeon.formats.awq_words import awq_tensors, awq_weight_shape, pack_awq, unpack_awq
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
 from tensorsurgeon.formats.config_reading import boolean, integer, modules_with, one_of, schemes_of, strings
 from tensorsurgeon.formats.coverage import Coverage, activations_of, cover
-from tensorsurgeon.formats.fused_modules import fused_name
 from tensorsurgeon.formats.scales import with_scale_dtype
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_multiple, check_scheme
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.models.fused import fused_name
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import F16, I32, DType
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

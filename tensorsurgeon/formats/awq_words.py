@@ -10,12 +10,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tensorsurgeon.dtypes import F16, I32
 from tensorsurgeon.formats.gptq_words import require_symmetric
 from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale
 from tensorsurgeon.quant.bitpack import AWQ_ORDER, pack_transposed, unpack_transposed
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import F16, I32
+from tensorsurgeon.tensors.spec import TensorSpec
 
 _HALF = 8
 

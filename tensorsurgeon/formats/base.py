@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from tensorsurgeon.dtypes import DType
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import DType
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

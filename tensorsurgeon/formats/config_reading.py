@@ -10,11 +10,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tensorsurgeon.dtypes import DType
 from tensorsurgeon.errors import ConfigError, did_you_mean
-from tensorsurgeon.formats.coverage import MTP, float_matrices
-from tensorsurgeon.quant.grid import Scheme
-from tensorsurgeon.spec import SpecMap
+from tensorsurgeon.formats.coverage import float_matrices
+from tensorsurgeon.models.patterns import MTP
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.dtypes import DType
+from tensorsurgeon.tensors.spec import SpecMap
 
 TOP = "quantization_config"
 

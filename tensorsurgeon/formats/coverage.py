@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 from tensorsurgeon.errors import RecipeError, SpecError, did_you_mean
 from tensorsurgeon.formats.base import QuantizedModel
-from tensorsurgeon.formats.fused_modules import check_siblings, describe, experts_of
-from tensorsurgeon.quant.grid import Scheme
-from tensorsurgeon.spec import SpecMap
-
-MTP = "mtp."
+from tensorsurgeon.models.fused import check_siblings, describe, experts_of
+from tensorsurgeon.models.patterns import MTP
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.spec import SpecMap
 
 
 class Coverage(NamedTuple):

@@ -14,8 +14,8 @@ from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
 from tensorsurgeon.formats.config_reading import TOP, only_keys, schemes_of, section, strings
 from tensorsurgeon.formats.coverage import cover
 from tensorsurgeon.formats.ct_targets import Matcher, ignore_list, target_lists
-from tensorsurgeon.quant.grid import Scheme
-from tensorsurgeon.spec import SpecMap
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.spec import SpecMap
 
 DIALECT: Final = "0.15.0"
 """The compressed-tensors version whose keys are written: vLLM 0.21 pins 0.15, later readers accept it."""

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
-from tensorsurgeon.dtypes import F8_E4M3, F8_E8M0, F32, U8, DType
 from tensorsurgeon.formats import ct_config
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
 from tensorsurgeon.formats.config_reading import modules_with, one_of
@@ -24,8 +23,9 @@ from tensorsurgeon.formats.coverage import activations_of
 from tensorsurgeon.formats.scales import loaded_scale, stored_scale, with_scale_dtype
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_scheme
 from tensorsurgeon.quant.bitpack import pack_nibbles, unpack_nibbles
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import F8_E4M3, F8_E8M0, F32, U8, DType
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 NVFP4_LAYOUT, MXFP4_LAYOUT = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 

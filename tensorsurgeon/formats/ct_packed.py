@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tensorsurgeon.dtypes import I32, I64, DType
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.formats import ct_config
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
@@ -21,8 +20,9 @@ from tensorsurgeon.formats.coverage import activations_of
 from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_scheme
 from tensorsurgeon.quant.bitpack import pack_columns, pack_rows, unpack_columns, unpack_rows, words_per_row
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import I32, I64, DType
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 LAYOUT = "pack-quantized"
 

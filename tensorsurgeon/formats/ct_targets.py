@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from typing import Final
 
 from tensorsurgeon.formats.coverage import Coverage
-from tensorsurgeon.formats.module_patterns import exact_pattern, patterns_for
-from tensorsurgeon.quant.grid import Scheme
+from tensorsurgeon.models.patterns import exact_pattern, patterns_for
+from tensorsurgeon.quant.scheme import Scheme
 
 ALL_LINEARS: Final = "Linear"
 MTP_IGNORED: Final = "re:^mtp.*"

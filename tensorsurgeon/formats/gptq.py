@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from tensorsurgeon.dtypes import BF16, F16, I32, DType
 from tensorsurgeon.errors import ConfigError, SpecError
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
 from tensorsurgeon.formats.config_reading import TOP, boolean, integer, modules_with, one_of, schemes_of
@@ -29,8 +28,9 @@ from tensorsurgeon.formats.gptq_words import (
 )
 from tensorsurgeon.formats.scales import with_scale_dtype
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_multiple, check_scheme
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import BF16, F16, I32, DType
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 from tensorsurgeon.version import __version__
 
 _BITS = (2, 3, 4, 8)

@@ -15,10 +15,10 @@ from typing import Any, Final
 
 from tensorsurgeon.errors import ConfigError, SpecError
 from tensorsurgeon.formats.config_reading import TOP, boolean, integer
-from tensorsurgeon.formats.coverage import MTP, Coverage
-from tensorsurgeon.formats.fused_modules import fused_name
-from tensorsurgeon.formats.module_patterns import patterns_for
-from tensorsurgeon.quant.grid import Scheme
+from tensorsurgeon.formats.coverage import Coverage
+from tensorsurgeon.models.fused import fused_name
+from tensorsurgeon.models.patterns import MTP, patterns_for
+from tensorsurgeon.quant.scheme import Scheme
 
 MTP_SKIPPED: Final = "-:.*mtp.*"
 

@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from tensorsurgeon.dtypes import F16, I32
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale
 from tensorsurgeon.quant.bitpack import (
@@ -24,8 +23,9 @@ from tensorsurgeon.quant.bitpack import (
     unpack_transposed,
     words_per_row,
 )
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import F16, I32
+from tensorsurgeon.tensors.spec import TensorSpec
 
 
 def gptq_tensors(weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:

@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tensorsurgeon.dtypes import BF16, F8_E4M3, F32, DType
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
 from tensorsurgeon.formats.config_reading import block_size, modules_with, one_of, schemes_of, strings
 from tensorsurgeon.formats.coverage import activations_of, cover
 from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
 from tensorsurgeon.formats.weight_checks import BLOCK, blocks_of, check_group_size, check_matrix, check_scheme
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import BF16, F8_E4M3, F32, DType
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

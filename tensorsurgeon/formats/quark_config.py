@@ -16,8 +16,8 @@ from tensorsurgeon.errors import ConfigError
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
 from tensorsurgeon.formats.config_reading import TOP, schemes_of, section, strings
 from tensorsurgeon.formats.coverage import Coverage, cover
-from tensorsurgeon.quant.grid import Scheme
-from tensorsurgeon.spec import SpecMap
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.spec import SpecMap
 
 DIALECT: Final = "0.13"
 """The Quark version whose config is written; its readers look at the keys, not at the number."""

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from tensorsurgeon.dtypes import BF16, F16, F32, I32, DType
 from tensorsurgeon.errors import ConfigError
 from tensorsurgeon.formats import quark_config
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
@@ -30,8 +29,9 @@ from tensorsurgeon.quant.bitpack import (
     unpack_rows,
     unpack_transposed,
 )
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import BF16, F16, F32, I32, DType
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

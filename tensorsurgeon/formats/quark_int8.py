@@ -12,15 +12,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tensorsurgeon.dtypes import BF16, F32, I8, DType
 from tensorsurgeon.formats import quark_config
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
 from tensorsurgeon.formats.config_reading import modules_with, one_of
 from tensorsurgeon.formats.coverage import activations_of
 from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_scheme
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import BF16, F32, I8, DType
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from tensorsurgeon.errors import ConfigError, RecipeError, did_you_mean
 from tensorsurgeon.formats.base import Format
-from tensorsurgeon.spec import SpecMap
+from tensorsurgeon.tensors.spec import SpecMap
 
 FORMATS: Final[dict[str, str]] = {
     "quark_int8": "tensorsurgeon.formats.quark_int8:QuarkInt8",

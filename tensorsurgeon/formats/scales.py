@@ -11,9 +11,9 @@ from typing import Final
 
 import numpy as np
 
-from tensorsurgeon.dtypes import F32, DType
 from tensorsurgeon.errors import NumericError, SpecError
-from tensorsurgeon.quant.grid import Scheme
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.dtypes import F32, DType
 
 # Quark's exporter writes zero points beside symmetric codes too; they say nothing as long as they are zero.
 ZERO_POINT: Final = "weight_zero_point"

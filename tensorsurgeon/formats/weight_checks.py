@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final
 
-from tensorsurgeon.dtypes import WEIGHT_DTYPES, DType
 from tensorsurgeon.errors import SpecError
-from tensorsurgeon.quant.grid import Scheme
-from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES, DType
+from tensorsurgeon.tensors.spec import TensorSpec
 
 BLOCK: Final = (128, 128)
 """Rows x columns under one scale of block FP8; the only size that vLLM, SGLang and transformers have kernels for."""

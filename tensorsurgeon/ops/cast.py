@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tensorsurgeon.arrays import empty
-from tensorsurgeon.dtypes import C64, DTYPES, F8_E8M0, F32, F64, DType
 from tensorsurgeon.errors import NumericError, RecipeError, SpecError, did_you_mean
-from tensorsurgeon.names import Selector
-from tensorsurgeon.rewriting import Array, Rewrite
-from tensorsurgeon.spec import Region, SpecMap
+from tensorsurgeon.planning.rewriting import Array, Rewrite
+from tensorsurgeon.tensors.arrays import empty
+from tensorsurgeon.tensors.dtypes import C64, DTYPES, F8_E8M0, F32, F64, DType
+from tensorsurgeon.tensors.names import Selector
+from tensorsurgeon.tensors.spec import Region, SpecMap
 
 # A large tensor goes piece by piece; fixed, so that no machine changes a unit.
 _CHUNK_BYTES = 16 << 20

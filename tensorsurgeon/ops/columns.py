@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tensorsurgeon.arrays import empty
-from tensorsurgeon.rewriting import Array, Rewrite
+from tensorsurgeon.planning.rewriting import Array, Rewrite
+from tensorsurgeon.tensors.arrays import empty
 
 
 def split_columns(rewrite: Rewrite, inputs: Sequence[Array]) -> list[Array]:

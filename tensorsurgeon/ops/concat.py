@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from math import prod
 
 from tensorsurgeon.errors import RecipeError, SpecError
-from tensorsurgeon.names import fill
 from tensorsurgeon.ops.columns import join_columns, split_columns
 from tensorsurgeon.ops.grouping import check_alike, parts_by_fields
-from tensorsurgeon.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
-from tensorsurgeon.spec import Region, SpecMap, TensorSpec
+from tensorsurgeon.planning.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
+from tensorsurgeon.tensors.names import fill
+from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from tensorsurgeon.dtypes import DTYPES
 from tensorsurgeon.errors import NumericError, PlanError, SurgeonError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.scales import INPUT_SCALES
 from tensorsurgeon.ops.stored_modules import StoredModule, stored_format, stored_modules, unpack
-from tensorsurgeon.quant.backend import choose_backend
-from tensorsurgeon.rewriting import Array, Rewrite
-from tensorsurgeon.spec import Region, SpecMap, TensorSpec
+from tensorsurgeon.planning.rewriting import Array, Rewrite
+from tensorsurgeon.quant.rtn.backend import choose_backend
+from tensorsurgeon.tensors.dtypes import DTYPES
+from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 
 from tensorsurgeon.errors import NumericError
-from tensorsurgeon.names import Selector
-from tensorsurgeon.rewriting import Array, Rewrite
-from tensorsurgeon.spec import Region, SpecMap
+from tensorsurgeon.planning.rewriting import Array, Rewrite
+from tensorsurgeon.tensors.names import Selector
+from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

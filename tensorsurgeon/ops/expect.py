@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tensorsurgeon.errors import RecipeError, SpecError
-from tensorsurgeon.names import Selector
-from tensorsurgeon.rewriting import Array, Moves, Rewrite
-from tensorsurgeon.spec import SpecMap
+from tensorsurgeon.planning.rewriting import Array, Moves, Rewrite
+from tensorsurgeon.tensors.names import Selector
+from tensorsurgeon.tensors.spec import SpecMap
 
 _SIZE = re.compile(r"(?:(\d+)\s*\*\s*)?([A-Za-z_][\w|]*)|(\d+)")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tensorsurgeon.errors import MissingTensorError, SpecError
-from tensorsurgeon.names import Selector
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.tensors.names import Selector
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 Fields = tuple[tuple[str, str], ...]
 

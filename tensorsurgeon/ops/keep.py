@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tensorsurgeon.names import Selector
-from tensorsurgeon.rewriting import Array, Rewrite
-from tensorsurgeon.spec import Region, SpecMap
+from tensorsurgeon.planning.rewriting import Array, Rewrite
+from tensorsurgeon.tensors.names import Selector
+from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,16 +9,16 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from tensorsurgeon.dtypes import DTYPES, WEIGHT_DTYPES, DType, dtype_named
 from tensorsurgeon.errors import NumericError, RecipeError, SpecError, did_you_mean
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.layouts import layout_named
-from tensorsurgeon.names import Pattern, Selector
 from tensorsurgeon.ops.siblings import sibling_groups
-from tensorsurgeon.quant.backend import choose_backend
-from tensorsurgeon.quant.grid import RULES, Quantized, Rule, Scheme
-from tensorsurgeon.rewriting import Array, Rewrite
-from tensorsurgeon.spec import Region, SpecMap, TensorSpec
+from tensorsurgeon.planning.rewriting import Array, Rewrite
+from tensorsurgeon.quant.rtn.backend import choose_backend
+from tensorsurgeon.quant.scheme import RULES, Quantized, Rule, Scheme
+from tensorsurgeon.tensors.dtypes import DTYPES, WEIGHT_DTYPES, DType, dtype_named
+from tensorsurgeon.tensors.names import Pattern, Selector
+from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
 class CodesProvider(Protocol):
@@ -206,7 +206,7 @@ class Quantize:
                 return found
         if scheme.clip_search:
             # The search runs in torch, which nothing else here needs.
-            from tensorsurgeon.quant.clipping import quantize_searched
+            from tensorsurgeon.quant.rtn.clipping import quantize_searched
 
             plain = replace(scheme, clip_search=False)
             return quantize_searched(weight, scheme, choose_backend(self.backend, plain, region.spec.dtype))

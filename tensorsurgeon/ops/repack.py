@@ -9,15 +9,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tensorsurgeon.dtypes import DType
 from tensorsurgeon.errors import NumericError, PlanError, SpecError, SurgeonError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.layouts import layout_named
 from tensorsurgeon.ops.dequantize import config_without_quantization
 from tensorsurgeon.ops.stored_modules import StoredModule, model_dtype, stored_format, stored_modules, unpack
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.rewriting import Array, Rewrite
-from tensorsurgeon.spec import Region, SpecMap, TensorSpec
+from tensorsurgeon.planning.rewriting import Array, Rewrite
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import DType
+from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)

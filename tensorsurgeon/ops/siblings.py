@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tensorsurgeon.formats.fused_modules import fused_name
+from tensorsurgeon.models.fused import fused_name
 
 
 def sibling_groups(weights: Iterable[str]) -> list[list[str]]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tensorsurgeon.errors import SpecError
-from tensorsurgeon.names import Selector
-from tensorsurgeon.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
-from tensorsurgeon.spec import Region, SpecMap
+from tensorsurgeon.planning.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
+from tensorsurgeon.tensors.names import Selector
+from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tensorsurgeon.dtypes import BF16, DTYPES, DType
 from tensorsurgeon.errors import NumericError, PlanError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.registry import detect, quantization_config
 from tensorsurgeon.formats.scales import ZERO_POINT
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import BF16, DTYPES, DType
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 # Tensors that share a module's path and say nothing about its weight.
 _NOT_OF_THE_WEIGHT = {"bias"}

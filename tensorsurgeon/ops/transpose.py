@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tensorsurgeon.arrays import empty
 from tensorsurgeon.errors import SpecError
-from tensorsurgeon.names import Selector
-from tensorsurgeon.rewriting import Array, Rewrite
-from tensorsurgeon.spec import Region, SpecMap
+from tensorsurgeon.planning.rewriting import Array, Rewrite
+from tensorsurgeon.tensors.arrays import empty
+from tensorsurgeon.tensors.names import Selector
+from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

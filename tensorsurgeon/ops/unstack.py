@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from math import prod
 
 from tensorsurgeon.errors import RecipeError, SpecError
-from tensorsurgeon.names import Selector, fill
-from tensorsurgeon.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
-from tensorsurgeon.spec import Region, SpecMap, TensorSpec
+from tensorsurgeon.planning.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
+from tensorsurgeon.tensors.names import Selector, fill
+from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

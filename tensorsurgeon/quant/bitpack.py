@@ -22,9 +22,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from tensorsurgeon.arrays import empty
-from tensorsurgeon.kernels.loader import Kernels
-from tensorsurgeon.kernels.tiles import PACKED_TILE
+from tensorsurgeon.quant.loops.loader import Kernels
+from tensorsurgeon.quant.loops.tiles import PACKED_TILE
+from tensorsurgeon.tensors.arrays import empty
 
 _kernels = Kernels("bitpack")
 

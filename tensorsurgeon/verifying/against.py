@@ -10,8 +10,8 @@ import ast
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from tensorsurgeon.names import Pattern
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.tensors.names import Pattern
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 from tensorsurgeon.verifying.described import Described, Module
 from tensorsurgeon.verifying.findings import Findings
 from tensorsurgeon.verifying.layouts import MARKERS

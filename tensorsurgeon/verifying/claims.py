@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from tensorsurgeon.dtypes import I8, DType
-from tensorsurgeon.formats.fused_modules import EXPERTS, FUSED, fused_name
+from tensorsurgeon.models.fused import EXPERTS, FUSED, fused_name
+from tensorsurgeon.tensors.dtypes import I8, DType
 from tensorsurgeon.verifying.findings import Findings
 
 Layout = Literal["plain", "ct-packed", "nvfp4", "mxfp4", "gptq", "awq", "quark-packed"]

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import xxhash
 
-from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.tensors.spec import TensorSpec
 from tensorsurgeon.verifying import fidelity
 from tensorsurgeon.verifying.against import Pair, Part, SameBytes, SameWeight
 from tensorsurgeon.verifying.claims import Claim

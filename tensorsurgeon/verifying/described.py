@@ -7,12 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
-from tensorsurgeon.checkpoint import RECORD_NAME, Checkpoint
-from tensorsurgeon.configs import QUANTIZATION_FILES
+from tensorsurgeon.checkpoint.folder import RECORD_NAME, Checkpoint
 from tensorsurgeon.errors import did_you_mean
 from tensorsurgeon.formats.coverage import float_matrices
-from tensorsurgeon.names import natural_key
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.planning.output_files import QUANTIZATION_FILES
+from tensorsurgeon.tensors.names import natural_key
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 from tensorsurgeon.verifying.claims import Claim, Claims, names_of
 from tensorsurgeon.verifying.dialects import quantization_of
 from tensorsurgeon.verifying.findings import Findings

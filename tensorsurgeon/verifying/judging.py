@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from tensorsurgeon.checkpoint import RECORD_NAME, Checkpoint, open_checkpoint
+from tensorsurgeon.checkpoint.folder import RECORD_NAME, Checkpoint, open_checkpoint
 from tensorsurgeon.errors import CheckpointError, SurgeonError
-from tensorsurgeon.record import read_record
-from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.running.record import read_record
+from tensorsurgeon.tensors.spec import TensorSpec
 from tensorsurgeon.verifying.against import dropped_by_record, pair_tensors
 from tensorsurgeon.verifying.comparing import compare_pairs, pair_by_content
 from tensorsurgeon.verifying.described import Described, check_config_copies, check_described

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from tensorsurgeon.dtypes import BF16, F8_E4M3, F8_E8M0, F16, F32, I8, I32, I64, U8, DType
-from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.tensors.dtypes import BF16, F8_E4M3, F8_E8M0, F16, F32, I8, I32, I64, U8, DType
+from tensorsurgeon.tensors.spec import TensorSpec
 from tensorsurgeon.verifying.claims import Claim
 
 FLOATS: Final = (BF16, F16, F32)

@@ -9,10 +9,10 @@ from typing import Self
 
 import numpy as np
 
-from tensorsurgeon.checkpoint import Checkpoint, Location
+from tensorsurgeon.checkpoint.folder import Checkpoint, Location
+from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.errors import CheckpointError
-from tensorsurgeon.source import Source
-from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.tensors.spec import TensorSpec
 
 CHUNK_BYTES = 1 << 20
 

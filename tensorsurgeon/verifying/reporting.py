@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, Final
 
-from tensorsurgeon.report import grouped_name, table
-from tensorsurgeon.sizes import show_size
+from tensorsurgeon.planning.report import grouped_name, table
+from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.verifying.fidelity import Fidelity
 from tensorsurgeon.verifying.findings import Fault, Note
 from tensorsurgeon.verifying.judging import Verification

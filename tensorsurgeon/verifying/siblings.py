@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from tensorsurgeon.formats.fused_modules import experts_of, fused_name
-from tensorsurgeon.spec import SpecMap
+from tensorsurgeon.models.fused import experts_of, fused_name
+from tensorsurgeon.tensors.spec import SpecMap
 from tensorsurgeon.verifying.claims import Claim
 from tensorsurgeon.verifying.described import Described, stacked_experts
 from tensorsurgeon.verifying.findings import Findings

@@ -12,11 +12,11 @@ from typing import Final
 
 import xxhash
 
-from tensorsurgeon.checkpoint import RECORD_NAME, STATE_FOLDER, Checkpoint, open_checkpoint
+from tensorsurgeon.checkpoint.folder import RECORD_NAME, STATE_FOLDER, Checkpoint, open_checkpoint
+from tensorsurgeon.checkpoint.header import read_header
+from tensorsurgeon.checkpoint.layout import INDEX_NAME
 from tensorsurgeon.errors import CheckpointError, HeaderError, SurgeonError
-from tensorsurgeon.header import read_header
-from tensorsurgeon.layout import INDEX_NAME
-from tensorsurgeon.record import Range, read_record, recorded_ranges
+from tensorsurgeon.running.record import Range, read_record, recorded_ranges
 from tensorsurgeon.verifying.findings import Findings
 from tensorsurgeon.verifying.reading import CHUNK_BYTES, Reader
 

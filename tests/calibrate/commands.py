@@ -10,8 +10,8 @@ import numpy as np
 from click.testing import CliRunner
 
 from tensorsurgeon.cli import main
-from tensorsurgeon.library import load_transform
-from tensorsurgeon.rewriting import steps_of
+from tensorsurgeon.planning.rewriting import steps_of
+from tensorsurgeon.recipes.library import load_transform
 from tests.checkpoints import FIXTURE, apply, read_all
 
 FEW = ("--samples", "4", "--sequence-length", "64")

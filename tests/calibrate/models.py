@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
-from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.library import load_transform
+from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.ops.quantize import Quantize
-from tensorsurgeon.planning import Plan, make_plan
-from tensorsurgeon.quant.gptq import GptqOptions
-from tensorsurgeon.rewriting import steps_of
+from tensorsurgeon.planning.plan import Plan, make_plan
+from tensorsurgeon.planning.rewriting import steps_of
+from tensorsurgeon.quant.gptq.gptq import GptqOptions
+from tensorsurgeon.recipes.library import load_transform
 from tests.checkpoints import FIXTURE
 
 TEXT = FIXTURE.parent / "text" / "calibration.txt"
@@ -52,7 +52,7 @@ def save_random(folder: Path, kind: str) -> Path:
 
 def split_fixture(folder: Path) -> Path:
     """The trained fixture with its experts stored one by one."""
-    from tensorsurgeon.run import run_plan
+    from tensorsurgeon.running.run import run_plan
 
     steps = steps_of(load_transform("split-experts", {"exclude": ["maybe:mtp.{rest*}"]}))
     run_plan(make_plan(steps, open_checkpoint(FIXTURE)), folder, workers=1)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from tensorsurgeon.calibrate.log import LOG_NAME, read_log
 from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
-from tensorsurgeon.cli_calibrate import calibration_options, options_from, run_with_calibration
+from tensorsurgeon.cli.calibrate import calibration_options, options_from, run_with_calibration
 from tensorsurgeon.errors import RecipeError
 from tests.calibrate.models import TEXT, plan_of
 from tests.checkpoints import FIXTURE
@@ -88,5 +88,5 @@ def test_layers_and_the_summary_are_told(tmp_path: Path) -> None:
 
 
 def test_the_command_line_imports_no_torch() -> None:
-    code = "import sys, tensorsurgeon.cli_calibrate; assert 'torch' not in sys.modules"
+    code = "import sys, tensorsurgeon.cli.calibrate; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=FIXTURE.parents[1])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tensorsurgeon.calibrate.data import CalibrationData, load_data, shares
+from tensorsurgeon.calibrate.data.data import CalibrationData, load_data, shares
 from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
 from tensorsurgeon.errors import RecipeError
 from tests.calibrate.models import TEXT, options_of

@@ -11,7 +11,7 @@ import datasets
 import pytest
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from tensorsurgeon.calibrate.documents import open_documents
+from tensorsurgeon.calibrate.data.documents import open_documents
 from tests.calibrate.commands import FEW, assert_finite, calibrate, record, refused
 from tests.calibrate.models import TEXT
 

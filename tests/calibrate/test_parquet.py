@@ -12,8 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tensorsurgeon.calibrate.data import load_data
-from tensorsurgeon.calibrate.documents import open_documents
+from tensorsurgeon.calibrate.data.data import load_data
+from tensorsurgeon.calibrate.data.documents import open_documents
 from tests.calibrate.commands import FEW, assert_finite, calibrate, record, refused
 from tests.calibrate.models import options_of
 from tests.checkpoints import FIXTURE

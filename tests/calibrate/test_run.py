@@ -17,10 +17,10 @@ from tensorsurgeon.calibrate import needs_calibration
 from tensorsurgeon.calibrate.log import LOG_NAME, LogRow, read_log
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.run import CalibratedResult, run_calibrated
-from tensorsurgeon.calibrate.walk import Walk
+from tensorsurgeon.calibrate.walk.walk import Walk
 from tensorsurgeon.errors import BudgetError, JournalError, NumericError, PlanError, RecipeError
-from tensorsurgeon.quant.gptq import GptqOptions
-from tensorsurgeon.quant.polish import Polish
+from tensorsurgeon.quant.gptq.gptq import GptqOptions
+from tensorsurgeon.quant.gptq.polish import Polish
 from tests.calibrate.commands import assert_finite
 from tests.calibrate.models import options_of, plan_of
 from tests.checkpoints import FIXTURE, apply, folder_bytes, read_all

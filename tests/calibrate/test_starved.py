@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tensorsurgeon.calibrate import statistics
-from tensorsurgeon.calibrate.data import load_data
+from tensorsurgeon.calibrate.data.data import load_data
 from tensorsurgeon.calibrate.log import LOG_NAME, read_log
 from tensorsurgeon.calibrate.run import run_calibrated
+from tensorsurgeon.calibrate.walk import statistics
 from tensorsurgeon.errors import RecipeError
 from tests.calibrate.commands import FEW, assert_finite, calibrate, record, refused, surgeon
 from tests.calibrate.models import TEXT, options_of, plan_of, save_random, write_ids

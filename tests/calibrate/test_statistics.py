@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from tensorsurgeon.calibrate.experts import ExpertInputs, ExpertStatistics, find_stacks
-from tensorsurgeon.calibrate.hidden import HiddenStates
-from tensorsurgeon.calibrate.layer import damping_for, store_scale_of
-from tensorsurgeon.calibrate.model import StreamedModel
-from tensorsurgeon.calibrate.reading import TensorReader
-from tensorsurgeon.calibrate.statistics import (
+from tensorsurgeon.calibrate.codes.layer import damping_for, store_scale_of
+from tensorsurgeon.calibrate.walk.experts import ExpertInputs, ExpertStatistics, find_stacks
+from tensorsurgeon.calibrate.walk.hidden import HiddenStates
+from tensorsurgeon.calibrate.walk.model import StreamedModel
+from tensorsurgeon.calibrate.walk.reading import TensorReader
+from tensorsurgeon.calibrate.walk.statistics import (
     LayerObserver,
     StoredStatistics,
     WalkedStatistics,
@@ -26,17 +26,17 @@ from tensorsurgeon.calibrate.statistics import (
     layer_path,
     write_layer,
 )
-from tensorsurgeon.calibrate.walk import Walk
-from tensorsurgeon.calibrate.workers import Turns, run_parallel
-from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.dtypes import BF16
+from tensorsurgeon.calibrate.walk.walk import Walk
+from tensorsurgeon.calibrate.walk.workers import Turns, run_parallel
+from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.errors import Interrupted, RecipeError
-from tensorsurgeon.quant.gptq import GptqOptions, gptq, output_energy
-from tensorsurgeon.quant.grid import Scheme
-from tensorsurgeon.quant.hessian import flipped_cholesky
-from tensorsurgeon.quant.polish import Polish
-from tensorsurgeon.quant.scale_search import dequantize, round_to_nearest
-from tensorsurgeon.source import Source
+from tensorsurgeon.quant.gptq.gptq import GptqOptions, gptq, output_energy
+from tensorsurgeon.quant.gptq.hessian import flipped_cholesky
+from tensorsurgeon.quant.gptq.polish import Polish
+from tensorsurgeon.quant.gptq.scale_search import dequantize, round_to_nearest
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.dtypes import BF16
 from tests.calibrate.models import options_of
 from tests.checkpoints import FIXTURE
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tensorsurgeon.calibrate.hidden import HiddenStates
-from tensorsurgeon.calibrate.model import StreamedModel
-from tensorsurgeon.calibrate.reading import TensorReader
-from tensorsurgeon.calibrate.walk import Walk
-from tensorsurgeon.checkpoint import open_checkpoint
+from tensorsurgeon.calibrate.walk.hidden import HiddenStates
+from tensorsurgeon.calibrate.walk.model import StreamedModel
+from tensorsurgeon.calibrate.walk.reading import TensorReader
+from tensorsurgeon.calibrate.walk.walk import Walk
+from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.errors import CheckpointError, NumericError
 from tensorsurgeon.quant.threads import one_torch_thread
-from tensorsurgeon.source import Source
 from tests.calibrate.models import save_random
 from tests.checkpoints import FIXTURE
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from tensorsurgeon.checkpoint import open_checkpoint
+from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.cli import main
 from tests.checkpoints import FIXTURE, assert_same, folder_bytes, moe_config, read_all, tiny_moe, write_checkpoint
 
@@ -160,7 +160,8 @@ def test_help_of_every_command_ends_well():
 # The command with many small and slow units: what takes minutes for a large model.
 SLOW = """
 import sys, time
-from tensorsurgeon import executor, planning
+from tensorsurgeon.planning import plan as planning
+from tensorsurgeon.running import executor
 planning.COPY_BYTES = 4096
 executor.COMMIT_BYTES = 1
 real = executor.run_unit

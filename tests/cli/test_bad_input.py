@@ -19,9 +19,9 @@ from click.testing import CliRunner
 from tensorsurgeon import errors
 from tensorsurgeon.cli import main
 from tensorsurgeon.ops.quantize import Quantize
+from tests.checkpoint.test_folder import INDEX_FAULTS, edit_index
+from tests.checkpoint.test_header import REFUSED
 from tests.checkpoints import FIXTURE, INDEX, folder_bytes, moe_config, read_all, tiny_moe, write_checkpoint
-from tests.test_checkpoint import INDEX_FAULTS, edit_index
-from tests.test_header import REFUSED
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tensorsurgeon.cli import main
-from tensorsurgeon.diffing import diff_checkpoints
+from tensorsurgeon.look.diffing import diff_checkpoints
 from tensorsurgeon.verifying import verify
 from tensorsurgeon.verifying.reading import Reader
 from tests.checkpoints import Tensors, moe_config, tiny_moe, write_checkpoint
@@ -55,7 +55,7 @@ def test_differences_are_counted_across_chunks(tmp_path: Path, chunk: int, monke
     flat = changed["model.embed_tokens.weight"].view(np.uint16).reshape(-1)
     flat[[7, 8, 300, 511]] ^= 1
     a, b = pair(tmp_path, changed)
-    monkeypatch.setattr("tensorsurgeon.diffing.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("tensorsurgeon.look.diffing.CHUNK_BYTES", chunk)
     (found,) = diff_checkpoints(a, b, workers=2).other_bytes
     assert (found.elements, found.first) == (4, 7)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from tensorsurgeon.checkpoint import open_checkpoint
+from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.cli import main
 from tests.checkpoints import FIXTURE, INDEX
 from tests.verifying.subjects import GOLDEN, MOE, RECIPES, Spoilt, subject

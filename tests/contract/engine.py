@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.planning import make_plan
-from tensorsurgeon.run import run_plan
+from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.planning.plan import make_plan
+from tensorsurgeon.running.run import run_plan
 from tests.checkpoints import Tensors, apply, assert_same, folder_bytes, read_all, write_checkpoint, write_snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ class EngineContract:
         self, workers: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # Small units, so that there is something to divide among workers.
-        monkeypatch.setattr("tensorsurgeon.planning.COPY_BYTES", 512)
+        monkeypatch.setattr("tensorsurgeon.planning.plan.COPY_BYTES", 512)
         apply(self.transform(), source, tmp_path / "plain", workers=2, max_shard_bytes=2000)
         plan = make_plan(self.transform(), open_checkpoint(source), max_shard_bytes=2000)
         assert len(plan.units) > 8

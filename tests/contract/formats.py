@@ -16,13 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tensorsurgeon.dtypes import BF16, F8_E4M3, F8_E8M0, F16, F32, DType, dtype_of
 from tensorsurgeon.errors import ConfigError, NumericError, RecipeError, SpecError
 from tensorsurgeon.formats.base import Format, QuantizedModel
-from tensorsurgeon.formats.fused_modules import experts_of
 from tensorsurgeon.formats.registry import detect, format_class
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.models.fused import experts_of
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import BF16, F8_E4M3, F8_E8M0, F16, F32, DType, dtype_of
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 from tests.contract.written_models import language_linears, qwen_weights, under, written
 
 

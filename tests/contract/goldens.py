@@ -14,11 +14,11 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import pytest
 
-from tensorsurgeon.dtypes import F8_E4M3, dtype_named, dtype_of
 from tensorsurgeon.errors import NumericError
 from tensorsurgeon.formats.base import Format
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import F8_E4M3, dtype_named, dtype_of
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 FOLDER = Path(__file__).parents[2] / "fixtures" / "golden"
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)

@@ -20,10 +20,11 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-from tensorsurgeon import executor, planning
-from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.planning import Plan, make_plan
-from tensorsurgeon.run import run_plan
+from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.planning import plan as planning
+from tensorsurgeon.planning.plan import Plan, make_plan
+from tensorsurgeon.running import executor
+from tensorsurgeon.running.run import run_plan
 
 SHARD_BYTES = 3_000_000
 

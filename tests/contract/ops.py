@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.dtypes import dtype_of
+from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.errors import NotReversibleError, SurgeonError
-from tensorsurgeon.planning import make_plan
-from tensorsurgeon.rewriting import Chain, Reversible, advance
-from tensorsurgeon.run import run_plan
-from tensorsurgeon.spec import Region, SpecMap, TensorSpec
+from tensorsurgeon.planning.plan import make_plan
+from tensorsurgeon.planning.rewriting import Chain, Reversible, advance
+from tensorsurgeon.running.run import run_plan
+from tensorsurgeon.tensors.dtypes import dtype_of
+from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 from tests.checkpoints import Tensors, assert_same, read_all, write_checkpoint
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from tensorsurgeon.dtypes import BF16
 from tensorsurgeon.formats.base import Format, QuantizedModel
-from tensorsurgeon.quant.grid import Scheme
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.dtypes import BF16
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 HIDDEN, EXPERT, HEADS, VISION = 256, 128, 32, 172
 

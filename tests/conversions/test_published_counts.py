@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from fixtures.make_skeleton import read_skeleton, write_skeleton
-from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
-from tensorsurgeon.library import load_transform
-from tensorsurgeon.planning import make_plan
-from tensorsurgeon.report import plan_as_data
+from tensorsurgeon.checkpoint.folder import Checkpoint, open_checkpoint
+from tensorsurgeon.planning.plan import make_plan
+from tensorsurgeon.planning.report import plan_as_data
+from tensorsurgeon.recipes.library import load_transform
 
 HERE = Path(__file__).parents[2] / "fixtures" / "qwen3.6-35b-a3b"
 

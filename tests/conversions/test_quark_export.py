@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tensorsurgeon.errors import SurgeonError
-from tensorsurgeon.library import load_transform
+from tensorsurgeon.recipes.library import load_transform
 from tests.checkpoints import FIXTURE, INDEX, Tensors, apply, assert_same, folder_bytes, read_all
 
 SCALE = ".weight_scale"

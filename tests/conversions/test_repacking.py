@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.dtypes import BF16
+from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.checkpoint.header import build_header
 from tensorsurgeon.errors import SurgeonError
-from tensorsurgeon.header import build_header
-from tensorsurgeon.library import load_transform
 from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.ops.rename import Rename
 from tensorsurgeon.ops.repack import Repack
-from tensorsurgeon.planning import make_plan
-from tensorsurgeon.run import run_plan
-from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.planning.plan import make_plan
+from tensorsurgeon.recipes.library import load_transform
+from tensorsurgeon.running.run import run_plan
+from tensorsurgeon.tensors.dtypes import BF16
+from tensorsurgeon.tensors.spec import TensorSpec
 
 PREFIX = "model.layers.0.mlp"
 INT4_LAYOUTS = ("gptq", "gptq-v2", "autoround", "ct-packed", "quark-int4", "quark-int4-reorder")

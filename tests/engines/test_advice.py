@@ -19,9 +19,8 @@ import pytest
 from click.testing import CliRunner
 
 from fixtures.make_skeleton import read_skeleton, write_skeleton
-from tensorsurgeon.checkpoint import open_checkpoint
+from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.cli import main
-from tensorsurgeon.configs import OutputFiles
 from tensorsurgeon.engines.advice import (
     advice_as_data,
     advice_as_text,
@@ -35,9 +34,10 @@ from tensorsurgeon.engines.facts import facts_of
 from tensorsurgeon.engines.registry import ENGINES, engine_named
 from tensorsurgeon.engines.sharding import Experts, Heads, Linear
 from tensorsurgeon.errors import EngineError, RecipeError
-from tensorsurgeon.library import load_transform
-from tensorsurgeon.planning import Plan, make_plan
-from tensorsurgeon.quant.grid import Scheme
+from tensorsurgeon.planning.output_files import OutputFiles
+from tensorsurgeon.planning.plan import Plan, make_plan
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.recipes.library import load_transform
 from tests.checkpoints import FIXTURE, apply
 
 REPOSITORY = Path(__file__).parents[2]

@@ -3,12 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tensorsurgeon.dtypes import BF16, F16, I32
 from tensorsurgeon.errors import SpecError
 from tensorsurgeon.formats.awq import Awq
 from tensorsurgeon.formats.base import QuantizedModel
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import SpecMap, TensorSpec
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import BF16, F16, I32
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 from tests.contract.formats import Case, FormatContract, Mutation, Refusal
 from tests.contract.goldens import Golden, GoldenContract
 from tests.contract.written_models import under, written

@@ -7,16 +7,16 @@ import time
 
 import pytest
 
-from tensorsurgeon.dtypes import BF16
 from tensorsurgeon.errors import RecipeError, SpecError
 from tensorsurgeon.formats.coverage import cover
 from tensorsurgeon.formats.ct_int import CtInt
 from tensorsurgeon.formats.ct_packed import CtPacked
-from tensorsurgeon.formats.module_patterns import exact_pattern, patterns_for
 from tensorsurgeon.formats.quark_int8 import QuarkInt8
 from tensorsurgeon.formats.registry import FORMATS, format_class
-from tensorsurgeon.quant.grid import Scheme
-from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.models.patterns import exact_pattern, patterns_for
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.dtypes import BF16
+from tensorsurgeon.tensors.spec import TensorSpec
 from tests.contract.written_models import language_linears, qwen_weights, under, written
 
 PACKED = CtPacked()

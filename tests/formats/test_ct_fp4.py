@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorsurgeon.dtypes import BF16, F8_E4M3, F8_E8M0
 from tensorsurgeon.formats.ct_fp4 import CtMxfp4, CtNvfp4
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import BF16, F8_E4M3, F8_E8M0
+from tensorsurgeon.tensors.spec import TensorSpec
 from tests.contract.formats import Case, FormatContract, Mutation, Refusal
 from tests.contract.goldens import Golden, GoldenContract
 

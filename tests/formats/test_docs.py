@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tensorsurgeon.dtypes import BF16
 from tensorsurgeon.formats.registry import FORMATS, format_class
+from tensorsurgeon.tensors.dtypes import BF16
 from tests.contract.written_models import qwen_weights, under, written
 
 PAGES = Path(__file__).parents[2] / "docs" / "formats"

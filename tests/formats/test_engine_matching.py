@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tensorsurgeon.dtypes import BF16
 from tensorsurgeon.formats.base import Format, QuantizedModel
 from tensorsurgeon.formats.registry import FORMATS, format_class
-from tensorsurgeon.quant.grid import Scheme
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.dtypes import BF16
 from tests.contract.written_models import language_linears, qwen_weights, written
 
 pytestmark = pytest.mark.engine

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from tensorsurgeon.dtypes import BF16, F8_E4M3, F16, F32
 from tensorsurgeon.errors import ConfigError
 from tensorsurgeon.formats.autoround import AutoRound
 from tensorsurgeon.formats.awq import Awq
@@ -18,8 +17,9 @@ from tensorsurgeon.formats.ct_packed import CtPacked
 from tensorsurgeon.formats.gptq import Gptq
 from tensorsurgeon.formats.quark_int8 import QuarkInt8
 from tensorsurgeon.formats.registry import detect
-from tensorsurgeon.quant.grid import Scheme
-from tensorsurgeon.spec import SpecMap
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.dtypes import BF16, F8_E4M3, F16, F32
+from tensorsurgeon.tensors.spec import SpecMap
 from tests.contract.goldens import FOLDER, checkpoint, read_golden
 
 CT = "compressed-tensors"

@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 
-from tensorsurgeon.dtypes import BF16, F16, I32
 from tensorsurgeon.errors import CheckpointError, ConfigError
 from tensorsurgeon.formats.gptq import Gptq
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import BF16, F16, I32
+from tensorsurgeon.tensors.spec import TensorSpec
 from tests.contract.formats import Case, FormatContract, Mutation, Refusal
 from tests.contract.goldens import Golden, GoldenContract
 from tests.contract.written_models import under, written

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from tensorsurgeon.dtypes import BF16, F32
 from tensorsurgeon.formats.hf_fp8 import HfFp8
-from tensorsurgeon.quant.grid import Scheme
-from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.dtypes import BF16, F32
+from tensorsurgeon.tensors.spec import TensorSpec
 from tests.contract.formats import Case, FormatContract, Mutation, Refusal
 from tests.contract.goldens import Golden, GoldenContract
 from tests.contract.written_models import under, written

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from tensorsurgeon.dtypes import BF16
 from tensorsurgeon.formats.quark_fp8 import QuarkFp8
-from tensorsurgeon.quant.grid import Scheme
-from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.dtypes import BF16
+from tensorsurgeon.tensors.spec import TensorSpec
 from tests.contract.formats import Case, FormatContract, Mutation, Refusal
 from tests.contract.goldens import Golden, GoldenContract
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tensorsurgeon.dtypes import BF16, F32, I32
 from tensorsurgeon.formats.quark_int4 import QuarkInt4, pack_method
 from tensorsurgeon.formats.registry import detect
-from tensorsurgeon.quant.grid import Quantized, Scheme
-from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import BF16, F32, I32
+from tensorsurgeon.tensors.spec import TensorSpec
 from tests.contract.formats import Case, FormatContract, Mutation, Refusal
 from tests.contract.goldens import Golden, GoldenContract
 from tests.contract.written_models import under, written

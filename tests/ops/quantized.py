@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from tensorsurgeon.checkpoint import open_checkpoint
+from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.formats.layouts import LAYOUTS
 from tensorsurgeon.ops.quantize import Quantize
-from tensorsurgeon.planning import make_plan
-from tensorsurgeon.run import run_plan
+from tensorsurgeon.planning.plan import make_plan
+from tensorsurgeon.running.run import run_plan
 from tests.checkpoints import Tensors, read_all, write_checkpoint
 from tests.ops.arrays import BF16
 

@@ -6,14 +6,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.dtypes import DTYPES
+from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.errors import NotReversibleError, NumericError, PlanError, SurgeonError
 from tensorsurgeon.formats.layouts import LAYOUTS
 from tensorsurgeon.ops.dequantize import Dequantize
-from tensorsurgeon.planning import make_plan
-from tensorsurgeon.rewriting import Chain
-from tensorsurgeon.run import run_plan
+from tensorsurgeon.planning.plan import make_plan
+from tensorsurgeon.planning.rewriting import Chain
+from tensorsurgeon.running.run import run_plan
+from tensorsurgeon.tensors.dtypes import DTYPES
 from tests.checkpoints import apply, read_all, write_checkpoint
 from tests.contract.ops import Case, OpContract, Refusal
 from tests.ops.arrays import BF16

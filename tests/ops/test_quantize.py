@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tensorsurgeon.checkpoint import open_checkpoint
+from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.errors import NumericError, PlanError, RecipeError, SpecError
 from tensorsurgeon.formats.layouts import LAYOUTS
-from tensorsurgeon.kernels.loader import Kernel, Kernels
 from tensorsurgeon.ops.quantize import Quantize
-from tensorsurgeon.planning import make_plan
-from tensorsurgeon.quant import bitpack, fast
-from tensorsurgeon.rewriting import advance
-from tensorsurgeon.run import run_plan
+from tensorsurgeon.planning.plan import make_plan
+from tensorsurgeon.planning.rewriting import advance
+from tensorsurgeon.quant import bitpack
+from tensorsurgeon.quant.loops.loader import Kernel, Kernels
+from tensorsurgeon.quant.rtn import fast
+from tensorsurgeon.running.run import run_plan
 from tests.checkpoints import apply, read_all, write_checkpoint
 from tests.contract.ops import Case, OpContract, Refusal, array_of, spec_map
 from tests.ops.arrays import BF16

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tensorsurgeon.checkpoint import open_checkpoint
+from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.errors import PlanError, SpecError, SurgeonError
 from tensorsurgeon.ops.repack import Repack
-from tensorsurgeon.planning import make_plan
-from tensorsurgeon.run import run_plan
+from tensorsurgeon.planning.plan import make_plan
+from tensorsurgeon.running.run import run_plan
 from tests.checkpoints import apply, folder_bytes, read_all
 from tests.contract.ops import Case, OpContract, Refusal
 from tests.ops.quantized import CONFIG, rewritten, write_quantized

@@ -130,8 +130,8 @@ def test_impossible_splits_are_refused_before_any_tensor_is_seen(fields, message
 
 def test_gate_up_becomes_copies_of_the_source_and_no_array(tmp_path):
     """Splitting a gigabyte of experts may cost no memory: pass-through bytes never become tensors."""
-    from tensorsurgeon.checkpoint import open_checkpoint
-    from tensorsurgeon.planning import make_plan
+    from tensorsurgeon.checkpoint.folder import open_checkpoint
+    from tensorsurgeon.planning.plan import make_plan
     from tests.checkpoints import write_checkpoint
 
     source = write_checkpoint(tmp_path / "s", {"e.gate_up": np.zeros((8, 6, 4), np.float32)})

@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
 
-from tensorsurgeon.arrays import workspace_of_thread
-from tensorsurgeon.dtypes import BF16, F16, F32, I32, DType
 from tensorsurgeon.errors import NumericError, RecipeError, SpecError
-from tensorsurgeon.quant.backend import choose_backend
-from tensorsurgeon.quant.fast import FastBackend
-from tensorsurgeon.quant.fp4 import amax_of
-from tensorsurgeon.quant.grid import RULES, Quantized, Scheme
-from tensorsurgeon.quant.rtn import TorchBackend
+from tensorsurgeon.quant.rtn.backend import choose_backend
+from tensorsurgeon.quant.rtn.fast import FastBackend
+from tensorsurgeon.quant.rtn.fp4 import amax_of
+from tensorsurgeon.quant.rtn.plain_torch import TorchBackend
+from tensorsurgeon.quant.scheme import RULES, Quantized, Scheme
+from tensorsurgeon.tensors.arrays import workspace_of_thread
+from tensorsurgeon.tensors.dtypes import BF16, F16, F32, I32, DType
 
 FAST, TORCH = FastBackend(), TorchBackend()
 DTYPES = (BF16, F16, F32)
@@ -284,10 +284,10 @@ def test_threads_with_their_own_workspaces_agree() -> None:
 
 SCRIPT = """
 import json, sys, numpy as np
-import tensorsurgeon.quant.backend, tensorsurgeon.quant.bitpack, tensorsurgeon.quant.fast
-from tensorsurgeon.dtypes import F32
-from tensorsurgeon.quant.grid import Scheme
-from tensorsurgeon.quant.backend import choose_backend
+import tensorsurgeon.quant.rtn.backend, tensorsurgeon.quant.bitpack, tensorsurgeon.quant.rtn.fast
+from tensorsurgeon.tensors.dtypes import F32
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.quant.rtn.backend import choose_backend
 codes = choose_backend("auto", Scheme(), F32).quantize(np.eye(4, dtype=np.float32), Scheme()).codes
 print(json.dumps({"codes": codes.tolist(), "torch": "torch" in sys.modules, "compiled": "numba" in sys.modules}))
 """

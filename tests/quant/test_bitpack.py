@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from tensorsurgeon.arrays import workspace_of_thread
 from tensorsurgeon.quant import bitpack
+from tensorsurgeon.tensors.arrays import workspace_of_thread
 
 BITS = range(2, 9)
 

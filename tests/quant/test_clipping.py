@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tensorsurgeon.dtypes import BF16, F16
 from tensorsurgeon.errors import SpecError
-from tensorsurgeon.quant.backend import choose_backend
-from tensorsurgeon.quant.clipping import quantize_searched
-from tensorsurgeon.quant.grid import Quantized, Scheme
+from tensorsurgeon.quant.rtn.backend import choose_backend
+from tensorsurgeon.quant.rtn.clipping import quantize_searched
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import BF16, F16
 
 
 def squared_error(weight: np.ndarray, quantized: Quantized) -> np.ndarray:

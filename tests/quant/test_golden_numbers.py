@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from tensorsurgeon.dtypes import dtype_named, dtype_of
 from tensorsurgeon.errors import NumericError
 from tensorsurgeon.quant import bitpack
-from tensorsurgeon.quant.backend import choose_backend
-from tensorsurgeon.quant.grid import Quantized, Scheme
+from tensorsurgeon.quant.rtn.backend import choose_backend
+from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.tensors.dtypes import dtype_named, dtype_of
 
 MATRICES = Path(__file__).parents[2] / "fixtures" / "golden" / "matrices"
 

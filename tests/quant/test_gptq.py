@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tensorsurgeon.errors import NumericError
-from tensorsurgeon.quant.gptq import GptqOptions, GptqResult, gptq, gptq_stack
-from tensorsurgeon.quant.hessian import damp, visiting_order
-from tensorsurgeon.quant.polish import Polish
-from tensorsurgeon.quant.scale_search import ScaleSearch, dequantize, round_to_nearest, search_scale
+from tensorsurgeon.quant.gptq.gptq import GptqOptions, GptqResult, gptq, gptq_stack
+from tensorsurgeon.quant.gptq.hessian import damp, visiting_order
+from tensorsurgeon.quant.gptq.polish import Polish
+from tensorsurgeon.quant.gptq.scale_search import ScaleSearch, dequantize, round_to_nearest, search_scale
 
 PLAIN = GptqOptions(search=None)
 

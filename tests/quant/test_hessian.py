@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tensorsurgeon.errors import NumericError
-from tensorsurgeon.quant import hessian as module
-from tensorsurgeon.quant.hessian import (
+from tensorsurgeon.quant.gptq import hessian as module
+from tensorsurgeon.quant.gptq.hessian import (
     CHUNK_TOKENS,
     DiagonalAccumulator,
     HessianAccumulator,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from tensorsurgeon.dtypes import F32, dtype_of
-from tensorsurgeon.quant.backend import choose_backend
-from tensorsurgeon.quant.grid import Scheme
+from tensorsurgeon.quant.rtn.backend import choose_backend
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.dtypes import F32, dtype_of
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden" / "matrices"
 

@@ -11,10 +11,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from tensorsurgeon.dtypes import dtype_of
-from tensorsurgeon.header import build_header
-from tensorsurgeon.library import load_transform
-from tensorsurgeon.spec import TensorSpec
+from tensorsurgeon.checkpoint.header import build_header
+from tensorsurgeon.recipes.library import load_transform
+from tensorsurgeon.tensors.dtypes import dtype_of
+from tensorsurgeon.tensors.spec import TensorSpec
 from tests.checkpoints import FIXTURE, INDEX, Tensors, apply, read_all
 
 GOLDEN: Final = FIXTURE.parent / "golden" / "models"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tensorsurgeon.checkpoint import open_checkpoint
+from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.formats.registry import detect, quantization_config
 from tensorsurgeon.verifying.described import check_described
 from tensorsurgeon.verifying.dialects import DIALECTS, read_claims

@@ -6,8 +6,8 @@ from typing import Any, Final
 
 import pytest
 
-from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.dtypes import F8_E4M3
+from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.tensors.dtypes import F8_E4M3
 from tensorsurgeon.verifying import fidelity
 from tensorsurgeon.verifying.claims import Claim
 from tensorsurgeon.verifying.reading import Reader

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.inspecting import inspect_checkpoint
-from tensorsurgeon.spec import SpecMap
+from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.look.inspecting import inspect_checkpoint
+from tensorsurgeon.tensors.spec import SpecMap
 from tensorsurgeon.verifying import verify
 from tensorsurgeon.verifying.described import check_config_copies, check_described
 from tensorsurgeon.verifying.dialects import read_claims

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tensorsurgeon.errors import CheckpointError
-from tensorsurgeon.library import load_transform
+from tensorsurgeon.recipes.library import load_transform
 from tensorsurgeon.verifying import Fault, verify
 from tests.checkpoints import INDEX, apply
 from tests.verifying.subjects import FIXTURE, MOE, subject, write_shard

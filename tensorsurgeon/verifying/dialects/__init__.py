@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from tensorsurgeon.errors import did_you_mean
-from tensorsurgeon.spec import SpecMap
+from tensorsurgeon.tensors.spec import SpecMap
 from tensorsurgeon.verifying.claims import TOP, Claims
 from tensorsurgeon.verifying.dialects import compressed_tensors, fp8, gptq, quark
 from tensorsurgeon.verifying.findings import Findings

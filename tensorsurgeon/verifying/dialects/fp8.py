@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tensorsurgeon.dtypes import F8_E4M3
-from tensorsurgeon.spec import SpecMap
+from tensorsurgeon.tensors.dtypes import F8_E4M3
+from tensorsurgeon.tensors.spec import SpecMap
 from tensorsurgeon.verifying.claims import TOP, Claim, Claims, Entry, EntryList, experts_parent, strings_of
 from tensorsurgeon.verifying.findings import Findings
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from tensorsurgeon.errors import did_you_mean
-from tensorsurgeon.spec import SpecMap
+from tensorsurgeon.tensors.spec import SpecMap
 from tensorsurgeon.verifying.claims import TOP, Claim, Claims, Entry, EntryList, integer_of, mapping_of, strings_of
 from tensorsurgeon.verifying.findings import Findings
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from tensorsurgeon.dtypes import F8_E4M3, I8
 from tensorsurgeon.errors import did_you_mean
-from tensorsurgeon.spec import SpecMap
+from tensorsurgeon.tensors.dtypes import F8_E4M3, I8
+from tensorsurgeon.tensors.spec import SpecMap
 from tensorsurgeon.verifying.claims import TOP, Claim, Claims, Entry, EntryList, experts_parent, mapping_of, strings_of
 from tensorsurgeon.verifying.findings import Findings
 

@@ -1,0 +1,1 @@
+"""From statistics to the codes of one layer."""

@@ -1,0 +1,175 @@
+"""What calibration has to quantize: the weights of a plan's quantize steps, as rows of the model's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from tensorsurgeon.calibrate.walk.model import StreamedModel
+from tensorsurgeon.calibrate.walk.naming import ParameterRows, rows_of
+from tensorsurgeon.calibrate.walk.reading import TensorReader
+from tensorsurgeon.errors import PlanError
+from tensorsurgeon.ops.quantize import Quantize
+from tensorsurgeon.planning.plan import Plan
+from tensorsurgeon.planning.resolving import Pieces
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.spec import Region, TensorSpec
+
+
+class SourceRows(NamedTuple):
+    """Rows of a checkpoint tensor seen as ``[-1, last axis]``."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass
+class Target:
+    """One weight to quantize: its spec under the name it has by then, and the checkpoint rows it is made of.
+
+    ``units`` are the plan's units that write it.
+    """
+
+    weight: TensorSpec
+    scheme: Scheme
+    method: str
+    layer: int | None
+    rows: list[SourceRows] = field(default_factory=list)
+    units: set[int] = field(default_factory=set)
+    reason: str = ""
+
+    @property
+    def module(self) -> str:
+        """The weight's module, by the name it has when it is quantized."""
+        return self.weight.module
+
+    def read(self, reader: TensorReader) -> np.ndarray:
+        """The weight [N, K] in its own dtype, from the shards."""
+        array = np.empty(self.weight.shape, self.weight.dtype.numpy)
+        view = array.reshape(-1).view(np.uint8).data
+        position = 0
+        for name, start, stop in self.rows:
+            position += reader.rows_into(name, start, stop, view[position:])
+        return array
+
+
+def find_targets(plan: Plan, model: StreamedModel | None) -> list[Target]:
+    """Every weight that a step with method ``gptq`` or ``imatrix`` quantizes, in the order of the plan's units.
+
+    ``layer`` is None, with a reason, for weights that no statistics can be had for: outside the decoder layers, or not
+    made of rows of checkpoint tensors. Those are rounded to nearest. Raises PlanError for grids that GPTQ does not know.
+    """
+    layer_of = {} if model is None else {name: n for n in range(len(model.layers)) for name in model.source_names(n)}
+    specs = list(plan.source.specs.values())
+    found: dict[tuple[int, str], Target] = {}
+    chunks: dict[tuple[int, str], list[tuple[int, list[SourceRows] | None]]] = {}
+    for number, unit in enumerate(plan.units):
+        for task in unit.tasks:
+            step = plan.steps[task.step]
+            if not isinstance(step, Quantize) or step.method == "rtn":
+                continue
+            scheme = step.scheme_of(task.rewrite)
+            if scheme.type != "int":
+                raise PlanError(f"method {step.method} chooses integer codes; {scheme.type} has only method rtn")
+            for region, pieces in zip(task.rewrite.inputs, task.inputs, strict=True):
+                key = (task.step, region.spec.name)
+                target = found.setdefault(key, Target(region.spec, scheme, step.method, None))
+                target.units.add(number)
+                chunks.setdefault(key, []).append((region.start or 0, _source_rows(region, pieces, specs)))
+    for key, target in found.items():
+        _place(target, sorted(chunks[key], key=lambda chunk: chunk[0]), layer_of)
+    return list(found.values())
+
+
+def _source_rows(region: Region, pieces: Pieces, specs: Sequence[TensorSpec]) -> list[SourceRows] | None:
+    rows = []
+    for origin, start, nbytes in pieces:
+        if origin < 0:
+            return None
+        spec = specs[origin]
+        width = spec.row_bytes
+        if spec.dtype is not region.spec.dtype or width != region.spec.row_bytes or start % width or nbytes % width:
+            return None
+        rows.append(SourceRows(spec.name, start // width, (start + nbytes) // width))
+    return rows
+
+
+def _place(target: Target, chunks: list[tuple[int, list[SourceRows] | None]], layer_of: Mapping[str, int]) -> None:
+    for _, rows in chunks:
+        if rows is None:
+            target.reason = "is not made of whole rows of the checkpoint's tensors"
+            return
+        target.rows += rows
+    layers = {layer_of.get(name) for name, _, _ in target.rows}
+    if len(layers) > 1:
+        target.reason = "is made of tensors of several layers"
+    elif layers == {None}:
+        target.reason = "lies outside the decoder layers that transformers runs"
+    else:
+        (target.layer,) = layers
+
+
+class Part(NamedTuple):
+    """Rows ``start`` to ``stop`` of a target, all of one parameter and, in stacked experts, of one expert.
+
+    ``key`` names the input whose statistics they go by.
+    """
+
+    target: int
+    start: int
+    stop: int
+    rows: ParameterRows
+    key: str
+    expert: int | None
+
+
+def parts_of(
+    targets: Sequence[Target], traced: Mapping[str, list[tuple[int, ParameterRows]]], keys: Keys
+) -> tuple[list[Part], dict[int, str]]:
+    """The parts of each target, and the targets that have none, with the reason."""
+    parts: list[Part] = []
+    without: dict[int, str] = {}
+    for number, target in enumerate(targets):
+        mine: list[Part] = []
+        position = 0
+        for name, start, stop in target.rows:
+            for rows in rows_of(traced.get(name, []), start, stop) or ():
+                for cut, key, expert in keys.split(rows):
+                    size = cut.stop - cut.start
+                    mine.append(Part(number, position, position + size, cut, key, expert))
+                    position += size
+        if position == target.weight.rows:
+            parts += mine
+        else:
+            without[number] = "is no linear layer whose input can be observed"
+    return parts, without
+
+
+class Keys:
+    """Names the input of each parameter's rows: a linear's own name, or one per stack or per expert."""
+
+    def __init__(self, linears: set[str], stacks: Mapping[str, tuple[int, bool]]) -> None:
+        self._linears = linears
+        self._stacks = stacks
+
+    def split(self, rows: ParameterRows) -> list[tuple[ParameterRows, str, int | None]]:
+        """Runs of one key each; nothing for a parameter that is neither a linear's weight nor stacked experts."""
+        module, _, leaf = rows.parameter.rpartition(".")
+        if leaf == "weight" and module in self._linears:
+            return [(rows, module, None)]
+        if rows.parameter not in self._stacks:
+            return []
+        height, shared = self._stacks[rows.parameter]
+        result: list[tuple[ParameterRows, str, int | None]] = []
+        start = rows.start
+        while start < rows.stop:
+            expert = start // height
+            stop = min(rows.stop, (expert + 1) * height)
+            key = rows.parameter if shared else f"{rows.parameter}.{expert}"
+            result.append((ParameterRows(rows.parameter, start, stop), key, expert))
+            start = stop
+        return result

@@ -1,0 +1,1 @@
+"""The model walked a layer at a time."""

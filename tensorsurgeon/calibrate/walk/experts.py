@@ -1,0 +1,204 @@
+"""Stacked experts: what each is fed, and the statistics of its two projections.
+
+The walk keeps what went into a layer's experts and where the router sent it. From that, expert by expert, the rows are
+gathered, the first projection is run, and the Hessians are summed: no expert's input is held for longer than its turn.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tensorsurgeon.calibrate.options import CalibrationOptions
+from tensorsurgeon.calibrate.walk.hidden import HiddenStates
+from tensorsurgeon.quant.gptq.hessian import CHUNK_TOKENS, HessianAccumulator
+
+logger = logging.getLogger(__name__)
+
+# Tokens per call of an expert, and per read of its inputs; fixed, for kernels may differ with the shape.
+_TOKENS: Final = 8 * CHUNK_TOKENS
+
+
+class InputStatistics(NamedTuple):
+    """What a linear's input looked like: sum of ``x x^T`` [in, in] F32 (or only its diagonal), over so many tokens."""
+
+    tokens: int
+    diagonal: Tensor
+    hessian: Tensor | None
+
+
+class ExpertStack(NamedTuple):
+    """A module of stacked experts: ``first`` is the parameter [E, ., hidden], ``down`` [E, hidden, intermediate]."""
+
+    name: str
+    module: nn.Module
+    first: str
+    experts: int
+    router: str | None
+
+    @property
+    def first_name(self) -> str:
+        """The parameter of the first projection, by full name."""
+        return f"{self.name}.{self.first}"
+
+    @property
+    def down_name(self) -> str:
+        """The parameter of the down projection, by full name."""
+        return f"{self.name}.down_proj"
+
+
+def find_stacks(layer_name: str, layer: nn.Module) -> list[ExpertStack]:
+    """The modules of stacked experts in a layer whose layout is transformers' usual one: [E, out, in], no bias."""
+    stacks = []
+    for local, module in layer.named_modules():
+        down = module._parameters.get("down_proj")
+        first = next((n for n in ("gate_up_proj", "up_proj") if module._parameters.get(n) is not None), None)
+        if down is None or first is None or down.ndim != 3:
+            continue
+        up = module._parameters[first]
+        assert up is not None
+        usual = up.ndim == 3 and up.shape[2] == down.shape[1] and up.shape[0] == down.shape[0]
+        if not usual or getattr(module, "is_transposed", False) or getattr(module, "has_bias", False):
+            logger.warning("%s.%s: experts of an unusual layout are rounded to nearest", layer_name, local)
+            continue
+        name = f"{layer_name}.{local}"
+        router = _router_of(layer, local, (up.shape[0], up.shape[2]))
+        stacks.append(ExpertStack(name, module, first, int(up.shape[0]), router))
+    return stacks
+
+
+def _router_of(layer: nn.Module, experts: str, shape: tuple[int, int]) -> str | None:
+    """The sibling whose weight has one row per expert."""
+    parent = layer.get_submodule(experts.rpartition(".")[0])
+    found = [
+        name for name, child in parent.named_children()
+        if child is not layer.get_submodule(experts) and (weight := child._parameters.get("weight")) is not None
+        and tuple(weight.shape) == shape
+    ]  # fmt: skip
+    return f"{experts.rpartition('.')[0]}.{found[0]}".lstrip(".") if len(found) == 1 else None
+
+
+class ExpertInputs:
+    """What went into one stack of experts: hidden states in a scratch file, chosen experts in memory.
+
+    Single rows are picked from all over the file, hundreds of thousands per layer, so it is mapped for that; each mapping
+    is let go at once, or the whole file would count as this process's memory.
+    """
+
+    def __init__(self, path: Path, tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
+        self._states = HiddenStates(path, (tokens, 1, hidden_size), dtype, create=True)
+        self.tokens = tokens
+        self._index: np.ndarray | None = None
+
+    def prepare(self, top_k: int) -> None:
+        """Make room for ``top_k`` choices per token; called before ``add``."""
+        if self._index is None:
+            self._index = np.full((self.tokens, top_k), -1, np.int32)
+
+    def add(self, first_token: int, hidden: Tensor, chosen: Tensor) -> None:
+        """Inputs [t, hidden] and chosen experts [t, k] of tokens from ``first_token`` on; any thread, any order."""
+        assert self._index is not None
+        rows = slice(first_token, first_token + len(chosen))
+        self._states.write(first_token, hidden.cpu())
+        self._index[rows] = chosen.cpu().numpy()
+
+    def routed(self, expert: int) -> np.ndarray:
+        """Tokens that the router sent to an expert, in order."""
+        assert self._index is not None
+        return np.flatnonzero((self._index == expert).any(1))
+
+    def counts(self, experts: int) -> np.ndarray:
+        """How many tokens each expert got."""
+        assert self._index is not None
+        return np.bincount(self._index[self._index >= 0].reshape(-1), minlength=experts)
+
+    def gather(self, tokens: np.ndarray | slice) -> Tensor:
+        """Hidden states [t, hidden] of these tokens; a new tensor."""
+        _, _, features = self._states.shape
+        dtype = self._states.dtype
+        mapped = np.memmap(self._states.path, np.uint8, "r", shape=(self.tokens, features * dtype.itemsize))
+        return torch.from_numpy(np.array(mapped[tokens])).view(dtype)
+
+    def close(self) -> None:
+        """Remove the scratch file."""
+        self._states.close()
+        self._states.path.unlink(missing_ok=True)
+
+
+class ExpertStatistics:
+    """Statistics of one stack's projections, computed when asked for; thread-safe after ``choose``."""
+
+    def __init__(self, stack: ExpertStack, inputs: ExpertInputs, options: CalibrationOptions) -> None:
+        self.stack = stack
+        self._inputs = inputs
+        self._options = options
+        self._extra: dict[int, np.ndarray] = {}
+
+    def choose(self, router: Tensor | None) -> None:
+        """Decide what tops up cold experts: the tokens whose logits under ``router`` [E, hidden] are highest."""
+        if self._options.experts != "balanced":
+            return
+        counts = self._inputs.counts(self.stack.experts)
+        # No more than an even router would send: with little text the rest of it is what the expert never sees, and
+        # fitting that costs more than it gives (0.016 against 0.009 on held-out tokens, from 256 tokens in all).
+        wanted = min(self._options.minimum_tokens, int(counts.sum()) // self.stack.experts)
+        cold = np.flatnonzero(counts < wanted)
+        if not len(cold):
+            return
+        if router is None:
+            logger.warning("%s: its router was not found; %d cold experts are not topped up", self.stack.name, len(cold))
+            return
+        logits = np.empty((self._inputs.tokens, len(cold)), np.float32)
+        rows = router[torch.from_numpy(cold)].float().cpu().T.contiguous()
+        for start in range(0, self._inputs.tokens, _TOKENS):
+            stop = min(start + _TOKENS, self._inputs.tokens)
+            logits[start:stop] = (self._inputs.gather(slice(start, stop)).float() @ rows).numpy()
+        for column, expert in enumerate(cold.tolist()):
+            mine = self._inputs.routed(expert)
+            values = logits[:, column].copy()
+            values[mine] = -np.inf
+            # Stable, so that equal logits are taken in the order of tokens.
+            best = np.argsort(-values, kind="stable")[: wanted - len(mine)]
+            self._extra[expert] = best
+
+    def tokens_of(self, expert: int) -> np.ndarray:
+        """The tokens an expert is fed, in order."""
+        if self._options.experts == "all":
+            return np.arange(self._inputs.tokens)
+        mine = self._inputs.routed(expert)
+        extra = self._extra.get(expert)
+        return mine if extra is None else np.sort(np.concatenate([mine, extra]))
+
+    def compute(self, expert: int, *, first: bool) -> tuple[InputStatistics | None, InputStatistics]:
+        """Of an expert's first projection (if asked for) and of its down projection; original weights."""
+        module: Any = self.stack.module
+        up: Tensor = module._parameters[self.stack.first][expert]
+        chosen = self.tokens_of(expert)
+        before = HessianAccumulator(up.shape[1]) if first else None
+        after = HessianAccumulator(module.down_proj.shape[2])
+        for start in range(0, len(chosen), _TOKENS):
+            hidden = self._inputs.gather(chosen[start : start + _TOKENS]).to(up.device)
+            if before is not None:
+                before.add(hidden.cpu())
+            after.add(_activated(module, nn.functional.linear(hidden, up)).cpu())
+        return (None if before is None else summed(before)), summed(after)
+
+
+def _activated(module: Any, projected: Tensor) -> Tensor:
+    """What the module itself does between its two projections."""
+    if getattr(module, "has_gate", True) and hasattr(module, "_apply_gate"):
+        result: Tensor = module._apply_gate(projected)
+    else:
+        result = module.act_fn(projected)
+    return result
+
+
+def summed(accumulator: HessianAccumulator) -> InputStatistics:
+    """The statistics that an accumulator holds."""
+    hessian = accumulator.result()
+    return InputStatistics(accumulator.tokens, hessian.diagonal().clone(), hessian)

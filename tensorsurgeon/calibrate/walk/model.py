@@ -1,0 +1,254 @@
+"""transformers' model without its weights: built on the meta device, filled one module at a time from the shards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensorsurgeon.calibrate.walk.naming import Loading, NameMap, ParameterRows, map_names, trace_rows
+from tensorsurgeon.calibrate.walk.reading import TensorReader
+from tensorsurgeon.checkpoint.folder import Checkpoint
+from tensorsurgeon.errors import CheckpointError, PlanError
+from tensorsurgeon.quant.rtn.plain_torch import tensor_of
+
+logger = logging.getLogger(__name__)
+
+_TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class StreamedModel:
+    """The module tree of a checkpoint; parameters are on the meta device unless ``load`` has filled them.
+
+    ``layers`` are the decoder layers, ``layer_names`` their names in the tree; ``outside`` the checkpoint tensors that
+    transformers has no place for (MTP heads). ``experts_implementation`` is transformers' own choice by default only
+    where it is None; ``eager`` is the fastest on a CPU.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, experts_implementation: str | None = "eager", device: str = "cpu") -> None:
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.model = _build_on_meta(checkpoint, experts_implementation)
+        self.dtype: torch.dtype = self.model.dtype
+        self.layer_names, self.layers = _decoder_layers(self.model)
+        self.names: NameMap = map_names(self.model, list(checkpoint.specs))
+        self._shapes = {name: value.shape for name, value in self.model.state_dict().items()}
+        self._by_layer: list[list[Loading]] = [[] for _ in self.layers]
+        self._rest: list[Loading] = []
+        for loading in self.names.loadings:
+            number = self.layer_of(loading.target)
+            (self._rest if number is None else self._by_layer[number]).append(loading)
+
+    @property
+    def outside(self) -> list[str]:
+        """Checkpoint tensors that are no part of the model."""
+        return self.names.outside
+
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of the embedding: token ids lie below."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def hidden_size(self) -> int:
+        """Features of the states between layers."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    def layer_of(self, parameter: str) -> int | None:
+        """The decoder layer that a name in the tree lies in; None for embeddings, heads, vision towers."""
+        for number, name in enumerate(self.layer_names):
+            if parameter.startswith(name + "."):
+                return number
+        return None
+
+    def source_names(self, number: int) -> list[str]:
+        """The checkpoint tensors that make a layer."""
+        return [name for loading in self._by_layer[number] for name in loading.names]
+
+    def traced_rows(self, number: int) -> dict[str, list[tuple[int, ParameterRows]]]:
+        """For each checkpoint tensor of a layer, which rows of which parameters its rows become."""
+        return trace_rows(self.names, self._by_layer[number], self.checkpoint.specs, self._shapes)
+
+    @contextmanager
+    def layer(self, number: int, reader: TensorReader) -> Iterator[nn.Module]:
+        """One decoder layer with its weights; they are let go afterwards."""
+        module = self.layers[number]
+        try:
+            self._fill(self.layer_names[number], module, self._by_layer[number], reader)
+            yield module
+        finally:
+            module.to("meta")
+
+    @contextmanager
+    def surroundings(self, reader: TensorReader) -> Iterator[Any]:
+        """What runs before the first layer: embeddings, and whatever else of the decoder is small."""
+        decoder_name = self.layer_names[0].rpartition(".")[0].rpartition(".")[0]
+        prefix = f"{decoder_name}." if decoder_name else ""
+        loadings = [loading for loading in self._rest if loading.target.startswith(prefix)]
+        module = self.model.get_submodule(decoder_name)
+        embedding = self.model.get_input_embeddings()
+        needed = [loading for loading in loadings if not _is_head(self.model, loading.target)]
+        try:
+            self._fill(decoder_name, module, needed, reader, complete=False)
+            if embedding.weight.is_meta:
+                raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint.root))
+            yield self.model
+        finally:
+            for child in module.modules():
+                if not any(child is part for layer in self.layers for part in layer.modules()):
+                    for name, parameter in child._parameters.items():
+                        if parameter is not None:
+                            child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def _fill(
+        self, prefix: str, module: nn.Module, loadings: Sequence[Loading], reader: TensorReader, *, complete: bool = True
+    ) -> None:
+        # First, while parameters are on the meta device: transformers initialises a module's weights along with its buffers.
+        _make_buffers(self.model, prefix, module, self.layers if not complete else (), self.device)
+        for loading in loadings:
+            tensors = {name: tensor_of(reader.whole(name)) for name in loading.names}
+            for target, value in self.names.convert(loading, tensors).items():
+                self._set(target, value)
+        if complete:
+            missing = [name for name, value in _tensors_of(module) if value.is_meta]
+            if missing:
+                raise CheckpointError(
+                    f"{prefix}: no tensor of the checkpoint makes {', '.join(missing[:4])}"
+                    + (f" and {len(missing) - 4} more" if len(missing) > 4 else ""),
+                    where=str(self.checkpoint.root),
+                )
+
+    def _set(self, target: str, value: Tensor) -> None:
+        owner_name, _, leaf = target.rpartition(".")
+        owner = self.model.get_submodule(owner_name)
+        known = getattr(owner, leaf)
+        if value.shape != known.shape:
+            raise CheckpointError(
+                f"{target}: the checkpoint has {list(value.shape)}, the config says {list(known.shape)}",
+                where=str(self.checkpoint.root),
+            )
+        # The meta parameter has the dtype that transformers gives it, F32 where it keeps F32.
+        value = value.to(device=self.device, dtype=known.dtype)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        else:
+            owner._buffers[leaf] = value
+
+
+def _build_on_meta(checkpoint: Checkpoint, experts_implementation: str | None) -> Any:
+    import transformers
+
+    if not checkpoint.config:
+        raise CheckpointError("has no config.json; the layer walk needs it to build the model", where=str(checkpoint.root))
+    if checkpoint.config.get("quantization_config"):
+        raise CheckpointError("is quantized; calibrate the original checkpoint", where=str(checkpoint.root))
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(checkpoint.root))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"transformers {transformers.__version__} does not know this model ({str(error).splitlines()[0]}); without its "
+            "forward there is no calibration, RTN needs none",
+            where=str(checkpoint.root),
+        ) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise PlanError(f"{config.model_type}: encoder-decoder models cannot be walked; only decoder layers in a list can")
+    architecture = (config.architectures or [""])[0]
+    model_class: Any = getattr(transformers, architecture, None) or transformers.AutoModelForCausalLM
+    build = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
+    arguments = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
+    with torch.device("meta"), torch.no_grad():
+        model = build(config, dtype=_dtype_of(config), **arguments).eval()
+    plan = model._get_dtype_plan(model.dtype)
+    for name, parameter in list(model.named_parameters()):
+        if any(part in name for part in plan):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            owner._parameters[name.rpartition(".")[2]] = nn.Parameter(parameter.float(), requires_grad=False)
+    return model.requires_grad_(False)
+
+
+def _dtype_of(config: Any) -> torch.dtype:
+    for part in (config, config.get_text_config()):
+        dtype = getattr(part, "dtype", None)
+        if dtype is not None:
+            return dtype if isinstance(dtype, torch.dtype) else _TORCH_DTYPES[str(dtype)]
+    return torch.bfloat16
+
+
+def _decoder_layers(model: Any) -> tuple[list[str], list[nn.Module]]:
+    """The one list of decoder layers, whose length the config gives."""
+    count = model.config.get_text_config().num_hidden_layers
+    decoder = model.get_decoder()
+    found = [
+        (name, module) for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and any(module is part for part in decoder.children())
+    ]  # fmt: skip
+    if len(found) != 1:
+        raise PlanError(
+            f"{type(model).__name__}: {len(found)} lists of {count} layers in its decoder, one is needed; this model cannot "
+            "be walked layer by layer"
+        )
+    name, layers = found[0]
+    return [f"{name}.{number}" for number in range(count)], list(layers)
+
+
+def _is_head(model: Any, target: str) -> bool:
+    head = model.get_output_embeddings()
+    owner = model.get_submodule(target.rpartition(".")[0])
+    return head is not None and owner is head and owner is not model.get_input_embeddings()
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _make_buffers(model: Any, prefix: str, module: nn.Module, excluded: Sequence[nn.Module], device: torch.device) -> None:
+    """Compute the buffers that no checkpoint holds (rotary frequencies), as transformers itself does after loading.
+
+    They are filled with NaN (integers with their minimum) first, so that one which stays unset is noticed.
+    """
+    from transformers import PreTrainedModel
+
+    skipped = {id(part) for layer in excluded for part in layer.modules()}
+    for name, part in module.named_modules():
+        buffers = part._buffers
+        lost = [key for key in part._non_persistent_buffers_set if (value := buffers.get(key)) is not None and value.is_meta]
+        if id(part) in skipped or not lost:
+            continue
+        full = f"{prefix}.{name}".strip(".")
+        for key in lost:
+            buffers[key] = torch.full_like(_held(buffers, key), _unset(_held(buffers, key).dtype), device="cpu")
+        owner = _nearest(model, full, PreTrainedModel)
+        with torch.no_grad():
+            owner._init_weights(part)
+        for key in lost:
+            value = _held(buffers, key)
+            if bool((value.isnan() if value.is_floating_point() else value == _unset(value.dtype)).any()):
+                raise PlanError(f"{full}.{key}: transformers does not say how this buffer is made; the model cannot be walked")
+            buffers[key] = value.to(device)
+
+
+def _held(buffers: dict[str, Tensor | None], key: str) -> Tensor:
+    value = buffers[key]
+    assert value is not None
+    return value
+
+
+def _unset(dtype: torch.dtype) -> float | int:
+    if dtype.is_floating_point:
+        return float("nan")
+    return 0 if dtype == torch.bool else torch.iinfo(dtype).min
+
+
+def _nearest(model: Any, name: str, kind: type) -> Any:
+    """The module of a class that holds ``name``, innermost first."""
+    parts = name.split(".")
+    for length in range(len(parts), -1, -1):
+        module = model.get_submodule(".".join(parts[:length]))
+        if isinstance(module, kind):
+            return module
+    return model

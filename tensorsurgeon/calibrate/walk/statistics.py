@@ -1,0 +1,248 @@
+"""Second moments of what each linear of a layer sees: gathered during the walk, kept in files, used later.
+
+One Hessian per distinct input: query, key and value projections are called with the same tensor, and so are the gate and
+up projections; which ones are is read off the first batch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tensorsurgeon.calibrate.walk.experts import (
+    ExpertInputs,
+    ExpertStack,
+    ExpertStatistics,
+    InputStatistics,
+    summed,
+)
+from tensorsurgeon.calibrate.walk.workers import Turns
+from tensorsurgeon.errors import PlanError, RecipeError
+from tensorsurgeon.quant.gptq.hessian import HessianAccumulator
+
+
+class LayerStatistics(Protocol):
+    """Statistics of one layer by key (``Keys`` names them); None where nothing was observed."""
+
+    def of(self, key: str) -> InputStatistics | None:
+        """The statistics of an input."""
+        ...
+
+    def shared_key(self, key: str) -> str:
+        """The key under which inputs that are one and the same are kept."""
+        ...
+
+
+class _Seen(NamedTuple):
+    tensor: Tensor
+    identity: tuple[Any, ...]
+
+
+class LayerObserver:
+    """Sums the inputs of a layer's linears, and keeps those of its experts, while the walk runs the layer.
+
+    ``linears`` are the modules wanted, by full name.
+    """
+
+    def __init__(
+        self, linears: Mapping[str, nn.Module], stacks: Sequence[ExpertStack], inputs: Mapping[str, ExpertInputs], turns: Turns
+    ) -> None:
+        self._linears = dict(sorted(linears.items()))
+        self._stacks = {stack.name: stack for stack in stacks}
+        self._inputs = inputs
+        self._turns = turns
+        self._leader: dict[str, str] = {}
+        self._sums: dict[str, HessianAccumulator] = {}
+        self._local = threading.local()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks in place for the length of the block."""
+        handles = [module.register_forward_pre_hook(self._note(name)) for name, module in self._linears.items()]
+        handles += [
+            stack.module.register_forward_pre_hook(self._note_experts(stack), with_kwargs=True) for stack in self._stacks.values()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._local.seen.setdefault(name, []).append(_seen(args[0]))
+
+        return hook
+
+    def _note_experts(self, stack: ExpertStack) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = [*args, *kwargs.values()]
+            if len(given) < 2 or given[0].ndim != 2 or given[1].ndim != 2 or given[1].is_floating_point():
+                raise PlanError(f"{stack.name}: its experts are not called with hidden states and chosen experts")
+            self._local.seen.setdefault(stack.first_name, []).append(_seen(given[0]))
+            self._local.chosen[stack.name] = (given[0], given[1])
+
+        return hook
+
+    def observe(self, batch: int, first_token: int, forward: Callable[[], Tensor]) -> Tensor:
+        """Run a batch's forward and add what the linears saw, in the order of batches."""
+        self._local.seen, self._local.chosen = {}, {}
+        result = forward()
+        seen: dict[str, list[_Seen]] = self._local.seen
+        with self._turns.turn("leaders", batch):
+            if batch == 0:
+                self._choose_leaders(seen)
+            for name, (_, chosen) in self._local.chosen.items():
+                self._inputs[name].prepare(chosen.shape[1])
+        for name, (hidden, chosen) in self._local.chosen.items():
+            self._inputs[name].add(first_token, hidden, chosen)
+        for name, leader in self._leader.items():
+            mine = seen.get(name, [])
+            if leader != name:
+                if [s.identity for s in mine] != [s.identity for s in seen.get(leader, [])]:
+                    raise PlanError(f"{name} and {leader} shared their input at first, but not later; no statistics")
+                continue
+            with self._turns.turn(name, batch):
+                for tensor, _ in mine:
+                    if name not in self._sums:
+                        self._sums[name] = HessianAccumulator(tensor.shape[-1])
+                    self._sums[name].add(tensor.cpu())
+        self._local.seen, self._local.chosen = {}, {}
+        return result
+
+    def _choose_leaders(self, seen: Mapping[str, list[_Seen]]) -> None:
+        names = [*self._linears, *(stack.first_name for stack in self._stacks.values())]
+        by_input: dict[tuple[Any, ...], str] = {}
+        for name in names:
+            identity = tuple(s.identity for s in seen.get(name, []))
+            self._leader[name] = by_input.setdefault(identity, name) if identity else name
+
+    def result(self, experts: Mapping[str, ExpertStatistics]) -> WalkedStatistics:
+        """What was observed; ``experts`` by the name of their stack."""
+        sums = {name: summed(accumulator) for name, accumulator in self._sums.items()}
+        self._sums.clear()
+        return WalkedStatistics(sums, dict(self._leader), dict(experts))
+
+
+def _seen(tensor: Tensor) -> _Seen:
+    tensor = tensor.detach()
+    return _Seen(tensor, (tensor.data_ptr(), tensor.numel(), tensor.shape[-1], tensor.dtype, tensor._version))
+
+
+class WalkedStatistics:
+    """Statistics of one layer, fresh from the walk; those of experts are computed when asked for."""
+
+    def __init__(self, sums: dict[str, InputStatistics], leader: dict[str, str], experts: dict[str, ExpertStatistics]) -> None:
+        self._sums = sums
+        self._leader = leader
+        self._experts = experts
+
+    def shared_key(self, key: str) -> str:
+        """The key under which a shared input is kept."""
+        return self._leader.get(key, key)
+
+    def of(self, key: str) -> InputStatistics | None:
+        """The statistics of an input; None if it was never seen."""
+        parameter, _, expert = key.rpartition(".")
+        stack = self._experts.get(parameter.rpartition(".")[0]) if expert.isdecimal() else None
+        if stack is None:
+            return self._sums.get(self.shared_key(key))
+        if parameter == stack.stack.down_name:
+            return stack.compute(int(expert), first=False)[1]
+        return stack.compute(int(expert), first=True)[0]
+
+
+class StoredStatistics:
+    """Statistics of one layer from a file that ``write_layer`` made."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        if not path.exists():
+            raise RecipeError(f"{path}: no such file; the statistics do not cover this layer")
+        try:
+            open_file: Any = safe_open
+            self._file = open_file(str(path), "pt")
+            metadata = self._file.metadata() or {}
+            self._aliases: dict[str, str] = json.loads(metadata["aliases"])
+            self.tokens: dict[str, int] = json.loads(metadata["tokens"])
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise RecipeError(f"{path}: is not a file of statistics ({error})") from error
+        self._names = set(self._file.keys())
+
+    def shared_key(self, key: str) -> str:
+        """The key under which a shared input is kept."""
+        return self._aliases.get(key, key)
+
+    def inputs(self) -> list[str]:
+        """The keys of distinct inputs."""
+        return sorted(self.tokens)
+
+    def of(self, key: str) -> InputStatistics | None:
+        """The statistics of an input; None if it was never seen."""
+        key = self.shared_key(key)
+        if key not in self.tokens:
+            return None
+        if f"{key}.hessian" in self._names:
+            hessian = self._file.get_tensor(f"{key}.hessian")
+            return InputStatistics(self.tokens[key], hessian.diagonal().clone(), hessian)
+        return InputStatistics(self.tokens[key], self._file.get_tensor(f"{key}.diagonal"), None)
+
+
+def layer_path(folder: Path, number: int) -> Path:
+    """Where the statistics of a layer lie: one file each, so that they can be written and read layer by layer."""
+    return folder / f"layer-{number:05d}.safetensors"
+
+
+def write_layer(
+    folder: Path, number: int, statistics: Mapping[str, InputStatistics], aliases: Mapping[str, str], *, full: bool = True
+) -> None:
+    """Keep a layer's statistics by key; ``full`` False keeps diagonals only (the cheap form, enough for ``imatrix``)."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for key, found in statistics.items():
+        if full and found.hessian is not None:
+            tensors[f"{key}.hessian"] = found.hessian
+        else:
+            tensors[f"{key}.diagonal"] = found.diagonal
+    metadata = {
+        "aliases": json.dumps({name: key for name, key in sorted(aliases.items()) if name != key}),
+        "tokens": json.dumps({key: found.tokens for key, found in sorted(statistics.items())}),
+    }
+    path = layer_path(folder, number)
+    partial = path.with_name(path.name + ".partial")
+    save_file(dict(sorted(tensors.items())), partial, metadata=metadata)
+    os.replace(partial, path)
+
+
+def describe_statistics(folder: Path) -> list[dict[str, Any]]:
+    """What a folder of statistics holds: layer, key, tokens, features, kind, mean of the diagonal."""
+    rows = []
+    for path in sorted(folder.glob("layer-*.safetensors")):
+        stored = StoredStatistics(path)
+        for key in stored.inputs():
+            found = stored.of(key)
+            assert found is not None
+            kind = "diagonal" if found.hessian is None else "hessian"
+            mean_square = float(found.diagonal.mean()) / max(1, found.tokens)
+            entry = {"layer": int(path.stem.partition("-")[2]), "input": key, "tokens": found.tokens}
+            rows.append({**entry, "features": len(found.diagonal), "kind": kind, "mean_square": mean_square})
+    if not rows:
+        raise RecipeError(f"{folder}: holds no statistics (layer-*.safetensors)")
+    return rows
+
+
+def is_finite(statistics: InputStatistics) -> bool:
+    """Whether sums overflowed or saw a NaN."""
+    known = statistics.diagonal if statistics.hessian is None else statistics.hessian
+    return bool(torch.isfinite(known.abs().max())) if known.numel() else True

@@ -1,0 +1,83 @@
+"""Where each output tensor lies: shards, headers, offsets and the index, before anything is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from tensorsurgeon.checkpoint.header import alignment_rank, build_header
+from tensorsurgeon.tensors.spec import TensorSpec
+
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+INDEX_NAME = "model.safetensors.index.json"
+
+
+class Placement(NamedTuple):
+    """The place of one tensor: which shard, and its first byte in that file."""
+
+    shard: int
+    offset: int
+
+
+class OutputShard(NamedTuple):
+    """One file to be written: its final name, its first bytes, its size and its tensors in file order."""
+
+    name: str
+    header: bytes
+    file_bytes: int
+    specs: tuple[TensorSpec, ...]
+
+
+class Layout(NamedTuple):
+    """All output shards and the place of every tensor in them."""
+
+    shards: tuple[OutputShard, ...]
+    placements: dict[str, Placement]
+    # None when there is a single shard, which needs no index.
+    index_json: bytes | None
+    total_bytes: int
+
+
+def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str], max_shard_bytes: int) -> Layout:
+    """Cut tensors into shards of at most ``max_shard_bytes`` of data, in order, with the Hub's file names.
+
+    A tensor larger than the limit gets a shard of its own. Within a shard wide elements come first (see
+    ``alignment_rank``), otherwise the order is kept.
+    """
+    groups: list[list[TensorSpec]] = [[]]
+    filled = total = 0
+    for spec in specs:
+        nbytes = spec.nbytes
+        if groups[-1] and filled + nbytes > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(spec)
+        filled += nbytes
+        total += nbytes
+    names = [_shard_name(number, len(groups)) for number in range(len(groups))]
+    index = _index(groups, names, total) if len(groups) > 1 else None
+    shards = []
+    placements: dict[str, Placement] = {}
+    for number, group in enumerate(groups):
+        group.sort(key=_alignment)
+        header, offsets, file_bytes = build_header(group, metadata)
+        for spec, offset in zip(group, offsets, strict=True):
+            placements[spec[0]] = Placement(number, offset)
+        shards.append(OutputShard(names[number], header, file_bytes, tuple(group)))
+    return Layout(tuple(shards), placements, index, total)
+
+
+def _alignment(spec: TensorSpec) -> int:
+    return alignment_rank(spec.dtype)
+
+
+def _index(groups: Sequence[Sequence[TensorSpec]], names: Sequence[str], total: int) -> bytes:
+    """The index as the Hub's tools write it; by hand, for the indenting encoder of json is ten times slower."""
+    quoted = json.encoder.encode_basestring
+    rows = ",\n".join([f'    {quoted(spec[0])}: "{name}"' for group, name in zip(groups, names, strict=True) for spec in group])
+    return f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{\n{rows}\n  }}\n}}\n'.encode()
+
+
+def _shard_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"

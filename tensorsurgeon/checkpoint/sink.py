@@ -1,0 +1,145 @@
+"""Where bytes go: output shards at their final size, written in any order and published when whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tensorsurgeon.checkpoint.layout import Layout
+from tensorsurgeon.errors import SinkError
+
+
+class Sink:
+    """The shards of one run, each ``NAME.partial`` until it is published; safe to use from many threads."""
+
+    def __init__(self, target: Path, layout: Layout) -> None:
+        self.target = target
+        self._layout = layout
+        self._paths = [target / f"{shard.name}.partial" for shard in layout.shards]
+        self._fds: list[int] = []
+        self._is_dirty = [True] * len(self._paths)
+
+    def open(self) -> None:
+        """Open every shard at its final size with its header; existing bytes of a stopped run stay.
+
+        The space is reserved now, so that a disk too small is noticed before the first weight is read.
+        """
+        for number, (path, shard) in enumerate(zip(self._paths, self._layout.shards, strict=True)):
+            final = self.target / shard.name
+            with sink_errors(path, "be created"):
+                if final.exists() and not path.exists():
+                    os.replace(final, path)
+                # A link in the target could lead to anything, the source included.
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+                self._fds.append(fd)
+                if os.fstat(fd).st_size > shard.file_bytes:
+                    os.ftruncate(fd, shard.file_bytes)
+                reserve(fd, shard.file_bytes)
+            self.write(number, 0, memoryview(shard.header))
+
+    def write(self, shard: int, offset: int, data: memoryview) -> None:
+        done = 0
+        with sink_errors(self._paths[shard], "be written"):
+            while done < len(data):
+                done += os.pwrite(self._fds[shard], data[done:], offset + done)
+        # After the bytes, never before: a sync in between would take a shard for clean that is not.
+        self._is_dirty[shard] = True
+
+    def read(self, shard: int, offset: int, buffer: memoryview) -> int:
+        """Bytes that a stopped run left; returns how many there were."""
+        with sink_errors(self._paths[shard], "be read"):
+            return os.preadv(self._fds[shard], [buffer], offset)
+
+    def sync(self) -> None:
+        """Make everything written so far durable; one thread at a time."""
+        for shard, fd in enumerate(self._fds):
+            if self._is_dirty[shard]:
+                self._is_dirty[shard] = False
+                with sink_errors(self._paths[shard], "be made durable"):
+                    os.fdatasync(fd)
+
+    def publish_shards(self) -> None:
+        """Give every shard its final name; call when all bytes are durable."""
+        self.close()
+        for path, shard in zip(self._paths, self._layout.shards, strict=True):
+            with sink_errors(path, "be published"):
+                os.replace(path, self.target / shard.name)
+        sync_folder(self.target)
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+
+
+def reserve(fd: int, nbytes: int) -> None:
+    """Grow a file to its final size and take the disk space now, where the file system can."""
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(fd, nbytes)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish_bytes(path: Path, content: bytes) -> None:
+    """Write a small file so that it is either whole or absent."""
+
+    def fill(partial: Path) -> None:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    _publish(path, fill)
+
+
+def publish_copy(source: Path, path: Path) -> None:
+    """Copy a side file with its time stamps, so that it is either whole or absent."""
+
+    def fill(partial: Path) -> None:
+        shutil.copy2(source, partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+
+    _publish(path, fill)
+
+
+def _publish(path: Path, fill: Callable[[Path], None]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with sink_errors(path, "be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fill(partial)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def sink_errors(path: Path, what: str) -> Iterator[None]:
+    """Errors of the target's file system, as messages that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SinkError(
+                "the disk is full; free some space and run the same command with --resume", where=str(path)
+            ) from error
+        raise SinkError(
+            f"cannot {what}: {error.strerror}; when that is mended, run the same command with --resume", where=str(path)
+        ) from error

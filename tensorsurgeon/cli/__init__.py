@@ -1,0 +1,5 @@
+"""The command line."""
+
+from tensorsurgeon.cli.group import main, run
+
+__all__ = ["main", "run"]

@@ -1,0 +1,97 @@
+"""``surgeon apply``: carry out a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from tensorsurgeon.cli.calibrate import calibration_options, run_with_calibration, settings_for
+from tensorsurgeon.cli.plan import plan_named, transform_options
+from tensorsurgeon.cli.terminal import emit, json_option, note, progress_bar, stop_on_signals
+from tensorsurgeon.errors import NumericError, PlanViolationError, SurgeonError
+from tensorsurgeon.tensors.sizes import parse_size, show_size
+
+
+@click.command()
+@click.argument("transform")
+@click.argument("source", type=click.Path(readable=False))
+@click.argument("target", type=click.Path(readable=False))
+@transform_options
+@click.option("--workers", type=click.IntRange(1, 256), help="Threads; the cores of this machine by default.")
+@click.option("--max-ram", metavar="SIZE", help="Cap on the tensors in flight, such as 8GB; half of the free memory by default.")
+@click.option("--resume", is_flag=True, help="Continue the run that was stopped in TARGET.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint that TARGET holds.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress bar and no messages.")
+@json_option
+@calibration_options
+def apply(
+    transform: str,
+    source: str,
+    target: str,
+    settings: tuple[str, ...],
+    then: tuple[str, ...],
+    max_shard_size: str,
+    backend: str,
+    require: tuple[str, ...],
+    workers: int | None,
+    max_ram: str | None,
+    resume: bool,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+    calibration: Mapping[str, Any],
+) -> None:
+    """Write TRANSFORM of SOURCE into the folder TARGET; a killed run continues with --resume.
+
+    \b
+    surgeon apply quark-w8a8-int8 Qwen3.6-35B-A3B Qwen3.6-35B-A3B-INT8
+    surgeon apply split-experts model out --then my-renames.yaml --max-ram 8GB --workers 4
+    surgeon apply gptq-int4-g128 Qwen3.6-35B-A3B out --calibration chats.jsonl:3 --calibration prose.txt
+    """
+    from tensorsurgeon.engines.advice import check_requirements
+
+    if resume and overwrite:
+        raise click.UsageError("--resume continues a run and --overwrite replaces it; give one of them")
+    made = plan_named(transform, then, settings_for(calibration, settings), backend, source, max_shard_size)
+    check_requirements(made, require)
+    if not quiet:
+        for name in made.source.left_behind:
+            note(f"note: {name} stays behind: it holds other weights than this checkpoint's")
+        for oddity in made.source.oddities:
+            note(f"note: {oddity}")
+    cap = None if max_ram is None else parse_size(max_ram, "--max-ram")
+    with stop_on_signals() as stop, progress_bar(made.output_bytes, quiet) as advance:
+        try:
+            result, summary = run_with_calibration(
+                made, target, calibration, note=None if quiet else note, workers=workers, max_ram_bytes=cap, resume=resume,
+                overwrite=overwrite, stop=stop, progress=lambda p: advance(p.nbytes),
+            )  # fmt: skip
+        except SurgeonError as error:
+            if isinstance(error, NumericError):
+                changed = (
+                    "the source, the transform or the calibration" if "sources" in calibration else "the source or the transform"
+                )
+                error.message += f"; --resume would stop here again: change {changed} and use --overwrite"
+            elif isinstance(error, PlanViolationError):
+                error.message += "; this is a fault of surgeon's own, please report it"
+            elif 40 <= error.exit_code < 50 or error.exit_code == 130:
+                error.message += f"; continue with: surgeon apply ... {target} --resume"
+            raise
+    data = {
+        "target": target,
+        "tensors": len(made.specs),
+        "bytes": made.output_bytes,
+        "shards": len(made.layout.shards),
+        "quantized_linears": len(made.quantized),
+        "units": result.units,
+        "resumed_units": result.resumed_units,
+        **({} if summary is None else {"calibration": summary}),
+    }
+    text = (
+        f"{target}: {data['tensors']} tensors, {show_size(made.output_bytes)} in {data['shards']} shards"
+        + (f", {data['quantized_linears']} linears quantized" if made.quantized else "")
+        + (" (was complete already)" if result.was_complete else "")
+    )
+    emit(data, text, as_json)

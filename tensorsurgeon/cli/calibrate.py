@@ -1,0 +1,152 @@
+"""The options of ``surgeon apply`` that have to do with calibration, and the choice between a plain and a calibrated run."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from tensorsurgeon.errors import RecipeError
+
+if TYPE_CHECKING:
+    from tensorsurgeon.planning.plan import Plan
+    from tensorsurgeon.running.run import RunResult
+
+_OPTIONS: Final = (
+    click.option("--calibration", "sources", multiple=True, metavar="FILE[:WEIGHT]",
+                 help="Text, JSON lines (text or messages), Parquet or token ids to calibrate on; several mix by weight. "
+                      "The name of a Hub data set works where datasets is installed."),
+    click.option("--samples", type=click.IntRange(1), help="Chunks of text to calibrate on.  [default: 256]"),
+    click.option("--sequence-length", type=click.IntRange(1), help="Tokens in each.  [default: 2048]"),
+    click.option("--seed", type=click.IntRange(0), help="Which chunks are drawn.  [default: 0]"),
+    click.option("--experts", type=click.Choice(["routed", "all", "balanced"]),
+                 help="What experts are fed: what the router sends, every token, or what it sends topped up for cold "
+                      "experts.  [default: balanced]"),
+    click.option("--expert-hessian", type=click.Choice(["shared", "own"]),
+                 help="One Hessian for the gate and up projections of all experts of a layer, or one each.  [default: shared]"),
+    click.option("--minimum-tokens", type=click.IntRange(0), help="Tokens that balanced gives each expert.  [default: 512]"),
+    click.option("--fallback-tokens", type=click.IntRange(0),
+                 help="Modules that saw fewer are rounded to nearest.  [default: 8]"),
+    click.option("--no-sequential", is_flag=True, help="Feed each layer what the original layers put out."),
+    click.option("--damp-percent", type=click.FloatRange(0.0),
+                 help="Share of the Hessian's mean diagonal added to it.  [default: 0.01]"),
+    click.option("--no-search", is_flag=True, help="Keep the scales of the scheme's rule."),
+    click.option("--no-polish", is_flag=True, help="Plain GPTQ, without coordinate descent afterwards."),
+    click.option("--write-statistics", metavar="FOLDER", help="Also keep the Hessians, for other formats and bit widths."),
+    click.option("--read-statistics", metavar="FOLDER", help="Use kept Hessians instead of data."),
+    click.option("--device", metavar="NAME", help="Where calibration runs the model: cpu or cuda.  [default: cpu]"),
+)  # fmt: skip
+_NAMES: Final = (
+    "sources", "samples", "sequence_length", "seed", "experts", "expert_hessian", "minimum_tokens", "fallback_tokens",
+    "no_sequential", "damp_percent", "no_search", "no_polish", "write_statistics", "read_statistics", "device",
+)  # fmt: skip
+
+
+def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options to a click command, which gets what was given as one mapping, ``calibration``."""
+
+    @functools.wraps(command)
+    def collected(**given: Any) -> Any:
+        own = {name: given.pop(name) for name in _NAMES}
+        # Told apart from zero, which is a number that may be given.
+        absent = {name for name, value in own.items() if value is None or value is False or value == ()}
+        return command(calibration={name: value for name, value in own.items() if name not in absent}, **given)
+
+    for option in reversed(_OPTIONS):
+        collected = option(collected)
+    return collected
+
+
+def settings_for(calibration: Mapping[str, Any], settings: Sequence[str]) -> tuple[str, ...]:
+    """The ``--set`` of a run: data to calibrate on means GPTQ, unless the method was named."""
+    wants = "sources" in calibration or "read_statistics" in calibration
+    named = any(setting.partition("=")[0] == "method" for setting in settings)
+    return (*settings, "method=gptq") if wants and not named else tuple(settings)
+
+
+def run_with_calibration(
+    plan: Plan, target: str, calibration: Mapping[str, Any], *, note: Callable[[str], None] | None = None, **running: Any
+) -> tuple[RunResult, dict[str, Any] | None]:
+    """``run_plan`` or ``run_calibrated``, whichever the plan needs; ``running`` are the arguments that both take.
+
+    ``note`` is told of each layer and of the summary, which is the second result. Raises RecipeError where data is given
+    that no step wants, and where it is wanted and not given.
+    """
+    from tensorsurgeon.calibrate import needs_calibration
+    from tensorsurgeon.running.run import run_plan
+
+    if not needs_calibration(plan.steps):
+        if calibration:
+            named = ", ".join(f"--{'calibration' if name == 'sources' else name.replace('_', '-')}" for name in calibration)
+            raise RecipeError(f"no step of this transform asks for statistics; leave {named} away")
+        return run_plan(plan, target, **running), None
+    if "sources" not in calibration and "read_statistics" not in calibration:
+        raise RecipeError(
+            "this transform chooses codes by calibration: give --calibration FILE (text, JSON lines, Parquet or token ids), "
+            "or --read-statistics FOLDER"
+        )
+    from tensorsurgeon.calibrate.run import run_calibrated
+
+    options, device = options_from(calibration)
+    # The command turned the collector off. The plan stays to the end and holds no cycles; what a calibration builds may.
+    gc.freeze()
+    gc.enable()
+    with _noting(note):
+        result = run_calibrated(plan, target, options, device=device, **running)
+    return result.run, result.summary
+
+
+def options_from(calibration: Mapping[str, Any]) -> tuple[Any, str]:
+    """``CalibrationOptions`` and the device of what the command line gave."""
+    from dataclasses import replace
+
+    from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
+
+    given = dict(calibration)
+    fields: dict[str, Any] = {"sources": tuple(DataSource.parse(text) for text in given.pop("sources", ()))}
+    device = str(given.pop("device", "cpu"))
+    fields["sequential"] = not given.pop("no_sequential", False)
+    gptq = CalibrationOptions.default_gptq()
+    if "damp_percent" in given:
+        gptq = replace(gptq, damp_percent=given.pop("damp_percent"))
+    if given.pop("no_search", False):
+        gptq = replace(gptq, search=None)
+    if given.pop("no_polish", False):
+        gptq = replace(gptq, polish=None)
+    for name in ("write_statistics", "read_statistics"):
+        if name in given:
+            fields[name] = Path(given.pop(name))
+    return CalibrationOptions(**fields, **given, gptq=gptq), device
+
+
+@contextmanager
+def _noting(note: Callable[[str], None] | None) -> Iterator[None]:
+    """What calibration logs, told to the person at the terminal."""
+    if note is None:
+        yield
+        return
+    logger = logging.getLogger("tensorsurgeon.calibrate")
+    handler = _Notes(note)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class _Notes(logging.Handler):
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._note(record.getMessage())

@@ -1,0 +1,1 @@
+"""What is known of model families: names, roles, and what engines fuse."""

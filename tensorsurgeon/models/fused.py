@@ -1,0 +1,74 @@
+"""Linears that engines fuse into one, and which therefore are quantized together or not at all.
+
+vLLM and SGLang load ``q_proj``, ``k_proj`` and ``v_proj`` into one ``qkv_proj`` with one kernel. A config that
+quantizes some of them, or quantizes them in several ways, is refused there with "different quantization schemes"
+(vLLM 0.32, ``should_ignore_layer``), after the checkpoint was made. The experts of one layer are one kernel too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from tensorsurgeon.errors import SpecError
+from tensorsurgeon.quant.scheme import Scheme
+
+FUSED: Final[dict[str, tuple[str, ...]]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+"""The fused module's last name part and its parts', in the order in which they are stacked."""
+
+FUSED_NAME: Final = {part: fused for fused, parts in FUSED.items() for part in parts}
+EXPERTS: Final = ".experts."
+
+
+def fused_name(module: str) -> str | None:
+    """What an engine calls the module this one is fused into; None if it stands alone."""
+    parent, dot, leaf = module.rpartition(".")
+    fused = FUSED_NAME.get(leaf)
+    return None if fused is None else parent + dot + fused
+
+
+def experts_of(module: str) -> str | None:
+    """``x.mlp.experts`` for ``x.mlp.experts.7.up_proj``; None if the module is no numbered expert."""
+    at = module.find(EXPERTS)
+    if at < 0:
+        return None
+    stop = at + len(EXPERTS)
+    return module[: stop - 1] if module[stop : stop + 1].isdigit() else None
+
+
+def check_siblings(linears: Mapping[str, Scheme], unquantized: Iterable[str]) -> None:
+    """SpecError if linears that engines fuse are not all quantized under one scheme, or all left alone.
+
+    ``linears``: quantized modules but for numbered experts, which ``coverage`` checks while it counts them.
+    """
+    schemes: dict[str, tuple[str, Scheme]] = {}
+    for module, scheme in linears.items():
+        fused = fused_name(module)
+        if fused is None:
+            continue
+        other, other_scheme = schemes.setdefault(fused, (module, scheme))
+        if other_scheme is not scheme and other_scheme != scheme:
+            raise SpecError(
+                f"{other} and {module} have different schemes ({describe(other_scheme)}; {describe(scheme)}), but "
+                f"engines fuse them into {fused}: give both the same scheme"
+            )
+    for module in unquantized:
+        fused = fused_name(module)
+        if fused in schemes:
+            raise SpecError(
+                f"{schemes[fused][0]} is quantized and {module} is not, but engines fuse them into {fused}: "
+                "quantize both or neither"
+            )
+
+
+def describe(scheme: Scheme) -> str:
+    """A scheme in the few words that tell it from others."""
+    shape = f"block {list(scheme.block)}" if scheme.block else f"group_size {scheme.group_size}"
+    kind = "" if scheme.symmetric else ", asymmetric"
+    return f"{scheme.type} {scheme.num_bits} bits, {shape}{kind}"

@@ -1,0 +1,62 @@
+r"""Regular expressions that name modules in every spelling engines use, and nothing else.
+
+The checkpoint says ``model.language_model.layers.3.mlp``, vLLM ``language_model.model.layers.3.mlp``, SGLang and
+text-only models ``model.layers.3.mlp``; expressions in configs are matched against all of these and never renamed. So
+each is written behind optional prefixes, which no MTP head and no vision tower has, and runs to the end of the name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Sequence
+from typing import Final
+
+from tensorsurgeon.errors import SpecError
+
+MTP: Final = "mtp."
+_PREFIXES: Final = r"(model\.)?(language_model\.)?(model\.)?"
+# What engines put in front of a layer's name, in any of their spellings; the longest first.
+_RENAMED: Final = ("model.language_model.", "language_model.model.", "language_model.", "model.")
+_INDEX: Final = re.compile(r"(?<=\\\.)\d+(?=\\\.)")
+
+
+def patterns_for(modules: Iterable[str], expert_lists: Container[str], avoid: Sequence[str]) -> list[str]:
+    """Expressions for ``re.match`` that hit every one of ``modules`` and none of ``avoid``.
+
+    A module of every layer takes one expression; of some layers, one that lists them. Modules in ``expert_lists``
+    are hit as a whole (``x.mlp.experts``) and expert by expert. SpecError if there is no such expression.
+    """
+    layers: dict[str, tuple[str, list[str]]] = {}
+    for module in modules:
+        exact = exact_pattern(module, module in expert_lists)
+        index = _INDEX.search(exact)
+        if index is None:
+            layers[exact] = (module, [])
+        else:
+            kind = exact[: index.start()] + r"\d+" + exact[index.end() :]
+            layers.setdefault(kind, (module, []))[1].append(index[0])
+    patterns = []
+    for kind, (module, indices) in layers.items():
+        if indices and not _hit(kind, avoid):
+            patterns.append(kind)
+            continue
+        some = kind.replace(r"\d+", "(" + "|".join(indices) + ")", 1) if indices else kind
+        hit = _hit(some, avoid)
+        if hit is not None:
+            raise SpecError(f"no expression tells {module} from {hit}, which must not match: tried {some}")
+        patterns.append(some)
+    return patterns
+
+
+def exact_pattern(module: str, is_expert_list: bool = False) -> str:
+    """An expression for one module; for an expert list, also for everything below it."""
+    end = r"(\..*)?$" if is_expert_list else "$"
+    for prefix in _RENAMED:
+        if module.startswith(prefix):
+            return _PREFIXES + re.escape(module.removeprefix(prefix)) + end
+    return ("" if module.startswith(MTP) else _PREFIXES) + re.escape(module) + end
+
+
+def _hit(pattern: str, names: Sequence[str]) -> str | None:
+    matches = re.compile(pattern).match
+    return next((name for name in names if matches(name)), None)

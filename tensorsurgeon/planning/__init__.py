@@ -1,0 +1,1 @@
+"""From headers and transforms to a plan."""

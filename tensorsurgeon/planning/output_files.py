@@ -1,0 +1,178 @@
+"""The small files of the output: config.json and its kin, derived from the tensors that are written.
+
+The model's config is edited, never rewritten: unknown keys stay, in their order.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from tensorsurgeon.checkpoint.folder import Checkpoint
+from tensorsurgeon.errors import PlanError
+from tensorsurgeon.formats.base import Format, QuantizedModel
+from tensorsurgeon.formats.registry import quantization_config
+from tensorsurgeon.planning.resolving import Resolved
+from tensorsurgeon.planning.rewriting import Rewrite, Transform
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
+from tensorsurgeon.tensors.spec import SpecMap
+
+CONFIG_NAME = "config.json"
+# Written by some tools beside config.json, with the same content; stale as soon as config.json changes.
+QUANTIZATION_FILES = ("quantize_config.json", "quantization_config.json", "quant_config.json", "hf_quant_config.json")
+
+
+class OutputFiles(NamedTuple):
+    """``contents``: files made by the plan; ``copied``: side files of the source that travel along unchanged."""
+
+    contents: dict[str, bytes]
+    copied: tuple[str, ...]
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """A step that writes quantized modules."""
+
+    @property
+    def layout(self) -> Format: ...
+
+    def scheme_of(self, rewrite: Rewrite) -> Scheme: ...
+
+    @property
+    def activations(self) -> str | None: ...
+
+
+@runtime_checkable
+class ConfigEditor(Protocol):
+    """A step that changes config.json (dequantizing removes the quantization)."""
+
+    def edit_config(self, config: dict[str, Any]) -> dict[str, Any]: ...
+
+
+def quantized_modules(steps: Sequence[Transform], resolved: Resolved) -> dict[str, tuple[Quantizer, Scheme]]:
+    """Modules whose written tensors a quantizing step made, by their final names, in file order."""
+    makers = [step if isinstance(step, Quantizer) else None for step in steps]
+    if not any(makers):
+        return {}
+    modules: dict[str, tuple[Quantizer, Scheme]] = {}
+    contents, tasks, made = resolved.contents, resolved.tasks, resolved.made
+    for name in resolved.specs:
+        module = name.rpartition(".")[0]
+        if module in modules:
+            continue
+        pieces = contents[name]
+        if not pieces or pieces[0][0] >= 0:
+            continue
+        task = tasks[made[-1 - pieces[0][0]][0]]
+        maker = makers[task[0]]
+        if maker is not None:
+            modules[module] = (maker, maker.scheme_of(task[1]))
+    return modules
+
+
+def unquantized_linears(specs: SpecMap, quantized: Mapping[str, Any]) -> list[str]:
+    """Modules with a float weight that an engine could take for a linear, and stacked experts, in file order."""
+    found: dict[str, None] = {}
+    for name, dtype, shape in specs.values():
+        # Most tensors of a quantized model are codes and scales.
+        if len(shape) not in (2, 3) or dtype not in WEIGHT_DTYPES:
+            continue
+        module, _, last = name.rpartition(".")
+        if len(shape) == 2 and last == "weight":
+            part = module.rpartition(".")[2]
+            if module not in quantized and "embed" not in part and "norm" not in part:
+                found[module] = None
+        elif len(shape) == 3 and module.endswith(".experts"):
+            found[module] = None
+    return list(found)
+
+
+def output_files(
+    steps: Sequence[Transform], source: Checkpoint, specs: SpecMap, quantized: Mapping[str, tuple[Quantizer, Scheme]]
+) -> OutputFiles:
+    """config.json as the written tensors demand it, extra files of the format, and the side files that stay."""
+    contents: dict[str, bytes] = {}
+    config: dict[str, Any] = copy.deepcopy(dict(source.config))
+    for step in steps:
+        if isinstance(step, ConfigEditor):
+            config = step.edit_config(config)
+    if quantized:
+        found = quantization_config(config) or config.get("quantization_config")
+        if found:
+            method = found.get("quant_method", "an unknown method") if isinstance(found, Mapping) else repr(found)
+            raise PlanError(
+                f"config.json says that the source is already quantized ({method}); quantize the original instead, "
+                "or dequantize this one first"
+            )
+        files = _quantization_files(specs, quantized)
+        config["quantization_config"] = files.quantization_config
+        contents.update({name: _as_json(content) for name, content in files.extra_files.items()})
+    elif (kept := quantization_config(config)) is not None:
+        _refuse_stale_names(kept, source.specs, specs)
+    if source.config_text is not None or quantized:
+        unchanged = source.config_text is not None and config == source.config
+        contents[CONFIG_NAME] = source.config_text if unchanged and source.config_text else _as_json(config)
+    stale = set(QUANTIZATION_FILES) if config != source.config else set()
+    copied = tuple(name for name in source.side_files if name not in contents and name not in stale)
+    return OutputFiles(contents, copied)
+
+
+def _refuse_stale_names(kept: Mapping[str, Any], before: SpecMap, after: SpecMap) -> None:
+    """A quantization that stays must not name modules that are gone: an engine would quantize what the entry kept out."""
+    lost = _module_paths(before) - _module_paths(after)
+    for name in _words(kept):
+        if name in lost:
+            raise PlanError(
+                f"{name}: quantization_config names this module, which the output would not have under that name; "
+                "dequantize first, or rename and drop before quantizing"
+            )
+
+
+def _module_paths(specs: SpecMap) -> set[str]:
+    paths: set[str] = set()
+    for name in specs:
+        module = name.rpartition(".")[0]
+        while module and module not in paths:
+            paths.add(module)
+            module = module.rpartition(".")[0]
+    return paths
+
+
+def _words(value: Any) -> Iterator[str]:
+    """Every string in a config, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _words(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _words(item)
+
+
+def _quantization_files(specs: SpecMap, quantized: Mapping[str, tuple[Quantizer, Scheme]]) -> Any:
+    makers = {id(maker): maker for maker, _ in quantized.values()}
+    # Told apart with their settings: GPTQ v1 and v2 have one name and different words, which one config cannot describe.
+    layouts = dict.fromkeys(maker.layout for maker in makers.values())
+    if len(layouts) > 1:
+        names = " and ".join(sorted(map(str, layouts)))
+        raise PlanError(
+            f"steps write {names}, but a checkpoint has one quantization_config, which describes one format; use one "
+            "format for all steps"
+        )
+    activations = {maker.activations for maker in makers.values()}
+    model = QuantizedModel(
+        modules={module: scheme for module, (_, scheme) in quantized.items()},
+        unquantized=unquantized_linears(specs, quantized),
+        specs=specs,
+        options={} if activations == {None} else {"activations": sorted(map(str, activations))},
+    )
+    return next(iter(layouts)).config_files(model)
+
+
+def _as_json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,292 @@
+"""The plan: everything a run will do, known before the first weight byte is read.
+
+Output shapes never depend on data, so that the plan holds every output header, offset and byte count, and the run
+writes each tensor straight to its place, in any order.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from tensorsurgeon.checkpoint.folder import Checkpoint
+from tensorsurgeon.checkpoint.layout import DEFAULT_MAX_SHARD_BYTES, Layout, lay_out
+from tensorsurgeon.errors import BudgetError, CheckpointError, RecipeError
+from tensorsurgeon.planning.output_files import OutputFiles, output_files, quantized_modules
+from tensorsurgeon.planning.resolving import Resolved, Task, resolve, units_of
+from tensorsurgeon.planning.rewriting import AnyTransform, Remembering, Rewrite, Transform, steps_of
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.names import canonical_order
+from tensorsurgeon.tensors.spec import SpecMap
+from tensorsurgeon.version import __version__
+
+# Long copies are cut, so that workers share them and a stopped run loses little; short ones are put together.
+COPY_BYTES = 32 << 20
+
+
+class Copy(NamedTuple):
+    """Bytes that go from a source shard to an output shard as they are."""
+
+    source_shard: int
+    source_offset: int
+    nbytes: int
+    shard: int
+    offset: int
+
+
+class Write(NamedTuple):
+    """Bytes of a made array that go to an output shard."""
+
+    origin: int
+    start: int
+    nbytes: int
+    shard: int
+    offset: int
+
+
+class Unit(NamedTuple):
+    """The smallest piece of work that can go alone; ``peak_bytes`` is what it holds at its fullest."""
+
+    tasks: tuple[Task, ...]
+    writes: tuple[Write, ...]
+    copies: tuple[Copy, ...]
+    peak_bytes: int
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(w.nbytes for w in self.writes) + sum(c.nbytes for c in self.copies)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every rewrite, unit, output shard, header and side file of one conversion; immutable."""
+
+    source: Checkpoint
+    steps: tuple[Transform, ...]
+    resolved: Resolved
+    layout: Layout
+    files: OutputFiles
+    quantized: dict[str, Scheme]
+    max_shard_bytes: int
+    # Data and options of a calibrated run: they decide bytes as much as the recipe does.
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def specs(self) -> SpecMap:
+        """Every tensor of the output, in file order."""
+        return self.resolved.specs
+
+    @property
+    def rewrites(self) -> Sequence[tuple[Rewrite, ...]]:
+        """What each step does."""
+        return self.resolved.rewrites
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """All the work, in the order of the source; made when it is first asked for, since looking at a plan does not."""
+        with _no_collector():
+            return _plan_units(self.resolved, self.source, self.layout)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of tensors in the output, as the index counts them."""
+        return self.layout.total_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that all files of the output take, without side files."""
+        index = len(self.layout.index_json or b"")
+        return sum(s.file_bytes for s in self.layout.shards) + index + sum(map(len, self.files.contents.values()))
+
+    @cached_property
+    def copied_bytes(self) -> int:
+        """Bytes that come from the source unchanged."""
+        return sum(piece.nbytes for pieces in self.resolved.contents.values() for piece in pieces if piece.origin >= 0)
+
+    @cached_property
+    def peak_unit_bytes(self) -> int:
+        """What the largest unit holds; a memory cap below this cannot work."""
+        # Tasks of one form hold the same; a model has few forms and many tasks, and few tasks feed others.
+        tasks = self.resolved.tasks
+        alone: dict[tuple[Any, ...], int] = {}
+        largest = 0
+        for group in units_of(tasks, self.resolved.made):
+            if len(group) > 1:
+                largest = max(largest, sum(_held_bytes(tasks[n]) for n in group))
+                continue
+            step, rewrite, inputs, _ = tasks[group[0]]
+            region = rewrite[0][0]
+            form = (step, len(rewrite[0]), region[0][1], region[0][2], region[1], region[2], len(inputs[0]))
+            if form not in alone or len(rewrite[0]) > 1:
+                alone[form] = max(alone.get(form, 0), _held_bytes(tasks[group[0]]))
+        return max([largest, *alone.values()])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names this exact run: recipe, source, package version and layout, but no worker count and no memory cap."""
+        digest = hashlib.sha256()
+        digest.update(f"tensorsurgeon {__version__}\n{self.source.fingerprint()}\n{self.max_shard_bytes}\n".encode())
+        for step in self.steps:
+            digest.update(f"{type(step).__name__} {step!r}\n".encode())
+        if self.calibration:
+            digest.update(json.dumps(self.calibration, sort_keys=True).encode())
+        for shard in self.layout.shards:
+            digest.update(shard.header)
+        for name, content in sorted(self.files.contents.items()):
+            digest.update(f"{name}\n".encode() + content)
+        return digest.hexdigest()
+
+    def step_names(self) -> list[tuple[set[str], set[str]]]:
+        """For each step: the names of the tensors that it reads and of those that it makes."""
+        return [
+            (
+                {region[0][0] for rewrite in rewrites for region in rewrite[0]},
+                {region[0][0] for rewrite in rewrites for region in rewrite[1]},
+            )
+            for rewrites in self.rewrites
+        ]
+
+    def check_budget(self, max_ram_bytes: int) -> None:
+        """Raise BudgetError if one unit alone does not fit the memory cap."""
+        if self.peak_unit_bytes > max_ram_bytes:
+            unit = max(self.units, key=lambda u: u.peak_bytes)
+            name = str(unit.tasks[0].rewrite.inputs[0]) if unit.tasks else "a copy"
+            raise BudgetError(
+                f"{name}: needs {self.peak_unit_bytes} bytes at once, more than --max-ram {max_ram_bytes}; "
+                f"give at least {-(-self.peak_unit_bytes // 1_000_000)}MB"
+            )
+
+
+def make_plan(transform: AnyTransform, source: Checkpoint, *, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> Plan:
+    """Plan a transform (an op, a chain, or a list of either) over a checkpoint, from headers alone.
+
+    Raises PlanError and its kin for whatever does not fit; nothing has been read but headers by then.
+    """
+    with _no_collector():
+        steps = tuple(step.for_one_plan() if isinstance(step, Remembering) else step for step in steps_of(transform))
+        _refuse_nameless(steps)
+        resolved = resolve(steps, source.specs)
+        if not resolved.specs:
+            raise CheckpointError("no tensor would be left in the output", where=str(source.root))
+        in_order = [resolved.specs[name] for name in canonical_order(resolved.specs)]
+        resolved = resolved._replace(specs=SpecMap(in_order, resolved.specs.config))
+        layout = lay_out(in_order, source.metadata, max_shard_bytes)
+        quantized = quantized_modules(steps, resolved)
+        files = output_files(steps, source, resolved.specs, quantized)
+    return Plan(
+        source=source,
+        steps=steps,
+        resolved=resolved,
+        layout=layout,
+        files=files,
+        quantized={module: scheme for module, (_, scheme) in quantized.items()},
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def _refuse_nameless(steps: Sequence[Transform]) -> None:
+    """A run is named by its steps' repr: an address in memory would make every run another one, never to be resumed."""
+    for step in steps:
+        if type(step).__repr__ is object.__repr__:
+            raise RecipeError(
+                f"{type(step).__name__} has no repr, by which a stopped run is known again; make it a frozen dataclass, "
+                "or give it a __repr__ that says its settings"
+            )
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """A plan is hundreds of thousands of small tuples and no cycles; collecting while it grows doubles the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _plan_units(resolved: Resolved, source: Checkpoint, layout: Layout) -> tuple[Unit, ...]:
+    writes: list[list[Write]] = [[] for _ in resolved.tasks]
+    copies: list[Copy] = []
+    locations = source.locations
+    made = resolved.made
+    for name, pieces in resolved.contents.items():
+        shard, position = layout.placements[name]
+        for origin, start, nbytes in pieces:
+            if origin < 0:
+                writes[made[-1 - origin][0]].append(Write(origin, start, nbytes, shard, position))
+            else:
+                where = locations[origin]
+                copies.append(Copy(where.shard, where.offset + start, nbytes, shard, position))
+            position += nbytes
+    keyed = [(_read_position(unit, locations), unit) for unit in _computing_units(resolved, writes)]
+    keyed += [((unit.copies[0].source_shard, unit.copies[0].source_offset), unit) for unit in _copy_units(copies)]
+    # In the order of the source, so that a cold disk is read from front to back.
+    keyed.sort(key=lambda pair: pair[0])
+    return tuple(unit for _, unit in keyed)
+
+
+def _computing_units(resolved: Resolved, writes: list[list[Write]]) -> Iterator[Unit]:
+    tasks = resolved.tasks
+    for numbers in units_of(tasks, resolved.made):
+        if len(numbers) == 1:
+            (number,) = numbers
+            yield Unit((tasks[number],), tuple(writes[number]), (), _held_bytes(tasks[number]))
+        else:
+            members = tuple(tasks[n] for n in numbers)
+            yield Unit(members, tuple(w for n in numbers for w in writes[n]), (), sum(map(_held_bytes, members)))
+
+
+def _held_bytes(task: Task) -> int:
+    """Bytes of the arrays that a task adds: what it makes, and the inputs that are not another task's array."""
+    held = 0
+    for region in task.rewrite.outputs:
+        held += region[0].nbytes if region[1] is None else region.byte_range[1]
+    for pieces in task.inputs:
+        for piece in pieces:
+            if piece.origin >= 0 or len(pieces) > 1:
+                held += piece.nbytes
+    return held
+
+
+def _read_position(unit: Unit, locations: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    for task in unit.tasks:
+        for pieces in task.inputs:
+            for piece in pieces:
+                if piece.origin >= 0:
+                    shard, offset = locations[piece.origin]
+                    return shard, offset + piece.start
+    return 0, 0
+
+
+def _copy_units(copies: list[Copy]) -> Iterator[Unit]:
+    copies.sort()
+    merged: list[Copy] = []
+    for copy in copies:
+        if merged:
+            last = merged[-1]
+            follows = (last.source_shard, last.source_offset + last.nbytes, last.shard, last.offset + last.nbytes)
+            if follows == (copy.source_shard, copy.source_offset, copy.shard, copy.offset):
+                merged[-1] = last._replace(nbytes=last.nbytes + copy.nbytes)
+                continue
+        merged.append(copy)
+    batch: list[Copy] = []
+    filled = 0
+    for copy in merged:
+        for start in range(0, copy.nbytes, COPY_BYTES):
+            nbytes = min(COPY_BYTES, copy.nbytes - start)
+            part = Copy(copy.source_shard, copy.source_offset + start, nbytes, copy.shard, copy.offset + start)
+            if batch and filled + nbytes > COPY_BYTES:
+                yield Unit((), (), tuple(batch), 0)
+                batch, filled = [], 0
+            batch.append(part)
+            filled += nbytes
+    if batch:
+        yield Unit((), (), tuple(batch), 0)

@@ -1,0 +1,182 @@
+"""What plans and runs look like to a reader, as text and as plain data for ``--json``."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from tensorsurgeon.planning.plan import Plan
+from tensorsurgeon.tensors.sizes import show_size
+from tensorsurgeon.tensors.spec import TensorSpec
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def grouped_name(name: str) -> str:
+    """A name with its numbers masked, so that a thousand experts are one line: ``layers.*.experts.*.up_proj``."""
+    module, dot, last = name.rpartition(".")
+    return f"{_masked(module)}.{'*' if last.isdigit() else last}" if dot else name
+
+
+@cache
+def _masked(module: str) -> str:
+    # A module's tensors share its path, and modules begin alike and end alike: masking each half once saves most of the
+    # time of a report.
+    begin = module.rsplit(".", 2)[0]
+    return _masked_half(begin) + _masked_half(module[len(begin) :])
+
+
+@cache
+def _masked_half(text: str) -> str:
+    return _NUMBER.sub("*", text)
+
+
+def group_specs(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
+    """Tensors that differ only in their numbers, as one entry each: pattern, count, dtype, shape, bytes."""
+    counts = Counter([(grouped_name(name), dtype, shape) for name, dtype, shape in specs])
+    return [
+        {
+            "pattern": pattern,
+            "count": count,
+            "dtype": dtype.name,
+            "shape": list(shape),
+            "bytes": count * TensorSpec(pattern, dtype, shape).nbytes,
+        }
+        for (pattern, dtype, shape), count in counts.items()
+    ]
+
+
+def table(rows: list[list[str]], right: set[int] = frozenset()) -> str:  # type: ignore[assignment]
+    """Rows in aligned columns; the columns numbered in ``right`` are aligned to the right."""
+    if not rows:
+        return ""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = (
+        "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def plan_as_data(plan: Plan) -> dict[str, Any]:
+    """Everything ``surgeon plan`` says, as plain data."""
+    from tensorsurgeon.planning.output_files import unquantized_linears
+
+    kept = unquantized_linears(plan.specs, plan.quantized)
+    counted = [module for module in kept if not module.startswith("mtp.") and not module.endswith((".mlp.gate", ".experts"))]
+    inputs = {spec.name for spec in plan.source.specs.values()}
+    steps = plan.step_names()
+    return {
+        "source": {
+            "path": str(plan.source.root),
+            "tensors": len(plan.source.specs),
+            "bytes": plan.source.weight_bytes,
+            "shards": len(plan.source.shards),
+        },
+        "output": {
+            "tensors": len(plan.specs),
+            "bytes": plan.output_bytes,
+            "shards": [{"name": s.name, "bytes": s.file_bytes, "tensors": len(s.specs)} for s in plan.layout.shards],
+        },
+        "quantized_linears": len(plan.quantized),
+        # As the model cards count: nn.Linear modules, so neither routers nor the MTP head, which no model class has.
+        "linears": len(plan.quantized) + len(counted),
+        "quantized": dict(Counter(map(_masked, plan.quantized))),
+        "unquantized": _counted(kept),
+        "why_unquantized": _reasons(plan, kept, [made for _, made in steps]),
+        "passed_through": len(inputs.difference(*(read for read, _ in steps))),
+        "copied_bytes": plan.copied_bytes,
+        "peak_unit_bytes": plan.peak_unit_bytes,
+        "disk_bytes": plan.disk_bytes,
+        "steps": [
+            {"op": type(step).__name__.lower(), "read": len(read), "made": len(made), "recipe": repr(step)}
+            for step, (read, made) in zip(plan.steps, steps, strict=True)
+        ],
+        "dropped": _dropped(plan),
+        "files_written": sorted(plan.files.contents),
+        "files_copied": list(plan.files.copied),
+        "left_behind": list(plan.source.left_behind),
+        "oddities": list(plan.source.oddities),
+        "tensors": group_specs(plan.specs.values()),
+        "one_way_steps": one_way_steps(plan),
+    }
+
+
+def _reasons(plan: Plan, modules: Iterable[str], made_by_steps: list[set[str]]) -> dict[str, str]:
+    """For each form of module that stays unquantized: which rule kept it out, where a step can tell."""
+    steps: list[Any] = [step for step in plan.steps if hasattr(step, "why_not")]
+    examples = {grouped_name(module): module for module in reversed(list(modules))} if steps else {}
+    reasons = {}
+    for form, module in examples.items():
+        # Stacked experts have no tensor called weight.
+        name = f"{module}.weight" if f"{module}.weight" in plan.specs else f"{module}.down_proj"
+        # A later step's name for it is not the one that the rules were matched with.
+        if not any(name in made for made in made_by_steps[plan.steps.index(steps[0]) :]):
+            reasons[form] = "; ".join(dict.fromkeys(step.why_not(name) for step in steps))
+    return reasons
+
+
+def _counted(modules: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(map(grouped_name, modules)))
+
+
+def _dropped(plan: Plan) -> dict[str, int]:
+    names = (
+        region.spec.name for rewrites in plan.rewrites for rewrite in rewrites if not rewrite.outputs for region in rewrite.inputs
+    )
+    return _counted(names)
+
+
+def one_way_steps(plan: Plan) -> list[str]:
+    """Steps that have no inverse."""
+    from tensorsurgeon.planning.rewriting import Reversible
+
+    return [type(step).__name__.lower() for step in plan.steps if not isinstance(step, Reversible)]
+
+
+def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
+    """The plan for a reader: what happens to which tensors, how large the result is, what it takes."""
+    data = plan_as_data(plan)
+    lines = [
+        f"source  {data['source']['path']}: {data['source']['tensors']} tensors, "
+        f"{show_size(data['source']['bytes'])} in {data['source']['shards']} shards",
+        "steps   " + ", ".join(f"{s['op']} {s['read']} -> {s['made']}" for s in data["steps"] if s["read"]),
+    ]
+    if plan.quantized:
+        lines += ["", f"quantized: {data['quantized_linears']} of {data['linears']} linears (routers and MTP head not counted)"]
+        lines.append(table([["  " + name, f"x {count}"] for name, count in data["quantized"].items()]))
+        lines += ["not quantized:"]
+        reasons = data["why_unquantized"]
+        lines.append(table([["  " + name, f"x {n}", reasons.get(name, "")] for name, n in data["unquantized"].items()]))
+    if data["dropped"]:
+        lines += ["", "dropped:", table([["  " + name, f"x {count}"] for name, count in data["dropped"].items()])]
+    lines += ["", "output tensors:"]
+    lines.append(
+        table(
+            [
+                ["  " + t["pattern"], f"x {t['count']}", t["dtype"], str(t["shape"]), show_size(t["bytes"])]
+                for t in data["tensors"]
+            ],
+            right={4},
+        )
+    )
+    shards = data["output"]["shards"]
+    room = "" if free_bytes is None else f" ({show_size(free_bytes)} free in the current folder)"
+    lines += [
+        "",
+        f"output  {data['output']['tensors']} tensors, {show_size(data['output']['bytes'])} in {len(shards)} shards, "
+        f"{show_size(data['copied_bytes'])} of it copied unchanged ({data['passed_through']} tensors)",
+        f"disk    {show_size(data['disk_bytes'])} needed{room}",
+        f"memory  {show_size(data['peak_unit_bytes'])} per worker at most, for the largest piece of work",
+        f"files   written: {', '.join(data['files_written']) or 'none'}; copied: {len(data['files_copied'])}",
+    ]
+    if data["one_way_steps"]:
+        lines.append(f"one-way {', '.join(data['one_way_steps'])}: these steps cannot be undone")
+    for name in data["left_behind"]:
+        lines.append(f"note    {name} stays behind: it holds other weights than this checkpoint's")
+    for oddity in data["oddities"]:
+        lines.append(f"note    {oddity}")
+    return "\n".join(lines)

@@ -1,0 +1,214 @@
+"""From rewrites to work: which bytes are copied, which arrays are made, and what must go together.
+
+Byte moves are resolved here and vanish: every tensor is a list of pieces, each a range of bytes of an *origin*,
+which is a source tensor or an array that some task makes. Splitting a fused tensor, renaming it and stacking it
+again leaves pieces of the source, which are copied; only tasks that compute something remain. Tasks that
+feed each other form a unit.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from tensorsurgeon.errors import PlanError, SpecError
+from tensorsurgeon.planning.rewriting import Rewrite, Transform, advance
+from tensorsurgeon.tensors.spec import Region, SpecMap
+
+
+class Piece(NamedTuple):
+    """A range of bytes of an origin: source tensor ``origin`` if it is >= 0, else array ``-1 - origin`` of a task."""
+
+    origin: int
+    start: int
+    nbytes: int
+
+
+Pieces = tuple[Piece, ...]
+
+
+class Task(NamedTuple):
+    """One rewrite that computes; ``outputs`` are the origins of its arrays, one per output region."""
+
+    step: int
+    rewrite: Rewrite
+    inputs: tuple[Pieces, ...]
+    outputs: Sequence[int]
+
+
+class Resolved(NamedTuple):
+    """All steps taken: the final tensors as pieces, the tasks, and the rewrites of each step."""
+
+    specs: SpecMap
+    contents: dict[str, Pieces]
+    tasks: list[Task]
+    # made[k] is the task and the output position that origin -1 - k stands for.
+    made: list[tuple[int, int]]
+    rewrites: list[tuple[Rewrite, ...]]
+
+
+def resolve(steps: Sequence[Transform], source: SpecMap) -> Resolved:
+    """Plan every step in turn and express the result in bytes of the source and arrays of tasks."""
+    specs = source
+    contents: dict[str, Pieces] = {
+        spec.name: (Piece(i, 0, spec.nbytes),) if spec.nbytes else () for i, spec in enumerate(source.values())
+    }
+    tasks: list[Task] = []
+    made: list[tuple[int, int]] = []
+    rewrites_of_steps = []
+    for number, step in enumerate(steps):
+        rewrites = step.plan(specs)
+        rewrites_of_steps.append(rewrites)
+        specs_after = advance(specs, rewrites)
+        _check_inputs(specs, rewrites)
+        whole: dict[str, Pieces] = {}
+        partial: dict[str, list[tuple[int, Pieces]]] = defaultdict(list)
+        ends: dict[str, list[int]] = {}
+        for rewrite in rewrites:
+            regions, outputs, moves = rewrite
+            inputs = [
+                contents[region[0][0]] if region[1] is None else _cut(contents[region[0][0]], region, ends) for region in regions
+            ]
+            if moves and len(inputs) == 1 and len(outputs) == 1 and outputs[0][1] is None:
+                # By far the commonest rewrite: one tensor or slice under a new name.
+                whole[outputs[0][0][0]] = inputs[0]
+                continue
+            if moves:
+                for region, pieces in zip(outputs, _move(rewrite, inputs), strict=True):
+                    if region[1] is None:
+                        whole[region[0][0]] = pieces
+                    else:
+                        partial[region[0][0]].append((region.byte_range[0], pieces))
+                continue
+            for region in regions:
+                if region[0][1].numpy is None:
+                    raise SpecError(_no_array(region))
+            first = origin = -1 - len(made)
+            for region in outputs:
+                spec, start, _ = region
+                if spec[1].numpy is None:
+                    raise SpecError(_no_array(region))
+                made.append((len(tasks), first - origin))
+                if start is None:
+                    nbytes = spec.nbytes
+                    whole[spec[0]] = (Piece(origin, 0, nbytes),) if nbytes else ()
+                else:
+                    begin, nbytes = region.byte_range
+                    partial[spec[0]].append((begin, (Piece(origin, 0, nbytes),) if nbytes else ()))
+                origin -= 1
+            tasks.append(Task(number, rewrite, tuple(inputs), range(first, origin, -1)))
+        for name in {region[0][0] for rewrite in rewrites for region in rewrite[0]}:
+            del contents[name]
+        contents.update(whole)
+        for name, parts in partial.items():
+            parts.sort(key=lambda part: part[0])
+            contents[name] = _joined([p for _, pieces in parts for p in pieces])
+        specs = specs_after
+    _check_bytes(specs, contents)
+    return Resolved(specs, contents, tasks, made, rewrites_of_steps)
+
+
+def _no_array(region: Region) -> str:
+    return f"{region.spec}: elements narrower than a byte have no array form; they can only be moved whole"
+
+
+def _check_bytes(specs: SpecMap, contents: dict[str, Pieces]) -> None:
+    """Every tensor has exactly its bytes: a step that says it moves bytes may not change how many there are."""
+    for name, spec in specs.items():
+        pieces = contents[name]
+        found = pieces[0][2] if len(pieces) == 1 else sum(piece[2] for piece in pieces)
+        if found != spec.nbytes:
+            raise PlanError(f"{spec}: takes {spec.nbytes} bytes, but the steps that make it move {found}")
+
+
+def _check_inputs(specs: SpecMap, rewrites: Sequence[Rewrite]) -> None:
+    for rewrite in rewrites:
+        for region in rewrite[0]:
+            spec = region[0]
+            found = specs.get(spec[0])
+            if found is not spec and found != spec:
+                raise PlanError(f"{region.spec}: a step plans to read this tensor, but it is {specs.get(region.spec.name)}")
+
+
+def _cut(pieces: Pieces, region: Region, ends: dict[str, list[int]]) -> Pieces:
+    """The pieces that hold a region of the tensor made of ``pieces``.
+
+    ``ends`` keeps where the pieces of a tensor end: one that was cut into hundreds is cut hundreds of times again.
+    """
+    begin, nbytes = region.byte_range
+    if len(pieces) == 1:
+        origin, start, _ = pieces[0]
+        return (Piece(origin, start + begin, nbytes),) if nbytes else ()
+    name = region.spec.name
+    known = ends.get(name)
+    if known is None:
+        known = ends[name] = list(accumulate(p.nbytes for p in pieces))
+    return _slice(pieces, known, begin, nbytes)
+
+
+def _slice(pieces: Sequence[Piece], ends: Sequence[int], begin: int, nbytes: int) -> Pieces:
+    if not nbytes:
+        return ()
+    result = []
+    for number in range(bisect_right(ends, begin), len(pieces)):
+        origin, start, length = pieces[number]
+        position = ends[number] - length
+        if position >= begin + nbytes:
+            break
+        low, high = max(begin, position), min(begin + nbytes, position + length)
+        result.append(Piece(origin, start + low - position, high - low))
+    return tuple(result)
+
+
+def _move(rewrite: Rewrite, inputs: Sequence[Pieces]) -> list[Pieces]:
+    if len(inputs) == 1 and len(rewrite.outputs) == 1:
+        return [inputs[0]]
+    pieces = [p for piece in inputs for p in piece]
+    ends = list(accumulate(p.nbytes for p in pieces))
+    result = []
+    position = 0
+    for region in rewrite.outputs:
+        nbytes = region.byte_range[1]
+        result.append(_slice(pieces, ends, position, nbytes))
+        position += nbytes
+    return result
+
+
+def _joined(pieces: Sequence[Piece]) -> Pieces:
+    """Neighbours that follow each other in one origin become one piece: splitting and fusing again is one copy."""
+    result: list[Piece] = []
+    for piece in pieces:
+        if result:
+            origin, start, nbytes = result[-1]
+            if origin == piece.origin and start + nbytes == piece.start:
+                result[-1] = Piece(origin, start, nbytes + piece.nbytes)
+                continue
+        result.append(piece)
+    return tuple(result)
+
+
+def units_of(tasks: Sequence[Task], made: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Tasks that feed each other, grouped: connected components, each in order, ordered by first task."""
+    if not any(piece.origin < 0 for task in tasks for pieces in task.inputs for piece in pieces):
+        return [[number] for number in range(len(tasks))]
+    parent = list(range(len(tasks)))
+
+    def root(task: int) -> int:
+        while parent[task] != task:
+            parent[task] = parent[parent[task]]
+            task = parent[task]
+        return task
+
+    for number, task in enumerate(tasks):
+        for pieces in task.inputs:
+            for piece in pieces:
+                if piece.origin < 0:
+                    a, b = root(made[-1 - piece.origin][0]), root(number)
+                    parent[max(a, b)] = min(a, b)
+    groups: dict[int, list[int]] = defaultdict(list)
+    for number in range(len(tasks)):
+        groups[root(number)].append(number)
+    return [groups[key] for key in sorted(groups)]

@@ -1,0 +1,253 @@
+"""What a transform says, and how one step's statement changes the set of tensors.
+
+A transform states its rewrites once, as values; names, sizes, units, memory and the inverse follow from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from tensorsurgeon.errors import NameCollisionError, NotReversibleError, PlanError, RecipeError, SpecError
+from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
+
+Array = np.ndarray
+
+
+class Rewrite(NamedTuple):
+    """These regions become those regions.
+
+    Several rewrites may fill one output tensor; together they tile it exactly. A rewrite without outputs drops its
+    inputs. ``moves_bytes``: the inputs' bytes in order are the outputs' bytes in order, so no array is ever made.
+    """
+
+    inputs: tuple[Region, ...]
+    outputs: tuple[Region, ...]
+    moves_bytes: bool = False
+
+
+class Transform(Protocol):
+    """Anything that can plan from specs alone and apply what it planned."""
+
+    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
+        """Every rewrite of this step; raises PlanError where the tensors do not fit."""
+        ...
+
+    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
+        """One array per output region. Pure, deterministic, thread-safe; leaves its inputs alone."""
+        ...
+
+
+@runtime_checkable
+class Reversible(Protocol):
+    """A transform whose work can be undone, given what it did."""
+
+    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Transform: ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A transform whose ``plan`` notes what ``apply`` needs, which rewrites alone do not say (the source's layout)."""
+
+    def for_one_plan(self) -> Transform:
+        """The same transform with nothing noted: each plan gets its own, or a second plan would change the first."""
+        ...
+
+
+class Moves:
+    """A transform given by finished rewrites that move bytes: the inverse of splitting, renaming, reshaping.
+
+    Its plan checks that the tensors are still what the rewrites say.
+    """
+
+    def __init__(self, rewrites: tuple[Rewrite, ...]) -> None:
+        self.rewrites = rewrites
+
+    def __repr__(self) -> str:
+        # A plan's fingerprint is made of this, so it must name the rewrites and no address in memory.
+        digest = hashlib.sha256()
+        for rewrite in self.rewrites:
+            digest.update(f"{rewrite}\n".encode())
+        return f"Moves({len(self.rewrites)} rewrites, sha256 {digest.hexdigest()})"
+
+    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
+        for region in (r for rewrite in self.rewrites for r in rewrite.inputs):
+            found = specs.get(region.spec.name)
+            if found != region.spec:
+                raise PlanError(f"{region.spec.name}: expected {region.spec}, found {found or 'no such tensor'}")
+        return self.rewrites
+
+    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
+        return move_arrays(rewrite, inputs)
+
+    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
+        return turned_around(rewrites)
+
+
+def turned_around(rewrites: Iterable[Rewrite]) -> Moves:
+    """The inverse of byte moves: each rewrite read backwards."""
+    return Moves(tuple(Rewrite(r.outputs, r.inputs, True) for r in rewrites))
+
+
+def move_arrays(rewrite: Rewrite, inputs: Sequence[Array]) -> list[Array]:
+    """Carry out a byte move on arrays; the executor moves bytes in files instead and never calls this."""
+    data = b"".join(np.ascontiguousarray(a).tobytes() for a in inputs)
+    result = []
+    position = 0
+    for region in rewrite.outputs:
+        nbytes = region.byte_range[1]
+        dtype = region.spec.dtype.numpy
+        if dtype is None:
+            raise PlanError(f"{region.spec}: elements narrower than a byte have no array form")
+        result.append(np.frombuffer(data, dtype, nbytes // dtype.itemsize, position).reshape(region.shape))
+        position += nbytes
+    return result
+
+
+class Chain:
+    """Transforms in order; what a list of transforms and a named transform are."""
+
+    def __init__(self, steps: Sequence[Transform | Chain], name: str | None = None) -> None:
+        self.steps = tuple(steps)
+        self.name = name
+
+    def inverse(self, rewrites_of_steps: Sequence[tuple[Rewrite, ...]]) -> Chain:
+        """The steps undone from last to first; NotReversibleError names the step that has no inverse."""
+        undone: list[Transform] = []
+        for step, rewrites in zip(steps_of(self), rewrites_of_steps, strict=True):
+            if not isinstance(step, Reversible):
+                raise NotReversibleError(f"{type(step).__name__.lower()} loses information and has no inverse")
+            undone.insert(0, step.inverse(rewrites))
+        return Chain(undone)
+
+
+AnyTransform = Transform | Chain | Sequence["AnyTransform"]
+
+
+def steps_of(transform: AnyTransform) -> tuple[Transform, ...]:
+    """The single steps of a transform, a chain, or a list of either."""
+    return tuple(_walk(transform))
+
+
+def _walk(transform: AnyTransform) -> Iterator[Transform]:
+    if isinstance(transform, Chain):
+        for step in transform.steps:
+            yield from _walk(step)
+    elif isinstance(transform, list | tuple):
+        for step in transform:
+            yield from _walk(step)
+    elif hasattr(transform, "plan") and hasattr(transform, "apply"):
+        yield transform
+    else:
+        raise RecipeError(f"not a transform: {transform!r}")
+
+
+def advance(specs: SpecMap, rewrites: Sequence[Rewrite]) -> SpecMap:
+    """The tensors after one step: the only place where specs are threaded forward.
+
+    Every rewritten tensor leaves and its outputs stand where its first input stood, so that the order never
+    depends on how the source was sharded. Raises if outputs collide with each other or with what stays, if
+    rewrites leave part of a tensor behind, or do not tile their outputs.
+    """
+    anchored: dict[str, Sequence[Region]] = {}
+    owner: dict[str, TensorSpec] = {}
+    consumed: set[str] = set()
+    tiles = _Tiles()
+    whole, reads = tiles.whole, tiles.reads
+    for inputs, outputs, _ in rewrites:
+        for spec, start, stop in inputs:
+            name = spec[0]
+            consumed.add(name)
+            if start is None or stop is None:
+                whole.add(name)
+            elif name in reads:
+                reads[name][1].append((start, stop))
+            else:
+                reads[name] = spec, [(start, stop)]
+        anchor = inputs[0][0][0]
+        again: set[int] = set()
+        for region in outputs:
+            spec, start, _ = region
+            name = spec[0]
+            known = owner.get(name)
+            if known is None:
+                owner[name] = spec
+            elif start is None or known != spec or spec not in tiles.written:
+                raise NameCollisionError(
+                    f"{spec.name}: two rewrites make a tensor of this name ({known} and {spec}, the latter from "
+                    f"{anchor}); make the templates tell them apart"
+                )
+            else:
+                # It stands where the first of its rewrites put it.
+                again.add(id(region))
+            if start is not None:
+                tiles.write(region)
+        made = outputs if not again else tuple(region for region in outputs if id(region) not in again)
+        before = anchored.get(anchor)
+        if before is None:
+            anchored[anchor] = made
+        elif isinstance(before, list):
+            before.extend(made)
+        else:
+            anchored[anchor] = [*before, *made]
+    for name in ("", "__metadata__"):
+        if name in owner:
+            raise NameCollisionError(f"{name!r} cannot be the name of a tensor; change the template that makes it")
+    tiles.check()
+    result = SpecMap(config=specs.config)
+    for name, spec in specs.items():
+        if name not in consumed:
+            if name in owner:
+                raise NameCollisionError(f"{name}: a rewrite makes a tensor of this name, but one exists and stays")
+            result[name] = spec
+        elif name in anchored:
+            for region in anchored[name]:
+                result[region[0][0]] = region[0]
+    return result
+
+
+class _Tiles:
+    """Partial regions of one step: inputs must be read wholly, outputs filled exactly."""
+
+    def __init__(self) -> None:
+        self.whole: set[str] = set()
+        self.reads: dict[str, tuple[TensorSpec, list[tuple[int, int]]]] = {}
+        self.written: dict[TensorSpec, list[tuple[int, int]]] = defaultdict(list)
+
+    def write(self, region: Region) -> None:
+        assert region.start is not None
+        assert region.stop is not None
+        self.written[region.spec].append((region.start, region.stop))
+
+    def check(self) -> None:
+        for spec, ranges in self.written.items():
+            _check_row_bytes(spec)
+            position = 0
+            for start, stop in sorted(ranges):
+                if start != position:
+                    fault = "twice" if start < position else "never"
+                    raise PlanError(f"{spec.name}: rows {min(start, position)} to {max(start, position)} are {fault} filled")
+                position = stop
+            if position != spec.rows:
+                raise PlanError(f"{spec.name}: rows {position} to {spec.rows} are never filled")
+        for spec, ranges in self.reads.values():
+            _check_row_bytes(spec)
+            if spec.name in self.whole:
+                continue
+            position = 0
+            for start, stop in sorted(ranges):
+                if start > position:
+                    break
+                position = max(position, stop)
+            if position < spec.rows:
+                raise PlanError(f"{spec.name}: rows {position} onwards would be lost; a tensor leaves only when a rule drops it")
+
+
+def _check_row_bytes(spec: TensorSpec) -> None:
+    """Elements narrower than a byte can be cut between rows only if each row fills whole bytes."""
+    if (spec.shape[-1] if len(spec.shape) > 1 else 1) * spec.dtype.bits % 8:
+        raise SpecError(f"{spec}: a row does not fill whole bytes, so this tensor cannot be cut into rows or joined from them")

@@ -1,0 +1,1 @@
+"""Codes chosen from what inputs a weight meets."""

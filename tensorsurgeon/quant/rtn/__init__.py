@@ -1,0 +1,1 @@
+"""Rounding to nearest: codes and scales from a weight alone."""

@@ -1,0 +1,1 @@
+"""From YAML and names to ops."""

@@ -1,0 +1,289 @@
+"""From a transform's YAML to ops, strictly: unknown keys, wrong types and unused parameters are errors with a line.
+
+description: What it does, in one sentence.
+parameters:
+  num_bits: {default: 8, description: bits per weight}
+steps:
+  - use: split-experts
+    with: {where: "maybe:{path*}.mlp.experts.gate_up_proj"}
+  - quantize: {where: "{path*}.weight", format: ct-packed, num_bits: "${num_bits}"}
+    when: "${quantize}"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from tensorsurgeon.errors import RecipeError, SurgeonError, did_you_mean
+from tensorsurgeon.ops.registry import OPS, op_named
+from tensorsurgeon.planning.rewriting import Chain
+from tensorsurgeon.recipes.located_yaml import Located, parse_yaml
+
+_REFERENCE = re.compile(r"\$\{(\w+)\}")
+_MAX_DEPTH = 8
+
+
+class Parameter(NamedTuple):
+    """A parameter of a transform: its default decides its type."""
+
+    name: str
+    default: Any
+    description: str
+    choices: tuple[Any, ...] | None
+
+
+class Recipe(NamedTuple):
+    """A parsed transform file: what it is for, its parameters and its steps, not yet filled in."""
+
+    name: str
+    description: str
+    parameters: dict[str, Parameter]
+    steps: list[Located]
+    where: str
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Parse a transform file; RecipeError names the line of a fault."""
+    where = str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot be read: {error}", where=where) from error
+    document = parse_yaml(text, where)
+    if not isinstance(document, Located):
+        raise RecipeError("a transform is a mapping with description and steps", where=where)
+    _known_keys(document, ("description", "parameters", "steps"), where)
+    description = document.get("description")
+    if not isinstance(description, str) or not description.strip():
+        raise RecipeError("description is missing: say in a sentence what the transform does", where=where)
+    steps = document.get("steps")
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, Located) for step in steps):
+        raise RecipeError("steps must be a list of ops", where=where)
+    parameters = _parameters(document.get("parameters") or Located(), where)
+    _check_references(steps, parameters, document, where)
+    return Recipe(path.stem, " ".join(description.split()), parameters, steps, where)
+
+
+def _known_keys(found: Located, known: tuple[str, ...], where: str) -> None:
+    for key in found:
+        if key not in known:
+            raise RecipeError(f"unknown key {key!r}{did_you_mean(key, known)}", where=f"{where}:{found.lines[key]}")
+
+
+def _parameters(found: Any, where: str) -> dict[str, Parameter]:
+    if not isinstance(found, Located) and found:
+        raise RecipeError("parameters must be a mapping", where=where)
+    parameters = {}
+    for name, body in found.items():
+        at = f"{where}:{found.lines[name]}"
+        if not isinstance(body, Located) or "default" not in body or "description" not in body:
+            raise RecipeError(f"parameter {name!r} needs a default and a description", where=at)
+        _known_keys(body, ("default", "description", "choices"), where)
+        choices = body.get("choices")
+        parameters[name] = Parameter(name, body["default"], str(body["description"]), tuple(choices) if choices else None)
+    return parameters
+
+
+def _check_references(steps: list[Located], parameters: Mapping[str, Parameter], document: Located, where: str) -> None:
+    """Every ``${name}`` is a parameter, also in steps that a condition skips, and every parameter is used."""
+    used: set[str] = set()
+    for step in steps:
+        for name in _REFERENCE.findall(repr(step)):
+            used.add(name)
+            if name not in parameters:
+                raise RecipeError(
+                    f"${{{name}}} is no parameter{did_you_mean(name, list(parameters))}", where=f"{where}:{step.line}"
+                )
+    for name in parameters:
+        if name not in used:
+            line = document["parameters"].lines[name]
+            raise RecipeError(f"parameter {name!r} is not used by any step", where=f"{where}:{line}")
+
+
+def build(
+    recipe: Recipe, given: Mapping[str, Any], find: Callable[[str, Recipe], Recipe], *, depth: int = 0, **overrides: Any
+) -> Chain:
+    """Fill in the parameters and make the ops; ``find`` looks up what ``use`` names in a recipe.
+
+    ``given`` are values of the right type, or strings from the command line. ``overrides`` are fields set on every
+    op that has them (``backend``).
+    """
+    if depth > _MAX_DEPTH:
+        raise RecipeError("transforms use each other in a circle", where=recipe.where)
+    values = parameter_values(recipe, given)
+    steps = []
+    for number, step in enumerate(recipe.steps, 1):
+        at = f"{recipe.where}:{step.line}: step {number}"
+        words = [key for key in step if key not in ("when", "with")]
+        if len(words) != 1:
+            raise RecipeError(f"a step names one op (or use), found {', '.join(words) or 'none'}", where=at)
+        (word,) = words
+        if not _holds(_fill(step.get("when", True), values, at), at):
+            continue
+        body = _fill(step[word], values, at)
+        if word == "use":
+            arguments = _fill(step.get("with", {}), values, at)
+            if not isinstance(body, str) or not isinstance(arguments, dict):
+                raise RecipeError("'use' names a transform, and 'with' maps its parameters to values", where=at)
+            try:
+                inner = find(body, recipe)
+                for key, value in arguments.items():
+                    # One pattern for a list of patterns; only the command line cuts words at commas.
+                    if isinstance(value, str) and key in inner.parameters and isinstance(inner.parameters[key].default, list):
+                        arguments[key] = [value]
+                steps.append(build(inner, arguments, find, depth=depth + 1, **overrides))
+            except RecipeError as error:
+                # The innermost place is the one to mend.
+                raise RecipeError(error.message, where=error.where or f"{at} (use {body})") from error
+            continue
+        if "with" in step:
+            raise RecipeError("'with' goes with 'use' only", where=at)
+        if word not in OPS:
+            raise RecipeError(f"unknown op {word!r}{did_you_mean(word, [*OPS, 'use'])}", where=at)
+        try:
+            steps.append(make_op(word, body, overrides))
+        except SurgeonError as error:
+            raise RecipeError(error.message, where=f"{at} ({word})") from error
+    return Chain(steps, recipe.name)
+
+
+def parameter_values(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults with the given values on top, checked against type and choices."""
+    values = {name: parameter.default for name, parameter in recipe.parameters.items()}
+    for name, value in given.items():
+        if name not in recipe.parameters:
+            raise RecipeError(f"{recipe.name} has no parameter {name!r}{did_you_mean(name, list(recipe.parameters))}")
+        parameter = recipe.parameters[name]
+        values[name] = _typed(parameter, value, recipe.name)
+    return values
+
+
+def _typed(parameter: Parameter, value: Any, recipe: str) -> Any:
+    default = parameter.default
+    if isinstance(value, str) and not isinstance(default, str):
+        value = _from_text(value, default)
+    same = type(value) is type(default) or default is None or value is None
+    if not same:
+        wanted = {bool: "true or false", int: "a whole number", list: "a list (a,b,c)", str: "a word"}.get(type(default), "?")
+        raise RecipeError(f"{recipe}: parameter {parameter.name} must be {wanted}, found {value!r}")
+    if parameter.choices and value not in parameter.choices:
+        raise RecipeError(
+            f"{recipe}: parameter {parameter.name} must be one of {', '.join(map(str, parameter.choices))}, found {value!r}"
+            + did_you_mean(str(value), list(map(str, parameter.choices)))
+        )
+    return value
+
+
+def _from_text(text: str, default: Any) -> Any:
+    """A command-line value in the type of the default; the text itself if it is none, which is then refused."""
+    if isinstance(default, bool):
+        return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(text.lower(), text)
+    if isinstance(default, int):
+        return int(text) if re.fullmatch(r"-?\d+", text) else text
+    if default is None:
+        # The default says nothing of the type: read the text as YAML would.
+        if re.fullmatch(r"[\w.+-]+(,[\w.+-]+)+", text):
+            return [parse_yaml(part, "--set") for part in text.split(",")]
+        return parse_yaml(text, "--set") if re.fullmatch(r"[\w.+-]+", text) else text
+    if isinstance(default, list):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return text
+
+
+def _holds(value: Any, at: str) -> bool:
+    """A condition: a boolean, or two words compared (``"${scope} == experts"``)."""
+    compared = re.fullmatch(r"\s*(\S+)\s*(==|!=)\s*(\S+)\s*", value) if isinstance(value, str) else None
+    if compared:
+        left, operator, right = compared.groups()
+        return (left == right) is (operator == "==")
+    if not isinstance(value, bool):
+        raise RecipeError(f"when must be true, false, or a comparison such as ${{scope}} == experts; found {value!r}", where=at)
+    return value
+
+
+def _fill(value: Any, values: Mapping[str, Any], at: str) -> Any:
+    """Replace ``${name}``: a whole string takes the value with its type, a list entry that is a list is spliced."""
+
+    def lookup(name: str) -> Any:
+        if name not in values:
+            raise RecipeError(f"${{{name}}} is no parameter{did_you_mean(name, list(values))}", where=at)
+        return values[name]
+
+    if isinstance(value, str):
+        whole = _REFERENCE.fullmatch(value)
+        if whole:
+            return lookup(whole.group(1))
+        return _REFERENCE.sub(lambda found: _word(found.group(1), lookup(found.group(1)), at), value)
+    if isinstance(value, list):
+        result: list[Any] = []
+        for item in value:
+            filled = _fill(item, values, at)
+            if isinstance(item, str) and isinstance(filled, list):
+                result.extend(filled)
+            else:
+                result.append(filled)
+        return result
+    if isinstance(value, dict):
+        return {key: _fill(item, values, at) for key, item in value.items()}
+    return value
+
+
+def _word(name: str, value: Any, at: str) -> str:
+    """A value inside a longer string as YAML writes it: ``${flag} == true`` compares words, and Python says ``True``."""
+    if isinstance(value, list | dict):
+        raise RecipeError(f"${{{name}}} is a list and cannot be part of a longer text; let it stand alone", where=at)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def make_op(name: str, body: Any, overrides: Mapping[str, Any] | None = None) -> Any:
+    """An op from a mapping of its fields, checked against the annotations of its class."""
+    cls = op_named(name)
+    if not isinstance(body, dict):
+        raise RecipeError(f"{name} needs a mapping of its fields, found {body!r}")
+    hints = _hints(name)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.repr}
+    for key in body:
+        if key not in fields:
+            raise RecipeError(f"{name} has no field {key!r}{did_you_mean(key, list(fields))}")
+    missing = [n for n, f in fields.items() if n not in body and f.default is dataclasses.MISSING]
+    if missing:
+        raise RecipeError(f"{name} needs {', '.join(missing)}")
+    arguments = {key: _as_type(value, hints[key], f"{name}: {key}") for key, value in body.items()}
+    known = {f.name for f in dataclasses.fields(cls)}
+    arguments.update({k: v for k, v in (overrides or {}).items() if k in known})
+    return cls(**arguments)
+
+
+@cache
+def _hints(op: str) -> dict[str, Any]:
+    return typing.get_type_hints(op_named(op))
+
+
+def _as_type(value: Any, hint: Any, what: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _as_type(value, next(a for a in arguments if a is not type(None)), what)
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_as_type(item, arguments[0], what) for item in items)
+    if origin is Literal:
+        if value not in arguments:
+            raise RecipeError(f"{what} must be one of {', '.join(map(str, arguments))}, found {value!r}")
+        return value
+    if hint is str and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if type(value) is not hint:
+        wanted = {bool: "true or false", int: "a whole number", str: "a word"}.get(hint, str(hint))
+        raise RecipeError(f"{what} must be {wanted}, found {value!r}")
+    return value

@@ -1,0 +1,178 @@
+"""What a run has finished, so that a killed one continues.
+
+``TARGET/.surgeon/run.json`` names the run; ``journal.jsonl`` gets one line per finished unit, appended only after the
+unit's bytes are durable, with a digest for each range of bytes that the unit wrote. On resume a unit counts as done
+only if the bytes on disk still have those digests.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tensorsurgeon.checkpoint.folder import STATE_FOLDER
+from tensorsurgeon.checkpoint.sink import sink_errors, sync_folder
+from tensorsurgeon.errors import JournalError, TargetError
+
+_RUN = "run.json"
+_LINES = "journal.jsonl"
+_LOCK = "lock"
+
+
+def state_folder(target: Path) -> Path:
+    """Where a run keeps its journal until it is finished."""
+    return target / STATE_FOLDER
+
+
+class Journal:
+    """The open journal of one run; holds the lock that keeps a second run out of the target."""
+
+    def __init__(self, target: Path, lock_fd: int) -> None:
+        self.folder = state_folder(target)
+        self._lock_fd = lock_fd
+        self._fd = os.open(self.folder / _LINES, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        sync_folder(self.folder)
+
+    @classmethod
+    def start(cls, target: Path, identity: dict[str, Any], clear: Callable[[], None] = lambda: None) -> Journal:
+        """Begin a new run in ``target``; ``clear`` empties it, called when no other run can be writing there."""
+        folder = state_folder(target)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+        try:
+            clear()
+            # What an earlier run left: its lines would claim units of this one.
+            (folder / _RUN).unlink(missing_ok=True)
+            (folder / _LINES).unlink(missing_ok=True)
+            partial = folder / (_RUN + ".partial")
+            with open(partial, "w") as file:
+                json.dump(identity, file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, folder / _RUN)
+            return cls(target, lock)
+        except BaseException:
+            os.close(lock)
+            raise
+
+    @classmethod
+    def resume(cls, target: Path, fingerprint: str) -> tuple[Journal, dict[int, list[str]]]:
+        """Continue the run in ``target``: the journal and the digests of each unit it says is done.
+
+        Raises JournalError if the run was another one: its source, recipe, package version or shard size differ.
+        """
+        folder = state_folder(target)
+        lock = _lock(folder)
+        try:
+            _refuse_other_run(target, fingerprint)
+            done = _read_lines(folder / _LINES)
+            return cls(target, lock), done
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def append(self, units: Iterable[tuple[int, list[str]]]) -> None:
+        """Record units whose bytes are durable; durable itself when this returns."""
+        text = "".join(json.dumps({"unit": unit, "digests": digests}) + "\n" for unit, digests in units).encode()
+        with sink_errors(self.folder / _LINES, "be written"):
+            while text:
+                text = text[os.write(self._fd, text) :]
+            os.fsync(self._fd)
+
+    def remove(self) -> None:
+        """The run is finished and its record written: leave nothing behind.
+
+        The name of the run goes first: from then on the folder is a finished checkpoint with traces, never a run
+        whose journal is gone and which would be done again. The lock goes last, so that nobody takes a new one in a
+        folder that is about to go.
+        """
+        with sink_errors(self.folder, "be removed"):
+            (self.folder / _RUN).unlink(missing_ok=True)
+            for path in sorted(self.folder.iterdir(), key=lambda path: path.name == _LOCK):
+                path.unlink()
+            self.folder.rmdir()
+        self.close()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            os.close(self._lock_fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def has_traces_of_run(target: Path) -> bool:
+    """A run that died before it had a name, or while it removed its last traces: nothing of it is of use."""
+    return state_folder(target).is_dir() and not has_unfinished_run(target)
+
+
+def has_unfinished_run(target: Path) -> bool:
+    """Whether a run was stopped in this folder."""
+    return (state_folder(target) / _RUN).exists()
+
+
+def _lock(folder: Path) -> int:
+    fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise TargetError("another surgeon is writing here; wait for it or stop it", where=str(folder.parent)) from error
+    try:
+        is_current = os.fstat(fd).st_ino == os.stat(folder / _LOCK).st_ino
+    except FileNotFoundError:
+        is_current = False
+    if not is_current:
+        # The run that held the lock has just finished and taken its folder away.
+        os.close(fd)
+        raise TargetError("another surgeon has just finished here; look at what it wrote", where=str(folder.parent))
+    return fd
+
+
+def _refuse_other_run(target: Path, fingerprint: str) -> None:
+    if _read_identity(state_folder(target)).get("fingerprint") != fingerprint:
+        raise JournalError(
+            "the run that was stopped here had another source, recipe, package version or shard size; "
+            "run exactly the command that was stopped, or start over with --overwrite",
+            where=str(target),
+        )
+
+
+def _read_identity(folder: Path) -> dict[str, Any]:
+    try:
+        identity = json.loads((folder / _RUN).read_text())
+    except (OSError, ValueError) as error:
+        raise JournalError(f"{_RUN} cannot be read ({error}); start over with --overwrite", where=str(folder)) from error
+    if not isinstance(identity, dict):
+        raise JournalError(f"{_RUN} is damaged; start over with --overwrite", where=str(folder))
+    return identity
+
+
+def _read_lines(path: Path) -> dict[int, list[str]]:
+    done: dict[int, list[str]] = {}
+    if not path.exists():
+        return done
+    lines = path.read_bytes().split(b"\n")
+    # The last line has no newline after it if the machine died while it was written: it does not count.
+    whole = lines[:-1]
+    for line in whole:
+        try:
+            entry = json.loads(line)
+            done[int(entry["unit"])] = [str(d) for d in entry["digests"]]
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            # Appends are whole or torn, so that damage elsewhere means that this unit is simply done again.
+            continue
+    if lines[-1]:
+        with open(path, "r+b") as file:
+            file.truncate(sum(len(line) + 1 for line in whole))
+    return done

@@ -1,0 +1,156 @@
+"""Carry out a plan: prepare the target, run the units, publish, and leave a record."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from tensorsurgeon.checkpoint.folder import RECORD_NAME
+from tensorsurgeon.checkpoint.header import read_header
+from tensorsurgeon.checkpoint.layout import INDEX_NAME
+from tensorsurgeon.checkpoint.sink import Sink, publish_bytes, publish_copy, sync_folder
+from tensorsurgeon.checkpoint.source import Source
+from tensorsurgeon.errors import PlanViolationError, RecipeError
+from tensorsurgeon.planning.plan import Plan, Unit
+from tensorsurgeon.running.executor import Progress, run_units
+from tensorsurgeon.running.record import record_bytes
+from tensorsurgeon.running.target import prepare_target
+
+# What a run may hold beyond the arrays of its units: interpreter, NumPy, compiled kernels, the plan.
+_MIN_RAM_BYTES = 64 << 20
+
+
+class RunResult(NamedTuple):
+    """What a run did; ``resumed_units`` were found whole from an earlier run."""
+
+    target: Path
+    units: int
+    resumed_units: int
+    was_complete: bool
+
+
+def default_workers() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def default_max_ram_bytes() -> int:
+    """Half of what the machine can give, file caches included: they leave when memory is needed."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    available = int(found.group(1)) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available // 2
+
+
+def run_plan(
+    plan: Plan,
+    target: str | os.PathLike[str],
+    *,
+    workers: int | None = None,
+    max_ram_bytes: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    stop: threading.Event | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+    execute: Callable[..., dict[int, list[str]]] = run_units,
+) -> RunResult:
+    """Write the planned checkpoint into the folder ``target``; ``execute`` decides in which order units run.
+
+    Neither ``workers`` nor ``max_ram_bytes`` changes a byte of it. Raises TargetError before anything is written
+    if the folder cannot be used, ExecutionError if the run stops, which ``resume`` then continues.
+    """
+    if any(getattr(step, "waits_for_codes", False) for step in plan.steps):
+        # Rounding to nearest instead would be the silent kind of garbage.
+        raise RecipeError("a step chooses codes by calibration (method gptq or imatrix); give data to calibrate on")
+    target = Path(target)
+    budget = default_max_ram_bytes() if max_ram_bytes is None else max_ram_bytes
+    plan.check_budget(max(budget, _MIN_RAM_BYTES) if max_ram_bytes is None else budget)
+    prepared = prepare_target(plan, target, resume=resume, overwrite=overwrite)
+    if prepared is None:
+        return RunResult(target, len(plan.units), len(plan.units), True)
+    journal, claimed = prepared
+    with journal, Source(plan.source) as source:
+        # A run killed while it published may have left an index: no index may lead to shards that are reopened.
+        (target / INDEX_NAME).unlink(missing_ok=True)
+        sink = Sink(target, plan.layout)
+        try:
+            sink.open()
+            done = _trusted(plan, sink, claimed, progress)
+            digests = execute(
+                plan,
+                source,
+                sink,
+                journal,
+                done=done,
+                workers=workers or default_workers(),
+                max_ram_bytes=budget,
+                stop=stop or threading.Event(),
+                progress=progress,
+            )
+            _publish(plan, sink, target, record_bytes(plan, digests))
+        finally:
+            sink.close()
+        journal.remove()
+    return RunResult(target, len(plan.units), len(done), False)
+
+
+def _trusted(plan: Plan, sink: Sink, claimed: dict[int, list[str]], progress: Callable[[Progress], None]) -> dict[int, list[str]]:
+    """The journalled units whose bytes on disk still have their digests; the others are done again."""
+    done = {}
+    for number, digests in claimed.items():
+        if 0 <= number < len(plan.units) and _digests_on_disk(plan.units[number], sink) == digests:
+            done[number] = digests
+            progress(Progress(plan.units[number].written_bytes))
+    return done
+
+
+def _digests_on_disk(unit: Unit, sink: Sink) -> list[str]:
+    places = [(w.shard, w.offset, w.nbytes) for w in unit.writes] + [(c.shard, c.offset, c.nbytes) for c in unit.copies]
+    found = []
+    buffer = memoryview(bytearray(1 << 20))
+    for shard, offset, nbytes in places:
+        digest = xxhash.xxh3_64()
+        done = 0
+        while done < nbytes and (count := sink.read(shard, offset + done, buffer[: nbytes - done])):
+            digest.update(buffer[:count])
+            done += count
+        found.append(digest.hexdigest())
+    return found
+
+
+def _publish(plan: Plan, sink: Sink, target: Path, record: bytes) -> None:
+    """Make the output visible: what a reader looks for last comes last."""
+    sink.sync()
+    _check_headers(plan, target)
+    single = plan.layout.index_json is None
+    if not single:
+        sink.publish_shards()
+    for name in plan.files.copied:
+        publish_copy(plan.source.root / name, target / name)
+    for name, content in plan.files.contents.items():
+        publish_bytes(target / name, content)
+    publish_bytes(target / RECORD_NAME, record)
+    if plan.layout.index_json is not None:
+        # Index last: its presence means that the checkpoint is complete.
+        publish_bytes(target / INDEX_NAME, plan.layout.index_json)
+        sync_folder(target)
+    else:
+        sink.publish_shards()
+
+
+def _check_headers(plan: Plan, target: Path) -> None:
+    """Read back what readers will read first; a header that differs from the plan must never be published."""
+    for shard in plan.layout.shards:
+        header = read_header(target / f"{shard.name}.partial")
+        if tuple(entry.spec for entry in header.entries) != shard.specs:
+            raise PlanViolationError(
+                f"{shard.name}: the header on disk is not the planned one; the disk or another program changed it"
+            )

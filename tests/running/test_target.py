@@ -1,0 +1,302 @@
+"""Where a run may write, and what a disk that is full or closed does to it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.errors import JournalError, SinkError, TargetError
+from tensorsurgeon.ops.transpose import Transpose
+from tensorsurgeon.planning.plan import make_plan
+from tensorsurgeon.running.run import run_plan
+from tests.checkpoints import apply, assert_same, folder_bytes, moe_config, read_all, tiny_moe, write_checkpoint, write_snapshot
+
+STEPS = [Transpose(where=("lm_head.weight",))]
+
+
+@pytest.fixture
+def done(moe: Path, tmp_path: Path) -> Path:
+    apply(STEPS, moe, tmp_path / "done")
+    return tmp_path / "done"
+
+
+# --- what may be there -------------------------------------------------------------------------------------------
+
+
+def test_an_empty_folder_and_one_that_does_not_exist_are_used(moe, tmp_path, done):
+    (tmp_path / "empty").mkdir()
+    for target in (tmp_path / "empty", tmp_path / "new" / "deep"):
+        apply(STEPS, moe, target)
+        assert folder_bytes(target) == folder_bytes(done)
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}])
+def test_a_folder_that_holds_anything_is_refused_and_left_alone(options, moe, tmp_path):
+    target = tmp_path / "t"
+    target.mkdir()
+    (target / "thesis.tex").write_text("years of work")
+    with pytest.raises(TargetError, match=r"not empty \(thesis.tex\).*--overwrite"):
+        apply(STEPS, moe, target, **options)
+    assert folder_bytes(target) == {"thesis.tex": b"years of work"}
+
+
+def test_overwriting_takes_a_checkpoint_but_nobody_s_home(moe, tmp_path, done):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("years of work")
+    with pytest.raises(TargetError, match="does not look like a checkpoint"):
+        apply(STEPS, moe, home, overwrite=True)
+    assert folder_bytes(home) == {"thesis.tex": b"years of work"}
+
+    other = write_checkpoint(tmp_path / "other", {"a": np.zeros(3)}, shards=1)
+    (other / "sub").mkdir()
+    (other / "sub" / "old.json").write_text("{}")
+    apply(STEPS, moe, other, overwrite=True)
+    assert folder_bytes(other) == folder_bytes(done)
+
+
+def test_overwriting_an_empty_or_new_folder_is_no_fault(moe, tmp_path, done):
+    apply(STEPS, moe, tmp_path / "new", overwrite=True)
+    assert folder_bytes(tmp_path / "new") == folder_bytes(done)
+
+
+def test_a_file_and_a_broken_link_are_no_targets(moe, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(TargetError, match="is a file"):
+        apply(STEPS, moe, tmp_path / "file")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(TargetError):
+        apply(STEPS, moe, tmp_path / "link")
+    with pytest.raises(TargetError, match="cannot be used"):
+        apply(STEPS, moe, tmp_path / "file" / "below")
+
+
+def test_resuming_what_is_complete_does_nothing_and_says_so(moe, done):
+    before = folder_bytes(done)
+    result = run_plan(make_plan(STEPS, open_checkpoint(moe)), done, resume=True)
+    assert result.was_complete
+    assert folder_bytes(done) == before
+
+
+def test_resuming_the_finished_output_of_another_run_is_refused(moe, done):
+    before = folder_bytes(done)
+    with pytest.raises(JournalError, match="finished output of another run"):
+        apply([], moe, done, resume=True)
+    assert folder_bytes(done) == before
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors.index.json", "model-00001-of-00003.safetensors"])
+def test_an_output_that_lost_a_file_is_not_called_complete(missing, moe, tmp_path):
+    size = {"max_shard_bytes": 2500}
+    apply(STEPS, moe, tmp_path / "t", **size)
+    shards = sorted(p.name for p in (tmp_path / "t").glob("*.safetensors"))
+    (tmp_path / "t" / (missing if missing.endswith("json") else shards[0])).unlink()
+    with pytest.raises(TargetError, match="there is no stopped run to resume"):
+        apply(STEPS, moe, tmp_path / "t", resume=True, **size)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b'{"digest": "md5", "shards": {}}', b'{"digest": "xxh3_64", "shards": 3}', b"\xff"]
+)
+def test_a_damaged_record_is_told_and_not_followed(content, moe, done):
+    from tensorsurgeon.errors import CheckpointError
+
+    (done / "surgeon.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"surgeon.json"):
+        apply(STEPS, moe, done, resume=True)
+
+
+# --- the source is never modified ---------------------------------------------------------------------------------
+
+
+def refused(steps, source, target, **options):
+    before = folder_bytes(source)
+    with pytest.raises(TargetError, match="source"):
+        apply(steps, source, target, **options)
+    assert folder_bytes(source) == before
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
+def test_source_and_target_may_not_be_one_or_inside_another(options, moe, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(moe)
+    (tmp_path / "parent_link").symlink_to(tmp_path)
+    monkeypatch.chdir(moe)
+    for target in (
+        moe,
+        moe / "out",
+        moe / ".." / "moe",
+        tmp_path,
+        tmp_path / "link",
+        tmp_path / "link" / "out",
+        tmp_path / "parent_link" / "moe",
+        Path(),
+        Path("out"),
+        Path(".."),
+    ):
+        refused(STEPS, moe, target, **options)
+
+
+def test_a_source_named_by_a_link_is_still_the_source(moe, tmp_path):
+    (tmp_path / "link").symlink_to(moe)
+    with pytest.raises(TargetError, match="is the source"):
+        apply(STEPS, tmp_path / "link", moe, overwrite=True)
+
+
+@pytest.mark.parametrize("where", ["snapshot", "blobs", "cache", "snapshots"])
+def test_the_blobs_of_a_snapshot_are_the_source_too(where, tmp_path):
+    snapshot = write_snapshot(tmp_path / "cache", tiny_moe(), shards=2, config=moe_config())
+    target = {
+        "snapshot": snapshot,
+        "blobs": tmp_path / "cache" / "blobs",
+        "cache": tmp_path / "cache",
+        "snapshots": snapshot.parent,
+    }[where]
+    before = folder_bytes(tmp_path / "cache")
+    with pytest.raises(TargetError, match="source"):
+        apply(STEPS, snapshot, target, overwrite=True)
+    assert folder_bytes(tmp_path / "cache") == before
+
+
+def test_a_folder_above_linked_shards_is_not_cleared(tmp_path):
+    """The snapshot lies elsewhere, but what it links to lies in the target."""
+    real = write_checkpoint(tmp_path / "data" / "real", tiny_moe())
+    source = tmp_path / "view"
+    source.mkdir()
+    (source / "model.safetensors").symlink_to(real / "model.safetensors")
+    (tmp_path / "data" / "old.safetensors").write_text("")
+    refused(STEPS, source, tmp_path / "data", overwrite=True)
+
+
+def test_beside_a_single_file_there_may_be_a_target(tmp_path):
+    folder = write_checkpoint(tmp_path / "m", tiny_moe())
+    apply(STEPS, folder / "model.safetensors", folder / "out")
+    assert (folder / "out" / "model.safetensors").exists()
+    with pytest.raises(TargetError, match="is the source"):
+        apply(STEPS, folder / "model.safetensors", folder, overwrite=True)
+
+
+def test_a_link_planted_in_a_stopped_target_is_not_written_through(moe, tmp_path):
+    plan = make_plan(STEPS, open_checkpoint(moe))
+    from tensorsurgeon.running.journal import Journal
+
+    Journal.start(tmp_path / "t", {"fingerprint": plan.fingerprint}).close()
+    victim = moe / "model-00001-of-00003.safetensors"
+    before = victim.read_bytes()
+    (tmp_path / "t" / "model.safetensors.partial").symlink_to(victim)
+    with pytest.raises(SinkError):
+        run_plan(plan, tmp_path / "t", resume=True)
+    assert victim.read_bytes() == before
+
+
+# --- disks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 24 MB, which only root can mount."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = os.geteuid() == 0 and shutil.which("mount")
+    if not mounted or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], check=False).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture
+def larger(tmp_path: Path) -> Path:
+    """4 MB of weights that go through arrays."""
+    rng = np.random.default_rng(0)
+    tensors = {f"w{i}.weight": rng.standard_normal((128, 128)).astype(np.float32) for i in range(64)}
+    source = write_checkpoint(tmp_path / "larger", tensors, shards=2, config={"model_type": "x"})
+    (source / "tokenizer.json").write_text("x" * 100_000)
+    return source
+
+
+def test_a_disk_too_small_is_noticed_before_anything_is_written(small_disk, larger):
+    (small_disk / "ballast").write_bytes(b"\1" * (10 << 20))
+    with pytest.raises(TargetError, match=r"the output needs 0\.02 GB and the disk has 0\.01 GB free"):
+        apply([], larger, small_disk / "t")
+    assert not (small_disk / "t").exists()
+
+
+@pytest.mark.parametrize("resumed_with_more_than", [0, 1])
+def test_a_disk_that_fills_up_when_files_are_reserved_is_told_and_resumed(
+    resumed_with_more_than, small_disk, larger, tmp_path, monkeypatch
+):
+    """Somebody else took the room between the check and the writing."""
+    steps = [Transpose(where=("{w}.weight",))]
+    apply(steps, larger, tmp_path / "whole")
+    monkeypatch.setattr("tensorsurgeon.running.target.check_room", lambda *_: None)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"\1" * (22 << 20))
+    for _ in range(1 + resumed_with_more_than):
+        with pytest.raises(SinkError, match=r"the disk is full; free some space and run the same command with --resume"):
+            apply(steps, larger, small_disk / "t", resume=(small_disk / "t").exists())
+        assert not list((small_disk / "t").glob("*.safetensors"))
+    ballast.unlink()
+    apply(steps, larger, small_disk / "t", resume=True)
+    assert folder_bytes(small_disk / "t") == folder_bytes(tmp_path / "whole")
+
+
+def test_a_disk_that_fills_up_during_the_run_keeps_what_is_done(small_disk, larger, tmp_path, monkeypatch):
+    """A file system that cannot reserve (NFS, some FUSE) says so only when it is written."""
+    monkeypatch.setattr("tensorsurgeon.running.target.check_room", lambda *_: None)
+    monkeypatch.setattr("tensorsurgeon.checkpoint.sink.reserve", lambda fd, nbytes: os.ftruncate(fd, nbytes))
+    steps = [Transpose(where=("{w}.weight",))]
+    apply(steps, larger, tmp_path / "whole")
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"\1" * (22 << 20))
+    with pytest.raises(SinkError, match="the disk is full"):
+        apply(steps, larger, small_disk / "t", workers=1)
+    assert not list((small_disk / "t").glob("*.safetensors"))
+    # What was done is journalled if the disk had room for the line; either way the bytes come out the same.
+    ballast.unlink()
+    result = run_plan(make_plan(steps, open_checkpoint(larger)), small_disk / "t", resume=True)
+    assert result.resumed_units < result.units
+    assert folder_bytes(small_disk / "t") == folder_bytes(tmp_path / "whole")
+
+
+def test_a_disk_that_fills_up_while_side_files_are_copied_is_resumed(small_disk, larger, tmp_path, monkeypatch):
+    monkeypatch.setattr("tensorsurgeon.running.target.check_room", lambda *_: None)
+    (larger / "tokenizer.json").write_bytes(b"x" * (10 << 20))
+    apply([], larger, tmp_path / "whole")
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"\1" * (12 << 20))
+    with pytest.raises(SinkError, match="the disk is full"):
+        apply([], larger, small_disk / "t")
+    assert not (small_disk / "t" / "model.safetensors").exists()
+    assert not (small_disk / "t" / "tokenizer.json").exists()
+    ballast.unlink()
+    apply([], larger, small_disk / "t", resume=True)
+    assert folder_bytes(small_disk / "t") == folder_bytes(tmp_path / "whole")
+
+
+def test_a_read_only_disk_is_told_before_and_after_the_first_write(small_disk, larger, tmp_path):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(TargetError, match="cannot be used: Read-only file system"):
+        apply([], larger, small_disk / "t")
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    (small_disk / "t").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(TargetError, match="Read-only file system"):
+        apply([], larger, small_disk / "t")
+
+
+def test_another_file_system_gets_the_same_bytes(small_disk, moe, tmp_path):
+    apply([], moe, small_disk / "t")
+    assert_same(read_all(small_disk / "t"), tiny_moe())
+
+
+def test_a_file_system_that_takes_little_at_a_time_changes_no_byte(moe, tmp_path, monkeypatch):
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: whole(fd, data[:100], offset))
+    apply([], moe, tmp_path / "t")
+    assert_same(read_all(tmp_path / "t"), tiny_moe())
