@@ -251,7 +251,7 @@ def main() -> None:
         initialize_model_parallel(1, 1)
     torch.set_default_dtype(torch.bfloat16)
     answers: dict[str, Any] = {}
-    for name in arguments.family or FAMILIES:
+    for name in arguments.family or [name for name, family in FAMILIES.items() if family.asked]:
         answers[name] = attempt(FAMILIES[name], aside)
         if has_mtp(FAMILIES[name]):
             answers[name]["mtp"] = attempt(FAMILIES[name], aside, mtp=True)
