@@ -21,8 +21,11 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
+import torch
 import transformers
 
+import tensorsurgeon.calibrate.run  # noqa: F401
+from tests.families.build import model_of
 from tests.families.page import page_of
 from tests.families.table import FAMILIES
 from tests.families.trial import Row, try_family
@@ -68,6 +71,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, help="seconds for one family")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    model_of(FAMILIES["llama"])  # imports what every child needs
     kept = WORK / "rows.json"
     rows = json.loads(kept.read_text()) if arguments.family and kept.exists() else {}
     for name in arguments.family or [name for name, family in FAMILIES.items() if family.built]:
