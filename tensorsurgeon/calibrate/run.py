@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tensorsurgeon.calibrate import needs_calibration
 from tensorsurgeon.calibrate.codes.stage import LayerStage
 from tensorsurgeon.calibrate.codes.targets import Target, find_targets
 from tensorsurgeon.calibrate.data.data import CalibrationData, load_data
@@ -31,7 +30,6 @@ from tensorsurgeon.calibrate.walk.statistics import layer_path
 from tensorsurgeon.checkpoint.sink import Sink, publish_bytes
 from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.errors import BudgetError, NoMatchError, RecipeError
-from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.scheme import Quantized
 from tensorsurgeon.quant.threads import one_torch_thread
@@ -86,7 +84,7 @@ def run_calibrated(
     CPU. Raises what ``run_plan`` raises, RecipeError for data that cannot be used, NumericError for a model whose hidden
     states are not finite.
     """
-    if not needs_calibration(plan.steps):
+    if not plan.needs_codes:
         raise RecipeError("no step of this transform asks for statistics (method gptq or imatrix); leave --calibration away")
     if find_spec("transformers") is None:
         raise RecipeError("calibration runs the model's own forward: pip install 'tensorsurgeon[calibrate]'")
@@ -101,10 +99,7 @@ def run_calibrated(
     if options.sources:
         data = load_data(options, plan.source.root, model.vocabulary_rows)
     codes = Codes()
-    steps = tuple(
-        replace(step, provider=codes) if isinstance(step, Quantize) and step.method != "rtn" else step for step in plan.steps
-    )
-    plan = replace(plan, steps=steps, calibration=_identity(options, data))
+    plan = replace(plan, calibration=_identity(options, data))
     driver = _Driver(plan, model, data, codes, options, Path(target))
     with one_torch_thread():
         result = run_plan(
@@ -199,7 +194,7 @@ class _Driver:
         def write(units: set[int] | None, digests: dict[int, list[str]]) -> dict[int, list[str]]:
             return run_units(
                 plan, source, sink, journal, done=digests, workers=workers, max_ram_bytes=max_ram_bytes, stop=stop,
-                progress=progress, only=None if units is None else sorted(units),
+                progress=progress, only=None if units is None else sorted(units), codes=self._codes,
             )  # fmt: skip
 
         digests = dict(done)

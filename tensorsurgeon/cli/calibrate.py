@@ -78,10 +78,9 @@ def run_with_calibration(
     ``note`` is told of each layer and of the summary, which is the second result. Raises RecipeError where data is given
     that no step wants, and where it is wanted and not given.
     """
-    from tensorsurgeon.calibrate import needs_calibration
     from tensorsurgeon.running.run import run_plan
 
-    if not needs_calibration(plan.steps):
+    if not plan.needs_codes:
         if calibration:
             named = ", ".join(f"--{'calibration' if name == 'sources' else name.replace('_', '-')}" for name in calibration)
             raise RecipeError(f"no step of this transform asks for statistics; leave {named} away")

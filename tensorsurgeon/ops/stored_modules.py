@@ -10,6 +10,7 @@ import numpy as np
 
 from tensorsurgeon.errors import NumericError, PlanError
 from tensorsurgeon.formats.base import Format
+from tensorsurgeon.formats.coding import Stored
 from tensorsurgeon.formats.registry import detect, quantization_config
 from tensorsurgeon.formats.scales import ZERO_POINT
 from tensorsurgeon.quant.scheme import Quantized, Scheme
@@ -22,12 +23,16 @@ _CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 class StoredModule(NamedTuple):
-    """One quantized module: its scheme, its tensors by local name in file order, and the shape of its weight."""
+    """One quantized module: how it is stored, its tensors by local name in file order, and the shape of its weight."""
 
     name: str
-    scheme: Scheme
+    stored: Stored
     tensors: dict[str, TensorSpec]
     shape: tuple[int, int]
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.stored.scheme
 
 
 def stored_format(specs: SpecMap) -> Format:
@@ -51,32 +56,35 @@ def stored_modules(specs: SpecMap, layout: Format, may_drop: Sequence[str] = ())
         module, _, local = name.rpartition(".")
         if module in schemes and local not in _NOT_OF_THE_WEIGHT:
             owned[module][local] = spec._replace(name=local)
-    modules = [
-        StoredModule(module, scheme, owned[module], layout.weight_shape(owned[module], scheme))
-        for module, scheme in schemes.items()
-    ]
+    alike: dict[Stored, Stored] = {}
+    modules = []
+    for module, scheme in schemes.items():
+        stored = Stored(layout, scheme, tuple(owned[module]))
+        # One object for all modules that are stored alike: a plan keeps tens of thousands.
+        stored = alike.setdefault(stored, stored)
+        modules.append(StoredModule(module, stored, owned[module], layout.weight_shape(owned[module], scheme)))
     dtype = model_dtype(specs)
     allowed = {*may_drop, ZERO_POINT}
-    for stored in modules:
-        known = {spec.name for spec in layout.tensors(TensorSpec("weight", dtype, stored.shape), stored.scheme)}
-        strange = [name for name in stored.tensors if name not in known and name not in allowed]
+    for found in modules:
+        known = {spec.name for spec in layout.tensors(TensorSpec("weight", dtype, found.shape), found.scheme)}
+        strange = [name for name in found.tensors if name not in known and name not in allowed]
         if strange:
             raise PlanError(
-                f"{stored.name}.{strange[0]}: {layout.name} has no such tensor, and it would be lost; drop it first if the "
+                f"{found.name}.{strange[0]}: {layout.name} has no such tensor, and it would be lost; drop it first if the "
                 "weight means the same without it"
             )
     return modules
 
 
-def unpack(layout: Format, module: StoredModule, inputs: Sequence[np.ndarray]) -> Quantized:
-    """The codes of a module from its arrays, in the order of ``module.tensors``.
+def unpack(stored: Stored, inputs: Sequence[np.ndarray]) -> Quantized:
+    """The codes of a module from its arrays, in the order of ``stored.names``.
 
     NumericError where codes said to be symmetric have zero points that are not zero.
     """
-    arrays = dict(zip(module.tensors, inputs, strict=True))
-    if module.scheme.symmetric and ZERO_POINT in arrays and np.any(arrays[ZERO_POINT]):
+    arrays = dict(zip(stored.names, inputs, strict=True))
+    if stored.scheme.symmetric and ZERO_POINT in arrays and np.any(arrays[ZERO_POINT]):
         raise NumericError(f"{ZERO_POINT} is not zero, but the config says that the codes are symmetric")
-    return layout.unpack(arrays, module.scheme)
+    return stored.format.unpack(arrays, stored.scheme)
 
 
 def model_dtype(specs: SpecMap) -> DType:

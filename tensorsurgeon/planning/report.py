@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+from tensorsurgeon.formats.coding import Written, written_by
 from tensorsurgeon.planning.plan import Plan
+from tensorsurgeon.planning.rewriting import Rewrite
+from tensorsurgeon.tensors.names import why_left
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.tensors.spec import TensorSpec
 
@@ -107,16 +110,22 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
 
 def _reasons(plan: Plan, modules: Iterable[str], made_by_steps: list[set[str]]) -> dict[str, str]:
     """For each form of module that stays unquantized: which rule kept it out, where a step can tell."""
-    steps: list[Any] = [step for step in plan.steps if hasattr(step, "why_not")]
-    examples = {grouped_name(module): module for module in reversed(list(modules))} if steps else {}
+    quantizing = {number: written for number, rewrites in enumerate(plan.rewrites) for written in _written(rewrites)}
+    examples = {grouped_name(module): module for module in reversed(list(modules))} if quantizing else {}
     reasons = {}
     for form, module in examples.items():
         # Stacked experts have no tensor called weight.
         name = f"{module}.weight" if f"{module}.weight" in plan.specs else f"{module}.down_proj"
         # A later step's name for it is not the one that the rules were matched with.
-        if not any(name in made for made in made_by_steps[plan.steps.index(steps[0]) :]):
-            reasons[form] = "; ".join(dict.fromkeys(step.why_not(name) for step in steps))
+        if not any(name in made for made in made_by_steps[min(quantizing) :]):
+            reasons[form] = "; ".join(dict.fromkeys(why_left(name, w.where, w.exclude) for w in quantizing.values()))
     return reasons
+
+
+def _written(rewrites: Iterable[Rewrite]) -> list[Written]:
+    """How a step that chooses among weights writes them: the first of its ways stands for all."""
+    first = next((written for rewrite in rewrites if (written := written_by(rewrite.detail)) is not None), None)
+    return [first] if first is not None and first.where else []
 
 
 def _counted(modules: Iterable[str]) -> dict[str, int]:

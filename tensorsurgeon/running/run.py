@@ -67,7 +67,7 @@ def run_plan(
     Neither ``workers`` nor ``max_ram_bytes`` changes a byte of it. Raises TargetError before anything is written
     if the folder cannot be used, ExecutionError if the run stops, which ``resume`` then continues.
     """
-    if any(getattr(step, "waits_for_codes", False) for step in plan.steps):
+    if plan.needs_codes and not plan.calibration:
         # Rounding to nearest instead would be the silent kind of garbage.
         raise RecipeError("a step chooses codes by calibration (method gptq or imatrix); give data to calibrate on")
     target = Path(target)

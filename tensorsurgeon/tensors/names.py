@@ -125,6 +125,14 @@ class Selector:
                 raise NoMatchError(no_match_message(pattern, names))
 
 
+def why_left(name: str, where: Sequence[str], exclude: Sequence[str]) -> str:
+    """Why a selector of these patterns leaves a name alone, for a report."""
+    for text in exclude:
+        if Pattern.parse(text).match(name) is not None:
+            return f"excluded by {text.removeprefix(_MAYBE)}"
+    return "outside " + " and ".join(text.removeprefix(_MAYBE) for text in where)
+
+
 def _fields(found: re.Match[str]) -> dict[str, str]:
     """The named groups that took part in the match: an optional one that did not has no text to fill in."""
     fields = found.groupdict()

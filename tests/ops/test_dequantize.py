@@ -93,7 +93,7 @@ def test_every_layout_gives_codes_times_scale(name, tmp_path):
     assert found.keys() == dense().keys()
     assert "quantization_config" not in config_of(tmp_path / "f32")
     op = quantize(name)
-    scheme = op.scheme_for(DTYPES["BF16"])
+    scheme = op.layout.resolve_scheme(op.scheme, DTYPES["BF16"])
     for weight in (n for n in found if ".mlp." in n):
         prefix = weight.removesuffix("weight")
         arrays = {n.removeprefix(prefix): a for n, a in stored.items() if n.startswith(prefix)}

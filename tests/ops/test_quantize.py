@@ -15,6 +15,7 @@ from tensorsurgeon.quant import bitpack
 from tensorsurgeon.quant.loops.loader import Kernel, Kernels
 from tensorsurgeon.quant.rtn import fast
 from tensorsurgeon.running.run import run_plan
+from tensorsurgeon.running.work_queue import warming_up
 from tests.checkpoints import apply, read_all, write_checkpoint
 from tests.contract.ops import Case, OpContract, Refusal, array_of, spec_map
 from tests.ops.arrays import BF16
@@ -161,15 +162,15 @@ def test_an_unknown_format_names_the_nearest():
 def test_warming_up_loads_the_very_code_that_the_weights_need(layout, tmp_path, monkeypatch):
     """A worker that finds other code missing would load it, or compile it, with all others waiting."""
     source = write_checkpoint(tmp_path / "s", dense(), config=CONFIG)
-    step = quantize(layout)
-    plan = make_plan(step, open_checkpoint(source))
+    plan = make_plan(quantize(layout), open_checkpoint(source))
     monkeypatch.setattr(fast, "_integers", Kernels("integer_codes"))
     monkeypatch.setattr(fast, "_floats", Kernels("float_codes"))
     monkeypatch.setattr(bitpack, "_kernels", Kernels("bitpack"))
     prepared = []
     whole = Kernel._prepare
     monkeypatch.setattr(Kernel, "_prepare", lambda self, arguments: prepared.append(self._name) or whole(self, arguments))
-    step.warm_up()
+    with warming_up(plan, range(len(plan.units))):
+        pass
     assert prepared
     warmed = list(prepared)
     run_plan(plan, tmp_path / "t", workers=1)

@@ -320,7 +320,7 @@ def test_thousands_of_short_copies_need_one_buffer(tmp_path, monkeypatch):
     from tensorsurgeon.tensors.arrays import empty
 
     asked = []
-    monkeypatch.setattr("tensorsurgeon.running.executor.empty", lambda shape, dtype: asked.append(shape) or empty(shape, dtype))
+    monkeypatch.setattr("tensorsurgeon.running.unit.empty", lambda shape, dtype: asked.append(shape) or empty(shape, dtype))
     tensors = {f"s.{i}": np.asarray(i, np.float64) for i in range(2000)}
     tensors["pad"] = np.zeros(1, np.int8)
     source = write_checkpoint(tmp_path / "s", tensors)

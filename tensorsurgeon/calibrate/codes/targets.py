@@ -12,7 +12,7 @@ from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.calibrate.walk.naming import ParameterRows, rows_of
 from tensorsurgeon.calibrate.walk.reading import TensorReader
 from tensorsurgeon.errors import PlanError
-from tensorsurgeon.ops.quantize import Quantize
+from tensorsurgeon.formats.coding import written_by
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.resolving import Pieces
 from tensorsurgeon.quant.scheme import Scheme
@@ -69,15 +69,15 @@ def find_targets(plan: Plan, model: StreamedModel | None) -> list[Target]:
     chunks: dict[tuple[int, str], list[tuple[int, list[SourceRows] | None]]] = {}
     for number, unit in enumerate(plan.units):
         for task in unit.tasks:
-            step = plan.steps[task.step]
-            if not isinstance(step, Quantize) or step.method == "rtn":
+            written = written_by(task.rewrite.detail)
+            if written is None or written.method == "rtn":
                 continue
-            scheme = step.scheme_of(task.rewrite)
+            scheme = written.scheme
             if scheme.type != "int":
-                raise PlanError(f"method {step.method} chooses integer codes; {scheme.type} has only method rtn")
+                raise PlanError(f"method {written.method} chooses integer codes; {scheme.type} has only method rtn")
             for region, pieces in zip(task.rewrite.inputs, task.inputs, strict=True):
                 key = (task.step, region.spec.name)
-                target = found.setdefault(key, Target(region.spec, scheme, step.method, None))
+                target = found.setdefault(key, Target(region.spec, scheme, written.method, None))
                 target.units.add(number)
                 chunks.setdefault(key, []).append((region.start or 0, _source_rows(region, pieces, specs)))
     for key, target in found.items():
