@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from tensorsurgeon.planning.plan import Plan
+from tensorsurgeon.planning.rewriting import is_reversible
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.tensors.spec import TensorSpec
 
@@ -131,10 +132,8 @@ def _dropped(plan: Plan) -> dict[str, int]:
 
 
 def one_way_steps(plan: Plan) -> list[str]:
-    """Steps that have no inverse."""
-    from tensorsurgeon.planning.rewriting import Reversible
-
-    return [type(step).__name__.lower() for step in plan.steps if not isinstance(step, Reversible)]
+    """Steps whose work nothing can undo."""
+    return [type(step).__name__.lower() for step in plan.steps if not is_reversible(step)]
 
 
 def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
