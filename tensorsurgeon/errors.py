@@ -5,7 +5,7 @@ SurgeonError
 ├─ CheckpointError    the source is wrong; nothing was written
 │  ├─ HeaderError, IndexMismatchError, MissingTensorError, ConfigError
 ├─ PlanError          the two do not fit; nothing was written
-│  ├─ NoMatchError, NameCollisionError, SpecError, BudgetError, TargetError, NotReversibleError, EngineError
+│  ├─ NoMatchError, NameCollisionError, SpecError, BudgetError, TargetError, EngineError
 ├─ ExecutionError     the run stopped; what is on disk can be resumed
 │  ├─ PlanViolationError, NumericError, SinkError, SourceError, Interrupted
 ├─ JournalError       the journal of a stopped run cannot be continued
@@ -104,12 +104,6 @@ class TargetError(PlanError):
     """The target folder may not be written, or has too little room."""
 
     exit_code = 35
-
-
-class NotReversibleError(PlanError):
-    """A step loses information and cannot be undone."""
-
-    exit_code = 36
 
 
 class EngineError(PlanError):

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "tensorsurgeon"
 ROOMS = (
     "errors",
     "version",
+    "machine",
     "tensors",
     "quant",
     "models",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tensorsurgeon.checkpoint.layout import Layout
 from tensorsurgeon.errors import SinkError
+from tensorsurgeon.machine.files import make_durable, make_folder_durable, reserve
 
 
 class Sink:
@@ -60,7 +61,7 @@ class Sink:
             if self._is_dirty[shard]:
                 self._is_dirty[shard] = False
                 with sink_errors(self._paths[shard], "be made durable"):
-                    os.fdatasync(fd)
+                    make_durable(fd)
 
     def publish_shards(self) -> None:
         """Give every shard its final name; call when all bytes are durable."""
@@ -68,31 +69,12 @@ class Sink:
         for path, shard in zip(self._paths, self._layout.shards, strict=True):
             with sink_errors(path, "be published"):
                 os.replace(path, self.target / shard.name)
-        sync_folder(self.target)
+        make_folder_durable(self.target)
 
     def close(self) -> None:
         for fd in self._fds:
             os.close(fd)
         self._fds = []
-
-
-def reserve(fd: int, nbytes: int) -> None:
-    """Grow a file to its final size and take the disk space now, where the file system can."""
-    try:
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        os.ftruncate(fd, nbytes)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def publish_bytes(path: Path, content: bytes) -> None:
@@ -102,7 +84,7 @@ def publish_bytes(path: Path, content: bytes) -> None:
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            make_durable(file.fileno())
 
     _publish(path, fill)
 
@@ -113,7 +95,7 @@ def publish_copy(source: Path, path: Path) -> None:
     def fill(partial: Path) -> None:
         shutil.copy2(source, partial)
         with open(partial, "rb") as file:
-            os.fsync(file.fileno())
+            make_durable(file.fileno())
 
     _publish(path, fill)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tensorsurgeon.checkpoint.folder import Checkpoint, open_checkpoint
+from tensorsurgeon.machine.limits import usable_cores
 from tensorsurgeon.planning.report import group_specs, grouped_name, table
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.tensors.spec import TensorSpec
@@ -84,7 +85,7 @@ def diff_checkpoints(
     if not headers_only:
         with Reader(first, progress) as one, Reader(second, progress) as two:
             ordered = sorted(same, key=lambda spec: one.location(spec.name))
-            with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+            with ThreadPoolExecutor(workers or usable_cores()) as pool:
                 found = pool.map(lambda spec: _compare(one, two, spec), ordered)
                 other_bytes = [difference for difference in found if difference is not None]
     order = {name: number for number, name in enumerate(first.specs)}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tensorsurgeon.errors import RecipeError, SpecError
-from tensorsurgeon.planning.rewriting import Array, Moves, Rewrite
+from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.names import Selector
 from tensorsurgeon.tensors.spec import SpecMap
 
@@ -15,7 +15,7 @@ _SIZE = re.compile(r"(?:(\d+)\s*\*\s*)?([A-Za-z_][\w|]*)|(\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Expect:
+class Expect(ByteMove):
     """Check the shape of the tensors that ``where`` selects against the model's config; changes nothing.
 
     ``shape``: one entry per axis: a number, a key of config.json (``hidden_size``; alternatives with ``|``), a
@@ -63,12 +63,6 @@ class Expect:
         return f"{name}: expected {expected} from the config, found {list(shape)}" + (
             "; it is stored transposed, transpose it first" if turned else ""
         )
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return ()
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
-        return Moves(())
 
 
 def _fits(shape: tuple[int, ...], wanted: list[int | None]) -> bool:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tensorsurgeon.planning.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
+from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.names import Selector, fill
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rename:
+class Rename(ByteMove):
     """Rename every tensor that ``where`` selects to ``to``, a template over the fields of the pattern."""
 
     where: tuple[str, ...]
@@ -26,9 +26,3 @@ class Rename:
             if target.name != name:
                 rewrites.append(Rewrite((Region(spec),), (Region(target),), True))
         return tuple(rewrites)
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return move_arrays(rewrite, inputs)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
-        return turned_around(rewrites)

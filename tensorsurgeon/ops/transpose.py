@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from tensorsurgeon.tensors.spec import Region, SpecMap
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transpose:
     """Permute the axes of the tensors that ``where`` selects; without ``axes`` the last two change places."""
+
+    reversible: ClassVar[bool] = True
 
     where: tuple[str, ...]
     axes: tuple[int, ...] | None = None
@@ -47,27 +50,3 @@ class Transpose:
         result = empty(rewrite.outputs[0].shape, array.dtype)
         np.copyto(result, array.transpose(self._axes(rewrite.inputs[0].spec.name, array.ndim)))
         return (result,)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Transpose | _TransposeBack:
-        return _TransposeBack(rewrites, self)
-
-
-@dataclass(frozen=True, slots=True)
-class _TransposeBack:
-    """Undo the transposition of exactly the tensors that were transposed."""
-
-    done: tuple[Rewrite, ...]
-    op: Transpose
-
-    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        return tuple(Rewrite(r.outputs, r.inputs) for r in self.done)
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        (array,) = inputs
-        axes = self.op._axes(rewrite.inputs[0].spec.name, array.ndim)
-        result = empty(rewrite.outputs[0].shape, array.dtype)
-        np.copyto(result, array.transpose(tuple(int(a) for a in np.argsort(axes))))
-        return (result,)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Transpose:
-        return self.op

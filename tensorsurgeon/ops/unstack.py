@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 from tensorsurgeon.errors import RecipeError, SpecError
-from tensorsurgeon.planning.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
+from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.names import Selector, fill
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unstack:
+class Unstack(ByteMove):
     """Turn each tensor that ``where`` selects into one per index of its first axis.
 
     ``into`` names them with ``{index}`` for the number: ``experts.down_proj`` [E, H, I] becomes
@@ -57,9 +57,3 @@ class Unstack:
         if len(spec.shape) < 3 or spec.shape[1] % parts:
             raise SpecError(f"{spec.name}: slices of {list(spec.shape)} cannot be cut into {parts} equal parts of rows")
         return (spec.shape[1] // parts, *spec.shape[2:])
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return move_arrays(rewrite, inputs)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
-        return turned_around(rewrites)

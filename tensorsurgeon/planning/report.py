@@ -10,7 +10,7 @@ from typing import Any
 
 from tensorsurgeon.formats.coding import Written, written_by
 from tensorsurgeon.planning.plan import Plan
-from tensorsurgeon.planning.rewriting import Rewrite
+from tensorsurgeon.planning.rewriting import Rewrite, is_reversible
 from tensorsurgeon.tensors.names import why_left
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.tensors.spec import TensorSpec
@@ -140,10 +140,8 @@ def _dropped(plan: Plan) -> dict[str, int]:
 
 
 def one_way_steps(plan: Plan) -> list[str]:
-    """Steps that have no inverse."""
-    from tensorsurgeon.planning.rewriting import Reversible
-
-    return [type(step).__name__.lower() for step in plan.steps if not isinstance(step, Reversible)]
+    """Steps whose work nothing can undo."""
+    return [type(step).__name__.lower() for step in plan.steps if not is_reversible(step)]
 
 
 def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:

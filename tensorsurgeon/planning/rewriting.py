@@ -1,18 +1,17 @@
 """What a transform says, and how one step's statement changes the set of tensors.
 
-A transform states its rewrites once, as values; names, sizes, units, memory and the inverse follow from them.
+A transform states its rewrites once, as values; names, sizes, units and memory follow from them.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from tensorsurgeon.errors import NameCollisionError, NotReversibleError, PlanError, RecipeError, SpecError
+from tensorsurgeon.errors import NameCollisionError, PlanError, RecipeError, SpecError
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 Array = np.ndarray
@@ -46,61 +45,9 @@ class Transform(Protocol):
         ...
 
 
-@runtime_checkable
-class Reversible(Protocol):
-    """A transform whose work can be undone, given what it did."""
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Transform: ...
-
-
-class Moves:
-    """A transform given by finished rewrites that move bytes: the inverse of splitting, renaming, reshaping.
-
-    Its plan checks that the tensors are still what the rewrites say.
-    """
-
-    def __init__(self, rewrites: tuple[Rewrite, ...]) -> None:
-        self.rewrites = rewrites
-
-    def __repr__(self) -> str:
-        # A plan's fingerprint is made of this, so it must name the rewrites and no address in memory.
-        digest = hashlib.sha256()
-        for rewrite in self.rewrites:
-            digest.update(f"{rewrite}\n".encode())
-        return f"Moves({len(self.rewrites)} rewrites, sha256 {digest.hexdigest()})"
-
-    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        for region in (r for rewrite in self.rewrites for r in rewrite.inputs):
-            found = specs.get(region.spec.name)
-            if found != region.spec:
-                raise PlanError(f"{region.spec.name}: expected {region.spec}, found {found or 'no such tensor'}")
-        return self.rewrites
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return move_arrays(rewrite, inputs)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
-        return turned_around(rewrites)
-
-
-def turned_around(rewrites: Iterable[Rewrite]) -> Moves:
-    """The inverse of byte moves: each rewrite read backwards."""
-    return Moves(tuple(Rewrite(r.outputs, r.inputs, True) for r in rewrites))
-
-
-def move_arrays(rewrite: Rewrite, inputs: Sequence[Array]) -> list[Array]:
-    """Carry out a byte move on arrays; the executor moves bytes in files instead and never calls this."""
-    data = b"".join(np.ascontiguousarray(a).tobytes() for a in inputs)
-    result = []
-    position = 0
-    for region in rewrite.outputs:
-        nbytes = region.byte_range[1]
-        dtype = region.spec.dtype.numpy
-        if dtype is None:
-            raise PlanError(f"{region.spec}: elements narrower than a byte have no array form")
-        result.append(np.frombuffer(data, dtype, nbytes // dtype.itemsize, position).reshape(region.shape))
-        position += nbytes
-    return result
+def is_reversible(step: Transform) -> bool:
+    """Whether another transform could restore what this one read; a class says so by ``reversible = True``."""
+    return bool(getattr(type(step), "reversible", False))
 
 
 class Chain:
@@ -109,15 +56,6 @@ class Chain:
     def __init__(self, steps: Sequence[Transform | Chain], name: str | None = None) -> None:
         self.steps = tuple(steps)
         self.name = name
-
-    def inverse(self, rewrites_of_steps: Sequence[tuple[Rewrite, ...]]) -> Chain:
-        """The steps undone from last to first; NotReversibleError names the step that has no inverse."""
-        undone: list[Transform] = []
-        for step, rewrites in zip(steps_of(self), rewrites_of_steps, strict=True):
-            if not isinstance(step, Reversible):
-                raise NotReversibleError(f"{type(step).__name__.lower()} loses information and has no inverse")
-            undone.insert(0, step.inverse(rewrites))
-        return Chain(undone)
 
 
 AnyTransform = Transform | Chain | Sequence["AnyTransform"]

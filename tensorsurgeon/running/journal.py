@@ -16,8 +16,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from tensorsurgeon.checkpoint.folder import STATE_FOLDER
-from tensorsurgeon.checkpoint.sink import sink_errors, sync_folder
+from tensorsurgeon.checkpoint.sink import sink_errors
 from tensorsurgeon.errors import JournalError, TargetError
+from tensorsurgeon.machine.files import make_durable, make_folder_durable
 
 _RUN = "run.json"
 _LINES = "journal.jsonl"
@@ -36,7 +37,7 @@ class Journal:
         self.folder = state_folder(target)
         self._lock_fd = lock_fd
         self._fd = os.open(self.folder / _LINES, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        sync_folder(self.folder)
+        make_folder_durable(self.folder)
 
     @classmethod
     def start(cls, target: Path, identity: dict[str, Any], clear: Callable[[], None] = lambda: None) -> Journal:
@@ -53,7 +54,7 @@ class Journal:
             with open(partial, "w") as file:
                 json.dump(identity, file, indent=2)
                 file.flush()
-                os.fsync(file.fileno())
+                make_durable(file.fileno())
             os.replace(partial, folder / _RUN)
             return cls(target, lock)
         except BaseException:
@@ -82,7 +83,7 @@ class Journal:
         with sink_errors(self.folder / _LINES, "be written"):
             while text:
                 text = text[os.write(self._fd, text) :]
-            os.fsync(self._fd)
+            make_durable(self._fd)
 
     def remove(self) -> None:
         """The run is finished and its record written: leave nothing behind.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,11 @@ import xxhash
 from tensorsurgeon.checkpoint.folder import RECORD_NAME
 from tensorsurgeon.checkpoint.header import read_header
 from tensorsurgeon.checkpoint.layout import INDEX_NAME
-from tensorsurgeon.checkpoint.sink import Sink, publish_bytes, publish_copy, sync_folder
+from tensorsurgeon.checkpoint.sink import Sink, publish_bytes, publish_copy
 from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.errors import PlanViolationError, RecipeError
+from tensorsurgeon.machine.files import make_folder_durable
+from tensorsurgeon.machine.limits import available_bytes, usable_cores
 from tensorsurgeon.planning.plan import Plan, Unit
 from tensorsurgeon.running.executor import Progress, run_units
 from tensorsurgeon.running.record import record_bytes
@@ -35,19 +36,9 @@ class RunResult(NamedTuple):
     was_complete: bool
 
 
-def default_workers() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def default_max_ram_bytes() -> int:
-    """Half of what the machine can give, file caches included: they leave when memory is needed."""
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    available = int(found.group(1)) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return available // 2
+    """Half of what machine and container can give."""
+    return available_bytes() // 2
 
 
 def run_plan(
@@ -90,7 +81,7 @@ def run_plan(
                 sink,
                 journal,
                 done=done,
-                workers=workers or default_workers(),
+                workers=workers or usable_cores(),
                 max_ram_bytes=budget,
                 stop=stop or threading.Event(),
                 progress=progress,
@@ -141,7 +132,7 @@ def _publish(plan: Plan, sink: Sink, target: Path, record: bytes) -> None:
     if plan.layout.index_json is not None:
         # Index last: its presence means that the checkpoint is complete.
         publish_bytes(target / INDEX_NAME, plan.layout.index_json)
-        sync_folder(target)
+        make_folder_durable(target)
     else:
         sink.publish_shards()
 

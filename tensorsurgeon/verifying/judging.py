@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME, Checkpoint, open_checkpoint
 from tensorsurgeon.errors import CheckpointError, SurgeonError
+from tensorsurgeon.machine.limits import usable_cores
 from tensorsurgeon.running.record import read_record
 from tensorsurgeon.tensors.spec import TensorSpec
 from tensorsurgeon.verifying.against import dropped_by_record, pair_tensors
@@ -78,7 +79,7 @@ def verify(
     Every fault is collected; CheckpointError only where one of the two is no checkpoint at all. ``workers`` threads
     each hold some tens of megabytes (one packed tensor, for layouts that are stored transposed).
     """
-    count = workers or len(os.sched_getaffinity(0))
+    count = workers or usable_cores()
     findings = Findings()
     source = None if against is None else open_checkpoint(against)
     checkpoint = open_for_judgement(Path(target), findings)

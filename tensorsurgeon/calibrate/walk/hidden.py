@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tensorsurgeon.errors import JournalError
+from tensorsurgeon.machine.files import make_durable
 
 
 class HiddenStates:
@@ -60,7 +61,7 @@ class HiddenStates:
 
     def sync(self) -> None:
         """Make everything written so far durable."""
-        os.fdatasync(self._fd)
+        make_durable(self._fd)
 
     def close(self) -> None:
         """The file stays."""
