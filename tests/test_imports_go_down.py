@@ -116,7 +116,7 @@ def test_the_ground_floor_of_math_knows_neither_formats_nor_files():
 
 
 def test_compiled_code_depends_on_its_own_room_only():
-    """``kernels.identity`` digests the modules of that room, so whatever came from elsewhere would go stale unseen."""
+    """``kernels.kept`` digests the modules of that room, so whatever came from elsewhere would go stale unseen."""
     for path in (PACKAGE / "kernels").rglob("*.py"):
         assert path.parent == PACKAGE / "kernels"
         assert {room_of(name) for _, name in imports(path)} <= {"kernels"}, path

@@ -16,13 +16,11 @@ from torch import Tensor
 
 from tensorsurgeon.arrays import aligned
 from tensorsurgeon.errors import NumericError
-from tensorsurgeon.kernels.loader import Kernels
+from tensorsurgeon.kernels import scale_search as loops
 from tensorsurgeon.kernels.tiles import TILE_ROWS
 
 # Rounds F32 scales to what the format will store, F32 in and out.
 StoreScale = Callable[[Tensor], Tensor]
-
-_kernels = Kernels("scale_search")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +72,7 @@ def search_scale(
     candidates = store_scale(base * ratios[:, None, None]).to(torch.float32)
     candidates = torch.where(torch.isfinite(candidates), candidates, safe).contiguous()
     best = np.zeros(base.shape, np.int64)
-    _kernels.best_candidate(
+    loops.best_candidate(
         weight.T.contiguous().numpy(),
         weights.contiguous().numpy(),
         candidates.numpy(),

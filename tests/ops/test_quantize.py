@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.errors import NumericError, PlanError, RecipeError, SpecError
 from tensorsurgeon.formats.layouts import LAYOUTS
-from tensorsurgeon.kernels.loader import Kernel, Kernels
 from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.planning import make_plan
-from tensorsurgeon.quant import bitpack, fast
 from tensorsurgeon.rewriting import advance
-from tensorsurgeon.run import run_plan
 from tests.checkpoints import apply, read_all, write_checkpoint
 from tests.contract.ops import Case, OpContract, Refusal, array_of, spec_map
 from tests.ops.arrays import BF16
@@ -156,20 +159,38 @@ def test_an_unknown_format_names_the_nearest():
         quantize("ct-pakced").plan(spec_map(dense()))
 
 
+WARMED_UP = """
+import json, sys
+from tensorsurgeon.checkpoint import open_checkpoint
+from tensorsurgeon.kernels import bitpack, float_codes, integer_codes
+from tensorsurgeon.planning import make_plan
+from tensorsurgeon.run import run_plan
+from tests.ops.quantized import quantize
+
+def prepared():
+    loops = [loop for module in (bitpack, float_codes, integer_codes) for loop in vars(module).values() if hasattr(loop, "stats")]
+    found = {(loop.__name__, str(types)) for loop in loops for types in (*loop.stats.cache_hits, *loop.stats.cache_misses)}
+    return sorted(found)
+
+layout, source, target = sys.argv[1:]
+step = quantize(layout)
+plan = make_plan(step, open_checkpoint(source))
+step.warm_up()
+warmed = prepared()
+run_plan(plan, target, workers=1)
+print(json.dumps([warmed, prepared()]))
+"""
+
+
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_warming_up_loads_the_very_code_that_the_weights_need(layout, tmp_path, monkeypatch):
+def test_warming_up_loads_the_very_code_that_the_weights_need(layout, tmp_path):
     """A worker that finds other code missing would load it, or compile it, with all others waiting."""
     source = write_checkpoint(tmp_path / "s", dense(), config=CONFIG)
-    step = quantize(layout)
-    plan = make_plan(step, open_checkpoint(source))
-    monkeypatch.setattr(fast, "_integers", Kernels("integer_codes"))
-    monkeypatch.setattr(fast, "_floats", Kernels("float_codes"))
-    monkeypatch.setattr(bitpack, "_kernels", Kernels("bitpack"))
-    prepared = []
-    whole = Kernel._prepare
-    monkeypatch.setattr(Kernel, "_prepare", lambda self, arguments: prepared.append(self._name) or whole(self, arguments))
-    step.warm_up()
-    assert prepared
-    warmed = list(prepared)
-    run_plan(plan, tmp_path / "t", workers=1)
-    assert prepared == warmed
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", WARMED_UP, layout, str(source), str(tmp_path / "t")]
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    warmed, needed = json.loads(done.stdout)
+    assert warmed
+    assert needed == warmed
