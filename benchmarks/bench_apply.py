@@ -3,7 +3,8 @@
     python benchmarks/bench_apply.py [--pairs 5] [--layers 4] [--shards 6 1] [--before CHECKOUT] [--peers] [--place FOLDER]
 
 Each round times, in turn, ``cp -r MODEL COPY && sync`` and the whole process ``surgeon apply``, which is durable when it
-returns. Prints the median ratio of the rounds, the spread, and the peak resident memory of the process. The model is
+returns. Prints the median ratio of the rounds, the spread, processor seconds (which other work on the machine disturbs
+least), and the peak resident memory of the process. The model is
 ``make_bench_model.py``'s: 2.8 GB with 4 layers, 11 GB with 22. ``--before`` times the sources of another checkout in every
 round too, with this interpreter and in alternating order, and prints how much longer ours takes. ``--peers`` adds
 llm-compressor's ``model_free_ptq`` and AutoRound's model-free mode where their environments exist (``make bench`` makes
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import resource
 import shutil
 import statistics
 import sys
@@ -54,6 +56,7 @@ class Side:
         self.checkout = checkout
         self.first = 0.0
         self.seconds: list[float] = []
+        self.processor: list[float] = []
         self.memory: list[int] = []
 
     def convert(self, arguments: list[str], model: Path, place: Path) -> None:
@@ -61,21 +64,22 @@ class Side:
         shutil.rmtree(place / "out", ignore_errors=True)
         os.sync()
         command = [SURGEON, "apply", arguments[0], str(model), str(place / "out"), *arguments[1:], "--workers", "2"]
-        seconds, memory, status = timed(command, self.checkout)
+        seconds, usage, status = timed(command, self.checkout)
         if status:
             raise SystemExit(f"{' '.join(command)} with the sources of {self.checkout} ended with {status}")
         shutil.rmtree(place / "out")
         self.seconds.append(seconds)
-        self.memory.append(memory)
+        self.processor.append(usage.ru_utime + usage.ru_stime)
+        self.memory.append(usage.ru_maxrss * 1024)
 
 
-def timed(command: list[str], checkout: Path = ROOT) -> tuple[float, int, int]:
-    """Wall seconds, peak resident bytes and exit status of a whole process that imports a checkout's sources."""
+def timed(command: list[str], checkout: Path = ROOT) -> tuple[float, resource.struct_rusage, int]:
+    """Wall seconds, what was used, and exit status of a whole process that imports a checkout's sources."""
     environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": str(checkout)}
     start = time.monotonic()
     pid = os.posix_spawn(command[0], command, environment, file_actions=_quiet())
     _, status, usage = os.wait4(pid, 0)
-    return time.monotonic() - start, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status)
+    return time.monotonic() - start, usage, os.waitstatus_to_exitcode(status)
 
 
 def _quiet() -> list[tuple[int, int, str, int, int]]:
@@ -99,6 +103,7 @@ def bench_case(name: str, arguments: list[str], model: Path, place: Path, pairs:
     for side in sides:
         side.convert(arguments, model, place)
         side.first = side.seconds.pop()
+        side.processor.clear()
         side.memory.clear()
     copy_and_sync(model, place)
     copies = []
@@ -111,16 +116,17 @@ def bench_case(name: str, arguments: list[str], model: Path, place: Path, pairs:
         print(
             f"{name:16} {side.name:6} {shards} shards  {statistics.median(side.seconds):6.2f} s  cp+sync "
             f"{statistics.median(copies):6.2f} s  ratio {ratio:.2f} ({spread}, {pairs} pairs)  "
-            f"{max(side.memory) / 1e6:.0f} MB  first run {side.first:.2f} s",
+            f"processor {statistics.median(side.processor):.2f} s  {max(side.memory) / 1e6:.0f} MB  first run {side.first:.2f} s",
             flush=True,
         )
     for side in others:
         ratio, spread = _median_of_ratios(now.seconds, side.seconds)
-        print(f"{name:16} now takes {ratio:.3f} of {side.name} ({spread}), medians {_quotient(now, side):.3f}", flush=True)
-
-
-def _quotient(now: Side, before: Side) -> float:
-    return statistics.median(now.seconds) / statistics.median(before.seconds)
+        least = min(now.seconds) / min(side.seconds)
+        work = statistics.median(now.processor) / statistics.median(side.processor)
+        print(
+            f"{name:16} now takes {ratio:.3f} of {side.name} ({spread}); fastest runs {least:.3f}, processor {work:.3f}",
+            flush=True,
+        )
 
 
 def _median_of_ratios(ours: list[float], theirs: list[float]) -> tuple[float, str]:
@@ -136,9 +142,12 @@ def bench_peer(name: str, model: Path, place: Path) -> None:
         return
     shutil.rmtree(place / "out", ignore_errors=True)
     code = f"{IMPORTS[environment]}; {call.format(model=model, out=place / 'out', ignore=IGNORE)}"
-    seconds, memory, status = timed([str(python), "-c", code])
+    seconds, usage, status = timed([str(python), "-c", code])
     shutil.rmtree(place / "out", ignore_errors=True)
-    print(f"{name:24} {seconds:6.1f} s  {memory / 1e6:.0f} MB" if not status else f"{name:24} failed with {status}", flush=True)
+    print(
+        f"{name:24} {seconds:6.1f} s  {usage.ru_maxrss * 1024 / 1e6:.0f} MB" if not status else f"{name:24} failed with {status}",
+        flush=True,
+    )
 
 
 def main() -> None:
