@@ -61,4 +61,5 @@ bench-kl: $(STAMP)
 	$(BIN)/python benchmarks/bench_oneshot.py --check
 
 clean:
-	rm -rf $(VENV) .venvs .demo .bench .kernels dist
+	rm -rf $(VENV) .venvs .demo .bench dist
+	find tensorsurgeon -name '*.nb[ci]' -delete

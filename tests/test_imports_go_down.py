@@ -114,7 +114,7 @@ def test_the_ground_floor_of_math_knows_neither_formats_nor_files():
 
 
 def test_compiled_code_depends_on_its_own_room_only():
-    """``loops.identity`` digests the modules of that folder, so whatever came from elsewhere would go stale unseen."""
+    """``loops.kept`` digests the modules of that folder, so whatever came from elsewhere would go stale unseen."""
     for path in (PACKAGE / "quant" / "loops").rglob("*.py"):
         assert all(name.startswith("tensorsurgeon.quant.loops") for _, name in imports(path)), path
 

@@ -34,15 +34,13 @@ from tensorsurgeon.quant.gptq.scale_search import (
     stored,
     zero_rows,
 )
-from tensorsurgeon.quant.loops.loader import Kernels
+from tensorsurgeon.quant.loops import gptq as loops
 from tensorsurgeon.quant.loops.tiles import TILE_ROWS
 from tensorsurgeon.quant.threads import map_in_threads
 from tensorsurgeon.tensors.arrays import aligned
 
 # Rows that `gptq_stack` quantizes together: more fall out of the cache (a third slower at 4,096).
 STACK_ROWS = 1024
-
-_kernels = Kernels("gptq")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,7 +244,7 @@ def _quantize_columns(
     rows, columns = weight.shape
     group = (factor.order // (columns if group_size == -1 else group_size)).numpy()
     original = torch.empty(columns, rows)
-    _kernels.take_columns(weight.contiguous().numpy(), factor.order.numpy(), original.numpy())
+    loops.take_columns(weight.contiguous().numpy(), factor.order.numpy(), original.numpy())
     residual = torch.empty_like(original)
     codes = torch.empty(columns, rows, dtype=code_dtype(qmin, qmax))
     scale_rows = scale.T.contiguous()
@@ -258,7 +256,7 @@ def _quantize_columns(
     for stop in range(columns, 0, -block_size):
         start = max(0, stop - block_size)
         owed = factor.lower[stop:, start:stop].T @ residual[stop:]
-        _kernels.column_loop(
+        loops.column_loop(
             original[start:stop].numpy(),
             owed.numpy(),
             factor.lower[start:stop, start:stop].contiguous().numpy(),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tensorsurgeon.errors import NumericError
-from tensorsurgeon.quant.loops.loader import Kernels
+from tensorsurgeon.quant.loops import hessian as loops
 from tensorsurgeon.tensors.arrays import aligned
 
 ActOrder = Literal["static", "none"]
@@ -32,8 +32,6 @@ _PIVOT_FLOOR = 4e-6
 _PROBE_TOLERANCE = 1e-3
 _FIRST_DAMPING = 1e-4
 _LAST_DAMPING = 10.0
-
-_kernels = Kernels("hessian")
 
 
 class HessianAccumulator:
@@ -94,7 +92,7 @@ class DiagonalAccumulator:
         # One token after another in F64: batch boundaries cannot show.
         for start in range(0, rows.shape[0], CHUNK_TOKENS):
             squares = rows[start : start + CHUNK_TOKENS].to(torch.float64).square_().contiguous().numpy()
-            _kernels.add_rows(self._sum.numpy(), squares)
+            loops.add_rows(self._sum.numpy(), squares)
 
     def result(self) -> Tensor:
         """The sums so far, [in_features] F32; a new tensor."""
@@ -164,7 +162,7 @@ def flipped_cholesky(hessian: Tensor, damp_percent: float, act_order: ActOrder =
     while attempt <= max(_LAST_DAMPING, damp_percent):
         damped_diagonal = torch.where(live, diagonal + attempt * mean, torch.full_like(diagonal, mean))
         lower = torch.empty_like(hessian, memory_format=torch.contiguous_format)
-        _kernels.gather_lower(lower.numpy(), hessian.contiguous().numpy(), damped_diagonal.numpy(), order.numpy())
+        loops.gather_lower(lower.numpy(), hessian.contiguous().numpy(), damped_diagonal.numpy(), order.numpy())
         if _factor_in_place(lower) and _probe_agrees(lower, hessian, damped_diagonal, order):
             return FlippedFactor(lower=lower, order=order, diagonal=damped_diagonal, damp_percent=attempt)
         attempt = max(_FIRST_DAMPING, attempt * 10)
@@ -233,7 +231,7 @@ def _factor_in_place(matrix: Tensor) -> bool:
         pivot = matrix[start:stop, start:stop].contiguous()
         inverse = torch.empty_like(pivot)
         scratch = aligned((2, *pivot.shape), np.float64)
-        if not _kernels.factor_panel(pivot.numpy(), inverse.numpy(), diagonal[start:stop], _PIVOT_FLOOR, scratch):
+        if not loops.factor_panel(pivot.numpy(), inverse.numpy(), diagonal[start:stop], _PIVOT_FLOOR, scratch):
             return False
         matrix[start:stop, start:stop] = pivot
         if stop < size:
