@@ -19,8 +19,8 @@ from tensorsurgeon.formats.registry import detect, quantization_config
 from tensorsurgeon.models.fused import EXPERTS, FUSED, FUSED_NAME, describe
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.scheme import Scheme
-from tensorsurgeon.tensors.dtypes import BF16, WEIGHT_DTYPES
-from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
+from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
+from tensorsurgeon.tensors.spec import SpecMap
 
 MTP: Final = "mtp."
 GATED: Final = (frozenset(("gate_proj", "up_proj", "down_proj")), frozenset(("w1", "w2", "w3")))
@@ -154,9 +154,7 @@ def _forms(modules: Mapping[str, Scheme], specs: SpecMap, format_: Format) -> It
             known = scheme
             number = ids.setdefault(scheme, id(scheme))
             if number not in names:
-                # The names that a scheme writes are the same for every shape; a multiple of all groups stands for it.
-                made = format_.tensors(TensorSpec("weight", BF16, (4096, 4096)), scheme)
-                names[number] = tuple("." + spec.name for spec in made)
+                names[number] = tuple("." + name for name in format_.local_names(scheme))
             local = names[number]
         at = module.find(EXPERTS)
         spec = specs.get(module + local[0])

@@ -10,10 +10,10 @@ from tensorsurgeon.engines.facts import Facts
 from tensorsurgeon.engines.sharding import Linear
 from tensorsurgeon.models.fused import describe
 
-WORDS: Final = {"ct_packed", "gptq", "autoround", "awq", "quark_int4"}
+WORDS: Final = {"ct-packed", "gptq", "autoround", "awq", "quark-int4"}
 """Layouts of integers packed into words, read with BF16 activations (WNA16)."""
 
-GROUPED: Final = WORDS | {"ct_nvfp4", "ct_mxfp4"}
+GROUPED: Final = WORDS | {"ct-nvfp4", "ct-mxfp4"}
 MARLIN_GROUPS: Final = (-1, 32, 64, 128)
 
 
@@ -79,8 +79,8 @@ def words_among_ranks(facts: Facts, target: Target) -> Iterator[Finding]:
     """A word holds several codes and cannot be divided between ranks."""
     if facts.layout not in WORDS:
         return
-    along_outputs = facts.layout in ("awq", "quark_int4") or str(facts.settings.get("packing_format", "")).endswith("awq")
-    has_zero_words = facts.layout in ("gptq", "autoround", "awq", "quark_int4")
+    along_outputs = facts.layout in ("awq", "quark-int4") or str(facts.settings.get("packing_format", "")).endswith("awq")
+    has_zero_words = facts.layout in ("gptq", "autoround", "awq", "quark-int4")
     for linear in facts.linears:
         bits, tp = linear.scheme.num_bits, ranks_of(linear, facts, target)
         if not along_outputs and linear.cut == "inputs" and tp > 1 and linear.inputs(tp) * bits % 32:
@@ -128,7 +128,7 @@ def gates_without_config(facts: Facts, target: Target) -> Iterator[Finding]:
 
 def fp8_blocks(facts: Facts, target: Target) -> Iterator[Finding]:
     """Blocks of FP8 lie on one rank, and in one of the linears that are stacked (``validate_fp8_block_shape``)."""
-    if facts.layout not in ("hf_fp8", "ct_float"):
+    if facts.layout not in ("hf-fp8", "ct-float"):
         return
     tp = target.tp
     for linear in facts.linears:

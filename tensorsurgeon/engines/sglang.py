@@ -20,13 +20,13 @@ PACKINGS: Final = ("auto_round:auto_gptq", "auto_round:auto_awq")
 
 def quark_kinds(facts: Facts, target: Target) -> Iterator[Finding]:
     """Of Quark's schemes it has FP8 and MXFP4 only."""
-    if facts.layout in ("quark_int8", "quark_int4"):
+    if facts.layout in ("quark-int8", "quark-int4"):
         yield Finding("refuses", "checkpoint", f"no scheme for {facts.described()}: of AMD Quark it reads FP8 and MXFP4 only")
 
 
 def compressed_kinds(facts: Facts, target: Target) -> Iterator[Finding]:
     """Packed integers of 4 and 8 bits; experts symmetric, their groups whole on a rank."""
-    if facts.layout != "ct_packed":
+    if facts.layout != "ct-packed":
         return
     for form in facts.forms:
         if form.scheme.num_bits not in (4, 8):
@@ -97,7 +97,7 @@ def marlin_tiles(facts: Facts, target: Target) -> Iterator[Finding]:
 
     The loader computes whether a shape suits and does not look at the answer, so that the kernel decides.
     """
-    if facts.layout not in WORDS - {"quark_int4"}:
+    if facts.layout not in WORDS - {"quark-int4"}:
         return
     for linear in facts.linears:
         outputs, inputs = sum(linear.outputs(target.tp, facts.heads)), linear.inputs(target.tp)
@@ -129,7 +129,7 @@ def expert_blocks(facts: Facts, target: Target) -> Iterator[Finding]:
 
 def quark_mtp(facts: Facts, target: Target) -> Iterator[Finding]:
     """For Quark it looks for a plain name that starts with ``mtp.``; vLLM wants an expression: give both."""
-    if facts.layout == "quark_fp8" and facts.float_mtp:
+    if facts.layout == "quark-fp8" and facts.float_mtp:
         named = any(entry.startswith(MTP) for entry in facts.settings.get("exclude") or ())
         if not named:
             reason = "exclude has no plain name under 'mtp.': the MTP head is built quantized and does not load"

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, Self
 
 import numpy as np
 
 from tensorsurgeon.errors import ConfigError, SpecError
 from tensorsurgeon.formats.awq_words import awq_tensors, awq_weight_shape, pack_awq, unpack_awq
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel, Word
 from tensorsurgeon.formats.config_reading import TOP, boolean, integer, modules_with, one_of, schemes_of, strings
 from tensorsurgeon.formats.coverage import Coverage, activations_of, cover
 from tensorsurgeon.formats.gptq_dynamic import base_scheme
@@ -53,7 +53,18 @@ class AutoRound:
 
     name: ClassVar[str] = "autoround"
     quant_method: ClassVar[str] = "auto-round"
+    words: ClassVar[tuple[str, ...]] = PACKINGS
     activations: ClassVar[tuple[str, ...]] = ("none",)
+
+    @staticmethod
+    def word_in(config: Mapping[str, Any]) -> Word:
+        """``packing_format``; without it, GPTQ v1."""
+        return Word(f"{TOP}.packing_format", config.get("packing_format") or GPTQ_V1)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], specs: SpecMap) -> Self:
+        """With the packing that the config names."""
+        return cls(one_of(config, "packing_format", PACKINGS, default=GPTQ_V1))
 
     def default_scheme(self) -> Scheme:
         """W4A16 in groups of 128, scales signed."""
@@ -73,12 +84,16 @@ class AutoRound:
         if not scheme.symmetric and self.packing_format == GPTQ_V1:
             raise SpecError(
                 f"{weight.name}: {GPTQ_V1} stores zero points minus one and so has no room for 0; write asymmetric "
-                f"weights with packing_format {AWQ}"
+                "weights in the format autoround-awq"
             )
 
     def tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
         """``qweight``, ``qzeros`` and ``scales``; no ``g_idx``."""
         return awq_tensors(weight, scheme) if self.packing_format == AWQ else gptq_tensors(weight, scheme)
+
+    def local_names(self, scheme: Scheme) -> tuple[str, ...]:
+        """As ``tensors`` has them."""
+        return "qweight", "qzeros", "scales"
 
     def can_chunk_rows(self, scheme: Scheme) -> bool:
         """No: rows of the weight are columns here."""

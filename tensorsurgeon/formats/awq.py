@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from tensorsurgeon.errors import SpecError
 from tensorsurgeon.formats.awq_words import awq_tensors, awq_weight_shape, pack_awq, unpack_awq
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
-from tensorsurgeon.formats.config_reading import boolean, integer, modules_with, one_of, schemes_of, strings
+from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel, Word
+from tensorsurgeon.formats.config_reading import TOP, boolean, integer, modules_with, one_of, schemes_of, strings
 from tensorsurgeon.formats.coverage import Coverage, activations_of, cover
 from tensorsurgeon.formats.scales import with_scale_dtype
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_multiple, check_scheme
@@ -32,7 +32,18 @@ class Awq:
 
     name: ClassVar[str] = "awq"
     quant_method: ClassVar[str] = "awq"
+    words: ClassVar[tuple[str, ...]] = ("gemm", "GEMM")
     activations: ClassVar[tuple[str, ...]] = ("none",)
+
+    @staticmethod
+    def word_in(config: Mapping[str, Any]) -> Word:
+        """``version``; without it, GEMM."""
+        return Word(f"{TOP}.version", config.get("version") or "gemm")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], specs: SpecMap) -> Self:
+        """There is nothing to set up."""
+        return cls()
 
     def default_scheme(self) -> Scheme:
         """Asymmetric, in groups of 128, as AutoAWQ does it."""
@@ -52,6 +63,10 @@ class Awq:
     def tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
         """``qweight``, ``qzeros`` and ``scales``."""
         return awq_tensors(weight, scheme)
+
+    def local_names(self, scheme: Scheme) -> tuple[str, ...]:
+        """As ``tensors`` has them."""
+        return "qweight", "qzeros", "scales"
 
     def can_chunk_rows(self, scheme: Scheme) -> bool:
         """No: rows of the weight are columns here."""

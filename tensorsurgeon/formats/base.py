@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -47,13 +47,33 @@ class ConfigFiles:
     extra_files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+class Word(NamedTuple):
+    """The value in a ``quantization_config`` that tells one layout of a dialect from the others, and where it stands."""
+
+    path: str
+    value: object
+
+
 class Format(Protocol):
     """One on-disk layout of quantized linears."""
 
     name: ClassVar[str]
+    """As users write it (``ct-int``); variants of one class (``gptq-v2``) share it."""
     quant_method: ClassVar[str]
+    words: ClassVar[tuple[str, ...]]
+    """What ``word_in`` finds in the config of a checkpoint that is stored in this layout."""
     activations: ClassVar[tuple[str, ...]]
     """What its config can tell engines to do with inputs (``dynamic``, ``none``), the default first."""
+
+    @staticmethod
+    def word_in(config: Mapping[str, Any]) -> Word:
+        """Which layout of its dialect (``quant_method``) a ``quantization_config`` says it is; ConfigError if it says none."""
+        ...
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], specs: SpecMap) -> Format:
+        """The format with the settings that a checkpoint in it was stored with."""
+        ...
 
     def default_scheme(self) -> Scheme:
         """What ``quantize`` uses where the transform says nothing."""
@@ -72,6 +92,10 @@ class Format(Protocol):
 
     def tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
         """Local specs (``weight``, ``weight_scale``) written for a weight [N, K]."""
+        ...
+
+    def local_names(self, scheme: Scheme) -> tuple[str, ...]:
+        """The names of ``tensors``, the codes first: they are the same for every weight under one scheme."""
         ...
 
     def can_chunk_rows(self, scheme: Scheme) -> bool:

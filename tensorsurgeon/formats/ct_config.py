@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from tensorsurgeon.errors import ConfigError
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel, Word
 from tensorsurgeon.formats.config_reading import TOP, only_keys, schemes_of, section, strings
 from tensorsurgeon.formats.coverage import cover
 from tensorsurgeon.formats.ct_targets import Matcher, ignore_list, target_lists
@@ -54,6 +54,20 @@ def args(num_bits: int, kind: str, strategy: str, **changed: Any) -> dict[str, A
 def dynamic_args(num_bits: int, kind: str, strategy: str = "token", **changed: Any) -> dict[str, Any]:
     """``QuantizationArgs`` of activations that are quantized while running, which nothing observes."""
     return args(num_bits, kind, strategy, dynamic=True, observer=None, **changed)
+
+
+def word_in(config: Mapping[str, Any]) -> Word:
+    """The ``format`` of the weights; ConfigError if groups have several."""
+    groups = config.get("config_groups")
+    layouts = {
+        group.get("format") or config.get("format")
+        for group in (groups.values() if isinstance(groups, Mapping) else ())
+        if isinstance(group, Mapping)
+    }
+    if len(layouts) > 1:
+        named = ", ".join(sorted(map(str, layouts)))
+        raise ConfigError(f"{TOP}.config_groups: several layouts in one checkpoint ({named}) cannot be read")
+    return Word(f"{TOP}.format", next(iter(layouts), config.get("format")))
 
 
 def write_config(

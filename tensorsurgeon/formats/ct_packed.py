@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -31,9 +31,16 @@ LAYOUT = "pack-quantized"
 class CtPacked:
     """W2A16 to W8A16, symmetric or with zero points, per group or per channel."""
 
-    name: ClassVar[str] = "ct_packed"
+    name: ClassVar[str] = "ct-packed"
     quant_method: ClassVar[str] = "compressed-tensors"
+    words: ClassVar[tuple[str, ...]] = (LAYOUT,)
     activations: ClassVar[tuple[str, ...]] = ("none",)
+    word_in = staticmethod(ct_config.word_in)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], specs: SpecMap) -> Self:
+        """There is nothing to set up."""
+        return cls()
 
     def default_scheme(self) -> Scheme:
         """W4A16 in groups of 128."""
@@ -60,6 +67,11 @@ class CtPacked:
             *(() if scheme.symmetric else (zero_point,)),
             TensorSpec("weight_shape", I64, (2,)),
         )
+
+    def local_names(self, scheme: Scheme) -> tuple[str, ...]:
+        """As ``tensors`` has them."""
+        zero_point = () if scheme.symmetric else ("weight_zero_point",)
+        return "weight_packed", "weight_scale", *zero_point, "weight_shape"
 
     def can_chunk_rows(self, scheme: Scheme) -> bool:
         """No."""

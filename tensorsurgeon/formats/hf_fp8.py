@@ -7,67 +7,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
-import numpy as np
-
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
-from tensorsurgeon.formats.config_reading import block_size, modules_with, one_of, schemes_of, strings
+from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel, Word
+from tensorsurgeon.formats.config_reading import TOP, block_size, modules_with, one_of, schemes_of, strings
 from tensorsurgeon.formats.coverage import activations_of, cover
-from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
-from tensorsurgeon.formats.weight_checks import BLOCK, blocks_of, check_group_size, check_matrix, check_scheme
-from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.formats.plain import PlainCodes
+from tensorsurgeon.formats.weight_checks import BLOCK
+from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.dtypes import BF16, F8_E4M3, F32, DType
-from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
+from tensorsurgeon.tensors.spec import SpecMap
 
 
-@dataclass(frozen=True, slots=True)
-class HfFp8:
-    """FP8 W8A8 with one scale per block, activations quantized while running; reads blocks of any size."""
+class HfFp8(PlainCodes):
+    """FP8 W8A8 with one scale per block, stored as F32 as in DeepSeek's checkpoints; reads blocks of any size.
 
-    name: ClassVar[str] = "hf_fp8"
+    Activations are quantized while running.
+    """
+
+    __slots__ = ()
+    name: ClassVar[str] = "hf-fp8"
     quant_method: ClassVar[str] = "fp8"
+    words: ClassVar[tuple[str, ...]] = ("e4m3",)
     activations: ClassVar[tuple[str, ...]] = ("dynamic",)
+    codes: ClassVar[DType] = F8_E4M3
+    # The only blocks that engines have kernels for.
+    default: ClassVar[Scheme] = Scheme(type="fp8", num_bits=8, block=BLOCK, rule="compressed-tensors")
+    scale_name: ClassVar[str] = "weight_scale_inv"
+    stored_as: ClassVar[DType | None] = F32
+    scale_dtypes: ClassVar[tuple[DType, ...]] = (F32, BF16)
+    blocks: ClassVar[tuple[tuple[int, int] | None, ...]] = (BLOCK,)
 
-    def default_scheme(self) -> Scheme:
-        """Blocks of 128 x 128, the only ones that engines have kernels for."""
-        return Scheme(type="fp8", num_bits=8, block=BLOCK, rule="compressed-tensors")
-
-    def resolve_scheme(self, scheme: Scheme, weight_dtype: DType) -> Scheme:
-        """Scales are stored as F32, as in DeepSeek's checkpoints."""
-        return with_scale_dtype(scheme, F32)
-
-    def check(self, weight: TensorSpec, scheme: Scheme) -> None:
-        """Any float matrix; blocks may be cut off at the edges."""
-        check_matrix(weight, self.name)
-        check_scheme(weight, scheme, self.name, kind="fp8", blocks=(BLOCK,), scale_dtypes=(F32, BF16))
-        check_group_size(weight, scheme, self.name, allowed=(-1,))
-
-    def tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
-        """``weight`` and ``weight_scale_inv``."""
-        rows, columns = weight.shape
-        return (
-            TensorSpec("weight", F8_E4M3, (rows, columns)),
-            TensorSpec("weight_scale_inv", scheme.scale_dtype or F32, blocks_of(rows, columns, scheme.block or BLOCK)),
-        )
-
-    def can_chunk_rows(self, scheme: Scheme) -> bool:
-        """No: a row of scales belongs to 128 rows of the weight."""
-        return False
-
-    def pack(self, quantized: Quantized, scheme: Scheme) -> tuple[np.ndarray, ...]:
-        """The codes as they are."""
-        return quantized.codes, stored_scale(quantized.scale, scale_dtype_of(scheme))
-
-    def weight_shape(self, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
-        """That of ``weight``."""
-        rows, columns = tensors["weight"].shape
-        return rows, columns
-
-    def unpack(self, arrays: Mapping[str, np.ndarray], scheme: Scheme) -> Quantized:
-        """The codes as they are."""
-        return Quantized(arrays["weight"], loaded_scale(arrays["weight_scale_inv"]))
+    @staticmethod
+    def word_in(config: Mapping[str, Any]) -> Word:
+        """``fmt``."""
+        return Word(f"{TOP}.fmt", config.get("fmt") or "e4m3")
 
     def config_files(self, model: QuantizedModel) -> ConfigFiles:
         """Exceptions by exact name: readers of this dialect take no expressions.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from tensorsurgeon.errors import ConfigError
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel, Word
 from tensorsurgeon.formats.config_reading import TOP, schemes_of, section, strings
 from tensorsurgeon.formats.coverage import Coverage, cover
 from tensorsurgeon.quant.scheme import Scheme
@@ -124,9 +124,10 @@ def read_config(
     return schemes_of(stored, specs, scheme_for, scale_name="weight_scale", unquantized_key="exclude")
 
 
-def weight_entry(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the config says of weights in general; ConfigError if that is not one mapping."""
-    return _weight(section(config, "global_quant_config"), f"{TOP}.global_quant_config")
+def word_in(config: Mapping[str, Any]) -> Word:
+    """The ``dtype`` of weights in general; ConfigError if the config says nothing of them in one mapping."""
+    path = f"{TOP}.global_quant_config"
+    return Word(f"{path}.weight.dtype", _weight(section(config, "global_quant_config"), path).get("dtype"))
 
 
 def _weight(entry: Mapping[str, Any], path: str) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -40,9 +40,16 @@ class QuarkInt4:
 
     pack_method: Literal["order", "reorder"] = "reorder"
 
-    name: ClassVar[str] = "quark_int4"
+    name: ClassVar[str] = "quark-int4"
     quant_method: ClassVar[str] = "quark"
+    words: ClassVar[tuple[str, ...]] = ("int4", "uint4")
     activations: ClassVar[tuple[str, ...]] = ("none",)
+    word_in = staticmethod(quark_config.word_in)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], specs: SpecMap) -> Self:
+        """With the order of nibbles that ``pack_method`` finds."""
+        return cls(pack_method(config, specs))
 
     def default_scheme(self) -> Scheme:
         """Symmetric, in groups of 128."""
@@ -75,6 +82,10 @@ class QuarkInt4:
             TensorSpec("weight_scale", dtype, scale_shape),
             *(() if scheme.symmetric else (zero_point,)),
         )
+
+    def local_names(self, scheme: Scheme) -> tuple[str, ...]:
+        """As ``tensors`` has them."""
+        return "weight", "weight_scale", *(() if scheme.symmetric else ("weight_zero_point",))
 
     def can_chunk_rows(self, scheme: Scheme) -> bool:
         """Only symmetric per channel; groups are transposed and zero points share words."""

@@ -12,7 +12,7 @@ import numpy as np
 from tensorsurgeon.errors import NumericError, RecipeError, SpecError, did_you_mean
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.coding import Written, written_by
-from tensorsurgeon.formats.layouts import layout_named
+from tensorsurgeon.formats.registry import format_named
 from tensorsurgeon.ops.siblings import sibling_groups
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.quant.rtn.backend import choose_backend
@@ -64,7 +64,7 @@ class Quantize:
 
     @cached_property
     def layout(self) -> Format:
-        return layout_named(self.format)
+        return format_named(self.format)
 
     @cached_property
     def scheme(self) -> Scheme:

@@ -12,7 +12,7 @@ import numpy as np
 from tensorsurgeon.errors import NumericError, PlanError, SpecError, SurgeonError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.coding import Repacked, Stored, Written, stored_in, written_by
-from tensorsurgeon.formats.layouts import layout_named
+from tensorsurgeon.formats.registry import format_named
 from tensorsurgeon.ops.stored_modules import model_dtype, stored_format, stored_modules, unpack
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.quant.scheme import Quantized, Scheme
@@ -38,7 +38,7 @@ class Repack:
 
     @cached_property
     def layout(self) -> Format:
-        return layout_named(self.to)
+        return format_named(self.to)
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         source = stored_format(specs)

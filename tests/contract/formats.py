@@ -120,6 +120,7 @@ class FormatContract:
         packed = case.layout.pack(quantized, scheme)
         assert [(s.dtype, s.shape) for s in planned] == [(dtype_of(a), a.shape) for a in packed]
         assert all(array.flags.c_contiguous for array in packed)
+        assert case.layout.local_names(scheme) == tuple(spec.name for spec in planned)
         arrays = {spec.name: array for spec, array in zip(planned, packed, strict=True)}
         assert_same(case.layout.unpack(arrays, scheme), quantized)
         full = case.columns % 32 == 0 or scheme.group_size != -1 or columns % 32 == 0 or scheme.type != "int"

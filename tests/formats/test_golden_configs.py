@@ -11,8 +11,8 @@ from tensorsurgeon.formats.autoround import AutoRound
 from tensorsurgeon.formats.awq import Awq
 from tensorsurgeon.formats.base import QuantizedModel
 from tensorsurgeon.formats.ct_float import CtFloat
-from tensorsurgeon.formats.ct_fp4 import CtNvfp4
 from tensorsurgeon.formats.ct_int import CtInt
+from tensorsurgeon.formats.ct_nvfp4 import CtNvfp4
 from tensorsurgeon.formats.ct_packed import CtPacked
 from tensorsurgeon.formats.gptq import Gptq
 from tensorsurgeon.formats.quark_int8 import QuarkInt8

@@ -8,7 +8,7 @@ import pytest
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.errors import NumericError, PlanError, SurgeonError
-from tensorsurgeon.formats.layouts import LAYOUTS
+from tensorsurgeon.formats.registry import FORMATS
 from tensorsurgeon.ops.dequantize import Dequantize
 from tensorsurgeon.planning.plan import make_plan
 from tensorsurgeon.running.run import run_plan
@@ -65,7 +65,7 @@ class TestDequantize(OpContract):
             Dequantize(),
             {"m.a.weight": CODES, "m.a.weight_scale": SCALES, "m.a.low_rank": SCALES},
             PlanError,
-            "m.a.low_rank: ct_int has no such tensor, and it would be lost",
+            "m.a.low_rank: ct-int has no such tensor, and it would be lost",
             {**CONFIG, "quantization_config": INT8},
         ),
     )
@@ -84,7 +84,7 @@ def by_hand(layout, quantized, scheme):
     return codes * scale
 
 
-@pytest.mark.parametrize("name", sorted(LAYOUTS))
+@pytest.mark.parametrize("name", sorted(FORMATS))
 def test_every_layout_gives_codes_times_scale(name, tmp_path):
     source = write_quantized(tmp_path / "q", name)
     apply(Dequantize(dtype="F32"), source, tmp_path / "f32")

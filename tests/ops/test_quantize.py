@@ -13,7 +13,7 @@ import pytest
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.errors import NumericError, PlanError, RecipeError, SpecError
-from tensorsurgeon.formats.layouts import LAYOUTS
+from tensorsurgeon.formats.registry import FORMATS
 from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.planning.plan import make_plan
 from tensorsurgeon.planning.rewriting import advance
@@ -87,7 +87,7 @@ class TestQuantize(OpContract):
     )
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("layout", sorted(FORMATS))
 def test_every_layout_makes_the_tensors_it_planned_and_leaves_the_weight_alone(layout):
     tensors = dense()
     specs = spec_map(tensors, CONFIG)
@@ -109,7 +109,7 @@ def test_every_layout_makes_the_tensors_it_planned_and_leaves_the_weight_alone(l
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("layout", sorted(FORMATS))
 def test_a_weight_that_is_not_finite_stops_the_run_and_is_named(layout, wrong, tmp_path):
     tensors = dense()
     tensors[f"{MLP}.up_proj.weight"][5, 7] = wrong
@@ -183,7 +183,7 @@ print(json.dumps([warmed, prepared()]))
 """
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("layout", sorted(FORMATS))
 def test_warming_up_loads_the_very_code_that_the_weights_need(layout, tmp_path):
     """A worker that finds other code missing would load it, or compile it, with all others waiting."""
     source = write_checkpoint(tmp_path / "s", dense(), config=CONFIG)

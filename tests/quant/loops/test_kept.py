@@ -241,14 +241,6 @@ def test_many_threads_may_make_the_first_call() -> None:
     assert len(bitpack.transpose.signatures) == len(before) + 1
 
 
-def test_a_loop_that_allocates_does_not_compile() -> None:
-    def allocates(values: np.ndarray) -> float:
-        return np.empty(3)[0] + values[0]
-
-    with pytest.raises(Exception, match=r"(?s)No implementation.*np\.empty"):
-        compiled.kernel(allocates)(np.ones(3))
-
-
 def test_a_loop_divides_as_written() -> None:
     """A division by what does not change is not made a multiplication with its reciprocal, whose last bit differs."""
 
