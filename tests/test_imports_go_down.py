@@ -38,6 +38,7 @@ ROOMS = (
     "look",
     "api",
     "cli",
+    "__main__",
 )
 FLOOR = {room: number for number, room in enumerate(ROOMS)}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -120,8 +120,10 @@ def sink_errors(path: Path, what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise SinkError(
-                "the disk is full; free some space and run the same command with --resume", where=str(path)
+                "the disk is full", where=str(path), remedy="; free some space and run the same command with {resume}"
             ) from error
         raise SinkError(
-            f"cannot {what}: {error.strerror}; when that is mended, run the same command with --resume", where=str(path)
+            f"cannot {what}: {error.strerror}",
+            where=str(path),
+            remedy="; when that is mended, run the same command with {resume}",
         ) from error

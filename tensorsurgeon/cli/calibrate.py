@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -93,9 +92,6 @@ def run_with_calibration(
     from tensorsurgeon.calibrate.run import run_calibrated
 
     options, device = options_from(calibration)
-    # The command turned the collector off. The plan stays to the end and holds no cycles; what a calibration builds may.
-    gc.freeze()
-    gc.enable()
     with _noting(note):
         result = run_calibrated(plan, target, options, device=device, **running)
     return result.run, result.summary

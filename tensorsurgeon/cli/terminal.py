@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from tensorsurgeon.errors import SurgeonError
+
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--json`` to a command."""
@@ -21,6 +23,30 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def emit(data: Any, text: str, as_json: bool) -> None:
     """Print a result: JSON for machines, text for people."""
     click.echo(json.dumps(data, indent=2) if as_json else text)
+
+
+class Stop(Exception):  # noqa: N818  # how a command ends, no fault of the command's
+    """A deliberate error with advice that only this command can give: what is told, and the exit code."""
+
+    def __init__(self, error: SurgeonError, advice: str) -> None:
+        super().__init__(f"{told(error)}{advice}")
+        self.exit_code = error.exit_code
+
+
+class _Flags(dict[str, str]):
+    """Options of a run as a command line spells them."""
+
+    def __missing__(self, option: str) -> str:
+        return f"--{option.replace('_', '-')}"
+
+
+# A parameter of the repack transform, no option of the command.
+_FLAGS = _Flags(inexact_scales="--set inexact_scales")
+
+
+def told(error: SurgeonError) -> str:
+    """An error's message with the command line's flags."""
+    return error.told(_FLAGS)
 
 
 def note(text: str) -> None:

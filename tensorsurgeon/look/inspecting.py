@@ -46,7 +46,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         "side_files": list(checkpoint.side_files),
         "left_behind": list(checkpoint.left_behind),
         "unfinished": Path(path).is_dir() and (checkpoint.root / STATE_FOLDER).is_dir(),
-        "oddities": [*checkpoint.oddities, *oddities],
+        "oddities": [*map(str, checkpoint.oddities), *oddities],
     }
 
 

@@ -159,8 +159,8 @@ class Plan:
             unit = max(self.units, key=lambda u: u.peak_bytes)
             name = str(unit.tasks[0].rewrite.inputs[0]) if unit.tasks else "a copy"
             raise BudgetError(
-                f"{name}: needs {self.peak_unit_bytes} bytes at once, more than --max-ram {max_ram_bytes}; "
-                f"give at least {-(-self.peak_unit_bytes // 1_000_000)}MB"
+                f"{name}: needs {self.peak_unit_bytes} bytes at once",
+                remedy=f", more than {{max_ram}} {max_ram_bytes}; give at least {-(-self.peak_unit_bytes // 1_000_000)}MB",
             )
 
 

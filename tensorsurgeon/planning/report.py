@@ -102,7 +102,7 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
         "files_written": sorted(plan.files.contents),
         "files_copied": list(plan.files.copied),
         "left_behind": list(plan.source.left_behind),
-        "oddities": list(plan.source.oddities),
+        "oddities": [str(oddity) for oddity in plan.source.oddities],
         "tensors": group_specs(plan.specs.values()),
         "one_way_steps": one_way_steps(plan),
     }

@@ -23,6 +23,7 @@ from tensorsurgeon.machine.files import make_durable, make_folder_durable
 _RUN = "run.json"
 _LINES = "journal.jsonl"
 _LOCK = "lock"
+_START_OVER = "; start over with {overwrite}"
 
 
 def state_folder(target: Path) -> Path:
@@ -62,15 +63,16 @@ class Journal:
             raise
 
     @classmethod
-    def resume(cls, target: Path, fingerprint: str) -> tuple[Journal, dict[int, list[str]]]:
+    def resume(cls, target: Path, identity: dict[str, Any]) -> tuple[Journal, dict[int, list[str]]]:
         """Continue the run in ``target``: the journal and the digests of each unit it says is done.
 
-        Raises JournalError if the run was another one: its source, recipe, package version or shard size differ.
+        Raises JournalError if the run was another one: its source, recipe, package version or shard size differ, or the
+        source was written since, so that what is done may be made of other bytes.
         """
         folder = state_folder(target)
         lock = _lock(folder)
         try:
-            _refuse_other_run(target, fingerprint)
+            _refuse_other_run(target, identity)
             done = _read_lines(folder / _LINES)
             return cls(target, lock), done
         except BaseException:
@@ -140,22 +142,33 @@ def _lock(folder: Path) -> int:
     return fd
 
 
-def _refuse_other_run(target: Path, fingerprint: str) -> None:
-    if _read_identity(state_folder(target)).get("fingerprint") != fingerprint:
+def _refuse_other_run(target: Path, identity: dict[str, Any]) -> None:
+    stopped = _read_identity(state_folder(target))
+    if stopped.get("fingerprint") != identity["fingerprint"]:
         raise JournalError(
-            "the run that was stopped here had another source, recipe, package version or shard size; "
-            "run exactly the command that was stopped, or start over with --overwrite",
+            "the run that was stopped here had another source, recipe, package version or shard size",
             where=str(target),
+            remedy="; run exactly the command that was stopped, or start over with {overwrite}",
+        )
+
+    before, now = stopped.get("source"), identity["source"]
+    changed = [name for name in now if not isinstance(before, dict) or before.get(name) != now[name]]
+    if changed:
+        raise JournalError(
+            f"{changed[0]} of the source was written or replaced since this run was stopped, so what is done may be made of "
+            "other bytes",
+            where=str(target),
+            remedy=_START_OVER,
         )
 
 
 def _read_identity(folder: Path) -> dict[str, Any]:
     try:
         identity = json.loads((folder / _RUN).read_text())
-    except (OSError, ValueError) as error:
-        raise JournalError(f"{_RUN} cannot be read ({error}); start over with --overwrite", where=str(folder)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise JournalError(f"{_RUN} cannot be read ({error})", where=str(folder), remedy=_START_OVER) from error
     if not isinstance(identity, dict):
-        raise JournalError(f"{_RUN} is damaged; start over with --overwrite", where=str(folder))
+        raise JournalError(f"{_RUN} is damaged", where=str(folder), remedy=_START_OVER)
     return identity
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME, STATE_FOLDER, Checkpoint
 from tensorsurgeon.checkpoint.layout import INDEX_NAME
@@ -24,7 +25,7 @@ def prepare_target(plan: Plan, target: Path, *, resume: bool, overwrite: bool) -
     if the folder holds something that nobody allowed to replace, is the source, or has too little room.
     """
     refuse_overlap(plan.source, target)
-    identity = {"fingerprint": plan.fingerprint, "recipe": [repr(step) for step in plan.steps]}
+    identity = identity_of(plan)
     try:
         if target.exists() and not target.is_dir():
             raise TargetError("is a file; name a folder", where=str(target))
@@ -32,18 +33,27 @@ def prepare_target(plan: Plan, target: Path, *, resume: bool, overwrite: bool) -
         if has_traces_of_run(target):
             present.remove(STATE_FOLDER)
         if has_unfinished_run(target) and resume:
-            return Journal.resume(target, plan.fingerprint)
+            return Journal.resume(target, identity)
         if resume and _is_complete(plan, target):
             shutil.rmtree(target / STATE_FOLDER, ignore_errors=True)
             return None
         if present and not overwrite:
-            raise TargetError(_occupied_message(target, present, resume), where=str(target))
+            raise _occupied(target, present, resume)
         if present:
             _refuse_foreign(target, present)
         check_room(plan, target, _folder_bytes(target) if present else 0)
         return Journal.start(target, identity, clear=lambda: _clear(target)), {}
     except OSError as error:
         raise TargetError(f"cannot be used: {error.strerror}", where=str(error.filename or target)) from error
+
+
+def identity_of(plan: Plan) -> dict[str, Any]:
+    """What ``.surgeon/run.json`` says of a run while it lasts, so that only the same run over the same bytes goes on."""
+    return {
+        "fingerprint": plan.fingerprint,
+        "recipe": [repr(step) for step in plan.steps],
+        "source": {name: [stamp.nbytes, stamp.modified_ns] for name, stamp in plan.source.stamps.items()},
+    }
 
 
 def refuse_overlap(source: Checkpoint, target: Path) -> None:
@@ -65,16 +75,24 @@ def _is_complete(plan: Plan, target: Path) -> bool:
     if record is None or not all((target / name).is_file() for name in names):
         return False
     if record.get("fingerprint") != plan.fingerprint:
-        raise JournalError("holds the finished output of another run; replace it with --overwrite", where=str(target))
+        raise JournalError("holds the finished output of another run", where=str(target), remedy="; replace it with {overwrite}")
     return True
 
 
-def _occupied_message(target: Path, present: list[str], resume: bool) -> str:
+def _occupied(target: Path, present: list[str], resume: bool) -> TargetError:
     if has_unfinished_run(target):
-        return "holds a run that was stopped; continue it with --resume, or start over with --overwrite"
+        return TargetError(
+            "holds a run that was stopped",
+            where=str(target),
+            remedy="; continue it with {resume}, or start over with {overwrite}",
+        )
     shown = ", ".join(present[:4]) + (", ..." if len(present) > 4 else "")
     nothing = "there is no stopped run to resume; " if resume else ""
-    return f"{nothing}is not empty ({shown}); name another folder, or replace its content with --overwrite"
+    return TargetError(
+        f"{nothing}is not empty ({shown})",
+        where=str(target),
+        remedy="; name another folder, or replace its content with {overwrite}",
+    )
 
 
 def _refuse_foreign(target: Path, present: list[str]) -> None:
@@ -82,9 +100,9 @@ def _refuse_foreign(target: Path, present: list[str]) -> None:
     known = {"config.json", INDEX_NAME, RECORD_NAME, STATE_FOLDER}
     if not any(name in known or name.endswith((".safetensors", ".partial")) for name in present):
         raise TargetError(
-            f"does not look like a checkpoint (it holds {', '.join(present[:4])}); --overwrite would delete all of it, "
-            "so empty it yourself or name another folder",
+            f"does not look like a checkpoint (it holds {', '.join(present[:4])})",
             where=str(target),
+            remedy="; {overwrite} would delete all of it, so empty it yourself or name another folder",
         )
 
 

@@ -89,7 +89,7 @@ def _from_codes(rewrite: Rewrite, codes: CodesProvider) -> Sequence[Array] | Non
     for region, found in zip(rewrite.inputs, chosen, strict=True):
         if found is None:
             if any(other is not None for other in chosen):
-                raise PlanViolationError(f"{region}: has no codes, but what is written together with it has; please report this")
+                raise PlanViolationError(f"{region}: has no codes, but what is written together with it has")
             return None
         try:
             arrays += written.format.pack(found, written.scheme)
@@ -106,14 +106,12 @@ def check_produced(rewrite: Rewrite, arrays: Sequence[np.ndarray]) -> None:
     """Raise PlanViolationError unless the arrays have exactly the planned dtypes and shapes."""
     if len(arrays) != len(rewrite.outputs):
         raise PlanViolationError(
-            f"{rewrite.inputs[0]}: the plan has {len(rewrite.outputs)} outputs, the step made {len(arrays)}; "
-            "please report this as a bug"
+            f"{rewrite.inputs[0]}: the plan has {len(rewrite.outputs)} outputs, the step made {len(arrays)}"
         )
     for region, array in zip(rewrite.outputs, arrays, strict=True):
         if array.dtype != region.spec.dtype.numpy or array.shape != region.shape:
             raise PlanViolationError(
-                f"{region}: planned {region.spec.dtype.name}{list(region.shape)}, made {array.dtype}{list(array.shape)}; "
-                "please report this as a bug"
+                f"{region}: planned {region.spec.dtype.name}{list(region.shape)}, made {array.dtype}{list(array.shape)}"
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Final
 
 import xxhash
 
-from tensorsurgeon.checkpoint.folder import RECORD_NAME, STATE_FOLDER, Checkpoint, open_checkpoint
+from tensorsurgeon.checkpoint.folder import RECORD_NAME, STATE_FOLDER, Checkpoint, Oddity, open_checkpoint
 from tensorsurgeon.checkpoint.header import read_header
 from tensorsurgeon.checkpoint.layout import INDEX_NAME
 from tensorsurgeon.errors import CheckpointError, HeaderError, SurgeonError
@@ -70,13 +69,15 @@ def _check_files(checkpoint: Checkpoint, path: Path, findings: Findings) -> None
             "unfinished", STATE_FOLDER, "an unfinished run of surgeon lies here; finish it with --resume, or remove it"
         )
     for oddity in checkpoint.oddities:
-        where, _, message = oddity.partition(": ")
-        if oddity.startswith("the index says total_size"):
-            _judge_total_size(checkpoint, oddity, findings)
-        elif message:
-            findings.fault("index", where, message)
-        else:
-            findings.fault("index", INDEX_NAME, oddity)
+        match oddity.kind:
+            case "total-size":
+                _judge_total_size(checkpoint, oddity, findings)
+            case "index":
+                findings.fault("index", oddity.where, oddity.text.removeprefix(f"{oddity.where}: "))
+            case "missing-shard":
+                findings.fault("index", INDEX_NAME, oddity.text)
+            case "file":
+                findings.note("files", oddity.where, oddity.text.removeprefix(f"{oddity.where} "))
     for name in checkpoint.left_behind:
         if name.endswith(".partial"):
             findings.fault("leftover", name, "a part of an unfinished run; remove it, or finish the run with --resume")
@@ -86,10 +87,9 @@ def _check_files(checkpoint: Checkpoint, path: Path, findings: Findings) -> None
         findings.note("no-config", "config.json", "is missing, so nothing says how the tensors are to be read")
 
 
-def _judge_total_size(checkpoint: Checkpoint, oddity: str, findings: Findings) -> None:
+def _judge_total_size(checkpoint: Checkpoint, oddity: Oddity, findings: Findings) -> None:
     """Two tools write another number than the tensors' bytes; any third number is a stale index."""
-    document = json.loads((checkpoint.root / INDEX_NAME).read_bytes())
-    total = document["metadata"]["total_size"]
+    total = oddity.value
     files = sum(shard.file_bytes for shard in checkpoint.shards)
     if total == 0 or total == files:
         meaning = "nothing" if total == 0 else "the bytes of the files, headers included"
@@ -97,7 +97,7 @@ def _judge_total_size(checkpoint: Checkpoint, oddity: str, findings: Findings) -
             "total-size", INDEX_NAME, f"total_size {total} counts {meaning}; the tensors have {checkpoint.weight_bytes} bytes"
         )
     else:
-        findings.fault("total-size", INDEX_NAME, oddity)
+        findings.fault("total-size", INDEX_NAME, oddity.text)
 
 
 def check_digests(reader: Reader, findings: Findings, workers: int) -> int | None:

@@ -122,7 +122,7 @@ def test_the_source_is_not_changed_by_a_byte(tmp_path):
 
 def test_a_cap_below_one_unit_is_refused_before_anything_is_written(tmp_path):
     source = write_checkpoint(tmp_path / "s", {"big.weight": np.zeros((1000, 100), np.float32)})
-    with pytest.raises(BudgetError, match=r"big.weight: needs 800000 bytes at once, more than --max-ram 1000; give at least 1MB"):
+    with pytest.raises(BudgetError, match=r"big.weight: needs 800000 bytes at once, more than max_ram 1000; give at least 1MB"):
         apply(Transpose(where=("big.weight",)), source, tmp_path / "t", max_ram_bytes=1000)
     assert not (tmp_path / "t").exists()
 

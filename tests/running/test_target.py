@@ -42,7 +42,7 @@ def test_a_folder_that_holds_anything_is_refused_and_left_alone(options, moe, tm
     target = tmp_path / "t"
     target.mkdir()
     (target / "thesis.tex").write_text("years of work")
-    with pytest.raises(TargetError, match=r"not empty \(thesis.tex\).*--overwrite"):
+    with pytest.raises(TargetError, match=r"not empty \(thesis.tex\).*overwrite=True"):
         apply(STEPS, moe, target, **options)
     assert folder_bytes(target) == {"thesis.tex": b"years of work"}
 
@@ -185,8 +185,9 @@ def test_beside_a_single_file_there_may_be_a_target(tmp_path):
 def test_a_link_planted_in_a_stopped_target_is_not_written_through(moe, tmp_path):
     plan = make_plan(STEPS, open_checkpoint(moe))
     from tensorsurgeon.running.journal import Journal
+    from tensorsurgeon.running.target import identity_of
 
-    Journal.start(tmp_path / "t", {"fingerprint": plan.fingerprint}).close()
+    Journal.start(tmp_path / "t", identity_of(plan)).close()
     victim = moe / "model-00001-of-00003.safetensors"
     before = victim.read_bytes()
     (tmp_path / "t" / "model.safetensors.partial").symlink_to(victim)
@@ -238,7 +239,7 @@ def test_a_disk_that_fills_up_when_files_are_reserved_is_told_and_resumed(
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"\1" * (22 << 20))
     for _ in range(1 + resumed_with_more_than):
-        with pytest.raises(SinkError, match=r"the disk is full; free some space and run the same command with --resume"):
+        with pytest.raises(SinkError, match=r"the disk is full; free some space and run the same command with resume=True"):
             apply(steps, larger, small_disk / "t", resume=(small_disk / "t").exists())
         assert not list((small_disk / "t").glob("*.safetensors"))
     ballast.unlink()
