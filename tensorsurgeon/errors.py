@@ -129,9 +129,13 @@ class EngineError(PlanError):
 
 
 class ExecutionError(SurgeonError):
-    """The run stopped; what is done is kept and can be resumed."""
+    """The run stopped; what is done is kept and can be resumed, unless ``can_resume`` says otherwise."""
 
     exit_code = 40
+
+    def __init__(self, message: str, *, where: str | None = None, remedy: str = "", can_resume: bool = True) -> None:
+        super().__init__(message, where=where, remedy=remedy)
+        self.can_resume = can_resume
 
 
 class PlanViolationError(ExecutionError):
@@ -140,7 +144,7 @@ class PlanViolationError(ExecutionError):
     exit_code = 41
 
     def __init__(self, message: str, *, where: str | None = None) -> None:
-        super().__init__(message, where=where, remedy="; " + our_fault().replace("{", "{{").replace("}", "}}"))
+        super().__init__(message, where=where, remedy="; " + our_fault().replace("{", "{{").replace("}", "}}"), can_resume=False)
 
 
 class NumericError(ExecutionError):

@@ -99,7 +99,7 @@ def run_calibrated(
     if options.sources:
         data = load_data(options, plan.source.root, model.vocabulary_rows)
     codes = Codes()
-    plan = replace(plan, calibration=_identity(options, data))
+    plan = replace(plan, calibration=_identity(options, data), extra_files=(LOG_NAME,))
     driver = _Driver(plan, model, data, codes, options, Path(target))
     with one_torch_thread():
         result = run_plan(

@@ -18,9 +18,10 @@ import xxhash
 
 from tensorsurgeon.checkpoint.header import ShardHeader, read_header
 from tensorsurgeon.checkpoint.index import Index, compare_index, read_index
-from tensorsurgeon.checkpoint.layout import INDEX_NAME
+from tensorsurgeon.checkpoint.layout import STEMS
 from tensorsurgeon.checkpoint.side_files import SideFiles, side_files
 from tensorsurgeon.checkpoint.small_files import MAX_CONFIG_BYTES, Stamp, parse_json, read_small
+from tensorsurgeon.checkpoint.weight_files import shards_without_index
 from tensorsurgeon.errors import CheckpointError, ConfigError, IndexMismatchError, MissingTensorError, SourceError, did_you_mean
 from tensorsurgeon.tensors.names import canonical_order, natural_key
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
@@ -28,9 +29,7 @@ from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 RECORD_NAME = "surgeon.json"
 STATE_FOLDER = ".surgeon"
 CONFIG_NAME: Final = "config.json"
-# What transformers opens where there is no index, whatever else lies in the folder.
-_WHOLE_MODEL: Final = "model.safetensors"
-_ADAPTER: Final = re.compile(r"adapter_model.*\.safetensors")
+_INDEX_NAMES: Final = tuple(f"{stem}.safetensors.index.json" for stem in STEMS)
 
 
 class Location(NamedTuple):
@@ -82,6 +81,14 @@ class Checkpoint:
         return self.specs.config
 
     @property
+    def stem(self) -> str:
+        """What the weight files are called, as libraries look for them: ``model``, unless all bear the name of another."""
+        for stem in STEMS[1:]:
+            if all(re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.safetensors", shard.path.name) for shard in self.shards):
+                return stem
+        return STEMS[0]
+
+    @property
     def weight_bytes(self) -> int:
         return sum(spec.nbytes for spec in self.specs.values())
 
@@ -114,13 +121,16 @@ class Checkpoint:
             try:
                 found = Stamp.of(os.stat(path))
             except OSError as error:
-                raise SourceError(f"is gone since the plan was made: {error.strerror}", where=str(path)) from error
+                raise SourceError(
+                    f"is gone since the plan was made: {error.strerror}", where=str(path), can_resume=False
+                ) from error
             if found != stamp:
                 what = "was replaced by another file" if found.inode != stamp.inode else "was written"
                 raise SourceError(
                     f"the source changed: this file {what} after the plan was made, so what was read of it may be of two kinds; "
                     "make the plan again, and write it to a new folder",
                     where=str(path),
+                    can_resume=False,
                 )
 
 
@@ -168,8 +178,8 @@ def _missing_message(path: Path) -> str:
 def _open_folder(folder: Path, tolerant: bool) -> Checkpoint:
     if (folder / STATE_FOLDER / "run.json").exists() and not tolerant:
         raise _unfinished(folder)
-    index_path = folder / INDEX_NAME
-    if os.path.lexists(index_path):
+    index_path = next((folder / name for name in _INDEX_NAMES if os.path.lexists(folder / name)), None)
+    if index_path is not None:
         index = read_index(index_path)
         wanted = sorted(set(index.weight_map.values()), key=natural_key)
         if not wanted and not tolerant:
@@ -183,42 +193,7 @@ def _open_folder(folder: Path, tolerant: bool) -> Checkpoint:
         notes = [Oddity("missing-shard", name, f"the index names {name}, which is missing") for name in missing]
         paths = [folder / name for name in wanted if name not in set(missing)]
         return _assemble(folder, paths, notes, index, tolerant)
-    return _assemble(folder, [folder / name for name in _shards_without_index(folder)], [], None, tolerant)
-
-
-def _shards_without_index(folder: Path) -> list[str]:
-    """The weight files of a folder that has no index, in natural order; CheckpointError where there are none."""
-    present = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
-    if _WHOLE_MODEL in present:
-        # As transformers reads it: what else lies here is a copy for other programs, or an adapter.
-        return [_WHOLE_MODEL]
-    weights = [name for name in present if not _ADAPTER.fullmatch(name)]
-    if not weights:
-        if present:
-            raise CheckpointError(
-                f"holds an adapter (LoRA) only, {present[0]}, which is no model by itself; name the model that it belongs to",
-                where=str(folder),
-            )
-        others = sorted(p.name for p in folder.iterdir())[:8]
-        raise CheckpointError(f"holds no .safetensors file (found: {', '.join(others) or 'nothing'})", where=str(folder))
-    _refuse_incomplete(folder, weights)
-    return sorted(weights, key=natural_key)
-
-
-def _refuse_incomplete(folder: Path, present: list[str]) -> None:
-    """Without an index only the names can tell that shards are missing: ``model-00002-of-00005``."""
-    for name in present:
-        found = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.safetensors", name)
-        if found is None:
-            continue
-        stem, _, count = found.groups()
-        wanted = [f"{stem}-{i:05d}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
-        missing = [w for w in wanted if w not in present]
-        if missing:
-            raise MissingTensorError(
-                f"{name} belongs to {int(count)} shards, of which {len(missing)} are missing, first {missing[0]}",
-                where=str(folder),
-            )
+    return _assemble(folder, [folder / name for name in shards_without_index(folder)], [], None, tolerant)
 
 
 def _assemble(
@@ -249,12 +224,12 @@ def _assemble(
     faults = [oddity for oddity in oddities if oddity.kind == "index"]
     if faults and not tolerant:
         more = f" ({len(faults)} such tensors)" if len(faults) > 1 else ""
-        raise IndexMismatchError(f"{faults[0]}{more}; the index is stale", where=str(root / INDEX_NAME))
+        raise IndexMismatchError(f"{faults[0]}{more}; the index is stale", where=str(index.path if index else root))
     config_text, config, stamps = _read_config(root)
     # Of the folder of a single file only the config belongs to it for certain.
-    own = {*(p.name for p in paths), INDEX_NAME, CONFIG_NAME, RECORD_NAME}
+    own = {*(p.name for p in paths), *_INDEX_NAMES, CONFIG_NAME, RECORD_NAME}
     others = side_files(root, own) if single is None else SideFiles({}, (), ())
-    stamps |= {shard.path.name: shard.stamp for shard in shards} | others.kept | ({INDEX_NAME: index.stamp} if index else {})
+    stamps |= {shard.path.name: shard.stamp for shard in shards} | others.kept | ({index.path.name: index.stamp} if index else {})
     return Checkpoint(
         root=root,
         shards=shards,
@@ -274,7 +249,7 @@ def _assemble(
 def _index_oddities(index: Index, total: int, owner: dict[str, int], shards: Sequence[ShardHeader]) -> list[Oddity]:
     said = index.total_size
     text = f"the index says total_size {said}, but the tensors have {total} bytes"
-    sizes = [] if said is None or said == total else [Oddity("total-size", INDEX_NAME, text, said)]
+    sizes = [] if said is None or said == total else [Oddity("total-size", index.path.name, text, said)]
     faults = compare_index(index.weight_map, owner, shards)
     return [*sizes, *(Oddity("index", fault.partition(": the index ")[0].partition(": lies in ")[0], fault) for fault in faults)]
 

@@ -10,7 +10,7 @@ import click
 from tensorsurgeon.cli.calibrate import calibration_options, run_with_calibration, settings_for
 from tensorsurgeon.cli.plan import plan_named, transform_options
 from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, stop_on_signals
-from tensorsurgeon.errors import ExecutionError, NumericError, PlanViolationError, SurgeonError
+from tensorsurgeon.errors import ExecutionError, NumericError, SurgeonError
 from tensorsurgeon.tensors.sizes import parse_size, show_size
 
 
@@ -94,8 +94,6 @@ def _how_to_go_on(error: SurgeonError, target: str, is_calibrated: bool) -> str:
         case NumericError():
             changed = "the source, the transform or the calibration" if is_calibrated else "the source or the transform"
             return f"; --resume would stop here again: change {changed} and use --overwrite"
-        case PlanViolationError():
-            return ""
-        case ExecutionError():
+        case ExecutionError(can_resume=True):
             return f"; continue with: surgeon apply ... {target} --resume"
     return ""

@@ -13,6 +13,7 @@ from tensorsurgeon.cli.plan import plan, transforms
 from tensorsurgeon.cli.read import diff, inspect, verify
 from tensorsurgeon.cli.terminal import Stop, note, told
 from tensorsurgeon.errors import SurgeonError, did_you_mean, our_fault
+from tensorsurgeon.machine.limits import raise_open_files_limit
 from tensorsurgeon.version import __version__
 
 
@@ -65,6 +66,7 @@ def main(verbose: int) -> None:
     surgeon apply quark-w8a8-int8 Qwen3.6-35B-A3B Qwen3.6-35B-A3B-INT8
     surgeon verify Qwen3.6-35B-A3B-INT8 --against Qwen3.6-35B-A3B
     """
+    raise_open_files_limit()
 
 
 for _command in (inspect, plan, apply, verify, diff, transforms):

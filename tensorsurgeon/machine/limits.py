@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +19,8 @@ _CGROUPS: Final = Path("/sys/fs/cgroup")
 _PROC: Final = Path("/proc")
 # A process that cannot learn what is free assumes this much, which is what small machines have.
 _UNKNOWN_BYTES: Final = 4 << 30
+# More shards than any published checkpoint has, source and output together.
+_MANY_FILES: Final = 1 << 16
 
 
 def usable_cores() -> int:
@@ -27,6 +32,21 @@ def usable_cores() -> int:
 def available_bytes() -> int:
     """Memory that this process may still take, file caches included: they leave when memory is needed."""
     return max(0, min([_machine_bytes(), *_memory_limits()]))
+
+
+def open_files_limit() -> int:
+    """How many files this process may have open at once."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else sys.maxsize
+
+
+def raise_open_files_limit() -> None:
+    """Allow as many open files as this process may allow itself; for a command, which is alone in its process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _machine_bytes() -> int:

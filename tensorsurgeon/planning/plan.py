@@ -78,6 +78,8 @@ class Plan:
     max_shard_bytes: int
     # Data and options of a calibrated run: they decide bytes as much as the recipe does.
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    # Files that a run writes beside those of the plan: the log of a calibration.
+    extra_files: tuple[str, ...] = ()
 
     @property
     def specs(self) -> SpecMap:
@@ -177,7 +179,7 @@ def make_plan(transform: AnyTransform, source: Checkpoint, *, max_shard_bytes: i
             raise CheckpointError("no tensor would be left in the output", where=str(source.root))
         in_order = [resolved.specs[name] for name in canonical_order(resolved.specs)]
         resolved = resolved._replace(specs=SpecMap(in_order, resolved.specs.config))
-        layout = lay_out(in_order, source.metadata, max_shard_bytes)
+        layout = lay_out(in_order, source.metadata, max_shard_bytes, source.stem)
         written = written_modules(resolved)
         files = output_files(source, resolved, written)
     return Plan(

@@ -17,12 +17,15 @@ from typing import Any, Self
 
 from tensorsurgeon.checkpoint.folder import STATE_FOLDER
 from tensorsurgeon.checkpoint.sink import sink_errors
+from tensorsurgeon.checkpoint.small_files import parse_json, read_small
 from tensorsurgeon.errors import JournalError, TargetError
 from tensorsurgeon.machine.files import make_durable, make_folder_durable
 
 _RUN = "run.json"
 _LINES = "journal.jsonl"
 _LOCK = "lock"
+# It names files and stamps of a source of any number of shards, and no tensor.
+_MAX_RUN_BYTES = 64 << 20
 _START_OVER = "; start over with {overwrite}"
 
 
@@ -37,13 +40,14 @@ class Journal:
     def __init__(self, target: Path, lock_fd: int) -> None:
         self.folder = state_folder(target)
         self._lock_fd = lock_fd
-        self._fd = os.open(self.folder / _LINES, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(self.folder / _LINES, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         make_folder_durable(self.folder)
 
     @classmethod
     def start(cls, target: Path, identity: dict[str, Any], clear: Callable[[], None] = lambda: None) -> Journal:
         """Begin a new run in ``target``; ``clear`` empties it, called when no other run can be writing there."""
         folder = state_folder(target)
+        _refuse_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
         try:
@@ -70,6 +74,7 @@ class Journal:
         source was written since, so that what is done may be made of other bytes.
         """
         folder = state_folder(target)
+        _refuse_link(folder)
         lock = _lock(folder)
         try:
             _refuse_other_run(target, identity)
@@ -124,8 +129,13 @@ def has_unfinished_run(target: Path) -> bool:
     return (state_folder(target) / _RUN).exists()
 
 
+def _refuse_link(folder: Path) -> None:
+    if folder.is_symlink():
+        raise TargetError("is a link, which is not written through; remove it", where=str(folder))
+
+
 def _lock(folder: Path) -> int:
-    fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -143,7 +153,7 @@ def _lock(folder: Path) -> int:
 
 
 def _refuse_other_run(target: Path, identity: dict[str, Any]) -> None:
-    stopped = _read_identity(state_folder(target))
+    stopped = read_identity(target)
     if stopped.get("fingerprint") != identity["fingerprint"]:
         raise JournalError(
             "the run that was stopped here had another source, recipe, package version or shard size",
@@ -162,10 +172,12 @@ def _refuse_other_run(target: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _read_identity(folder: Path) -> dict[str, Any]:
+def read_identity(target: Path) -> dict[str, Any]:
+    """What the run that was stopped in ``target`` said of itself; JournalError if that cannot be read."""
+    folder = state_folder(target)
     try:
-        identity = json.loads((folder / _RUN).read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        identity = parse_json(read_small(folder / _RUN, _MAX_RUN_BYTES)[0])
+    except (OSError, ValueError) as error:
         raise JournalError(f"{_RUN} cannot be read ({error})", where=str(folder), remedy=_START_OVER) from error
     if not isinstance(identity, dict):
         raise JournalError(f"{_RUN} is damaged", where=str(folder), remedy=_START_OVER)

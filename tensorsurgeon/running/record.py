@@ -6,6 +6,7 @@ It holds no time and no machine, so that the same run writes the same record eve
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import xxhash
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME
-from tensorsurgeon.checkpoint.layout import INDEX_NAME
+from tensorsurgeon.checkpoint.small_files import parse_json, read_small
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.version import __version__
@@ -48,9 +49,9 @@ def written_ranges(plan: Plan, digests: dict[int, list[str]]) -> list[Range]:
 
 def file_digests(plan: Plan, folder: Path) -> dict[str, list[Any]]:
     """Bytes and digest of every file beside the shards: config, index, and side files as they lie in ``folder``."""
-    index = {} if plan.layout.index_json is None else {INDEX_NAME: plan.layout.index_json}
+    index = {} if plan.layout.index_json is None else {plan.layout.index_name: plan.layout.index_json}
     found = {name: _sized(content) for name, content in {**plan.files.contents, **index}.items()}
-    for name in plan.files.copied:
+    for name in (*plan.files.copied, *plan.extra_files):
         found[name] = digest_of_file(folder / name)
     return dict(sorted(found.items()))
 
@@ -96,12 +97,10 @@ def _block(key: str, entries: dict[str, list[Any]]) -> str:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record of a checkpoint; None if it has none, CheckpointError if it is damaged."""
     path = folder / RECORD_NAME
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        if (nbytes := path.stat().st_size) > MAX_RECORD_BYTES:
-            raise CheckpointError(f"has {nbytes} bytes, and no record has more than {MAX_RECORD_BYTES}", where=str(path))
-        record = json.loads(path.read_bytes())
+        record = parse_json(read_small(path, MAX_RECORD_BYTES)[0])
         if record["digest"] != _ALGORITHM:
             raise CheckpointError(f"digests are {record['digest']}, but this version knows {_ALGORITHM}", where=str(path))
         list(recorded_ranges(record))
