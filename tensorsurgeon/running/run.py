@@ -86,7 +86,7 @@ def run_plan(
                 stop=stop or threading.Event(),
                 progress=progress,
             )
-            _publish(plan, sink, target, record_bytes(plan, digests))
+            _publish(plan, sink, target, digests)
         finally:
             sink.close()
         journal.remove()
@@ -117,7 +117,7 @@ def _digests_on_disk(unit: Unit, sink: Sink) -> list[str]:
     return found
 
 
-def _publish(plan: Plan, sink: Sink, target: Path, record: bytes) -> None:
+def _publish(plan: Plan, sink: Sink, target: Path, digests: dict[int, list[str]]) -> None:
     """Make the output visible: what a reader looks for last comes last."""
     sink.sync()
     _check_headers(plan, target)
@@ -128,7 +128,7 @@ def _publish(plan: Plan, sink: Sink, target: Path, record: bytes) -> None:
         publish_copy(plan.source.root / name, target / name)
     for name, content in plan.files.contents.items():
         publish_bytes(target / name, content)
-    publish_bytes(target / RECORD_NAME, record)
+    publish_bytes(target / RECORD_NAME, record_bytes(plan, digests, target))
     if plan.layout.index_json is not None:
         # Index last: its presence means that the checkpoint is complete.
         publish_bytes(target / INDEX_NAME, plan.layout.index_json)

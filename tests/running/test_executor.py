@@ -303,6 +303,8 @@ def test_the_record_has_a_digest_for_every_byte_of_every_shard(tmp_path):
         assert xxhash.xxh3_64_hexdigest(shards[shard][offset : offset + nbytes]) == digest
         ends[shard] = offset + nbytes
     assert ends == {name: len(content) for name, content in shards.items()}
+    others = {n: b for n, b in folder_bytes(tmp_path / "t").items() if n not in shards and n != "surgeon.json"}
+    assert record["files"] == {n: [len(b), xxhash.xxh3_64_hexdigest(b)] for n, b in others.items()}
     # Nothing in it tells when or where: the same run writes the same record everywhere.
     assert str(tmp_path) not in (tmp_path / "t" / "surgeon.json").read_text()
 
