@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME, Checkpoint, open_checkpoint
 from tensorsurgeon.errors import CheckpointError, SurgeonError
@@ -20,9 +21,11 @@ from tensorsurgeon.verifying.described import Described, check_config_copies, ch
 from tensorsurgeon.verifying.dialects import quantization_of, read_claims
 from tensorsurgeon.verifying.fidelity import Fidelity
 from tensorsurgeon.verifying.findings import Fault, Findings, Note
+from tensorsurgeon.verifying.finite import FiniteCheck
 from tensorsurgeon.verifying.reading import Reader
 from tensorsurgeon.verifying.siblings import check_expert_shapes, check_experts, check_global_scales, check_siblings
-from tensorsurgeon.verifying.structure import check_digests, is_one_shard, open_for_judgement
+from tensorsurgeon.verifying.side_files import check_files_against, check_readable, check_recorded_files
+from tensorsurgeon.verifying.structure import check_digests, is_one_shard, open_for_judgement, read_record_to_judge
 from tensorsurgeon.verifying.values import check_values
 
 Progress = Callable[[int], None]
@@ -89,12 +92,14 @@ def verify(
         return _judge_shard(Path(target), checkpoint, source, findings, count, progress)
     with ExitStack() as stack:
         reader = stack.enter_context(Reader(checkpoint, progress))
-        digested = check_digests(reader, findings, count)
+        record = read_record_to_judge(checkpoint.root, findings)
         claims = read_claims(checkpoint.specs, findings)
         # Where the config cannot be read, faults say so already, and judging modules by it would only repeat them.
         readable = claims is not None or quantization_of(checkpoint.config) is None
         described = check_described(reader, claims, findings, known_method=readable)
+        digested = _check_bytes(reader, record, described, findings, count)
         check_config_copies(checkpoint, findings)
+        check_readable(checkpoint, findings)
         check_siblings(checkpoint.specs, described, findings)
         check_experts(checkpoint.specs, checkpoint.specs.config_value, findings)
         check_expert_shapes(checkpoint.specs, described, findings)
@@ -105,6 +110,7 @@ def verify(
         if source is not None:
             original = stack.enter_context(Reader(source, progress))
             compared, equal = _check_against(original, reader, described, findings, count)
+            check_files_against(source, checkpoint, findings)
     label = None if claims is None else claims.label
     return _result(Path(target), checkpoint, label, described, digested, source, equal, compared, findings)
 
@@ -119,8 +125,24 @@ def _judge_shard(
         )
     findings.note("one-shard", path.name, "is one of several shards, so only its header and digests were judged")
     with Reader(checkpoint, progress) as reader:
-        digested = check_digests(reader, findings, workers)
+        record = read_record_to_judge(checkpoint.root, findings)
+        digested = _check_bytes(reader, record, Described({}, {}), findings, workers)
     return _result(path, checkpoint, None, Described({}, {}), digested, None, 0, (), findings)
+
+
+def _check_bytes(
+    reader: Reader, record: dict[str, Any] | None, described: Described, findings: Findings, workers: int
+) -> int | None:
+    """Digests of shards and files where a record has them, and in the same pass whether floats are numbers."""
+    finite = FiniteCheck(reader, described.stored)
+    if record is None:
+        digested = None
+        finite.rest(range(len(reader.checkpoint.shards)), workers)
+    else:
+        digested = check_digests(reader, record, finite, findings, workers)
+        check_recorded_files(reader.checkpoint, record, findings)
+    finite.report(findings)
+    return digested
 
 
 def _check_against(
