@@ -14,7 +14,7 @@ from tensorsurgeon.tensors.names import Pattern
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 from tensorsurgeon.verifying.described import Described, Module
 from tensorsurgeon.verifying.findings import Findings
-from tensorsurgeon.verifying.layouts import MARKERS
+from tensorsurgeon.verifying.parts import MARKERS
 
 # Rows of a stacked expert tensor: which linear each part of them is.
 _STACKED = {

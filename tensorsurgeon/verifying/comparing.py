@@ -16,9 +16,10 @@ from tensorsurgeon.verifying.claims import Claim
 from tensorsurgeon.verifying.described import Module
 from tensorsurgeon.verifying.fidelity import Fidelity
 from tensorsurgeon.verifying.findings import Findings
+from tensorsurgeon.verifying.layouts import stored_weight
+from tensorsurgeon.verifying.mistaken import other_readings
 from tensorsurgeon.verifying.reading import CHUNK_BYTES, Reader
-from tensorsurgeon.verifying.readings import other_readings
-from tensorsurgeon.verifying.weights import CodedWeight, FloatWeight, Weight
+from tensorsurgeon.verifying.weights import FloatWeight, Weight
 
 
 def compare_pairs(
@@ -104,7 +105,7 @@ def _rows(count: int) -> str:
 
 def _weight(reader: Reader, side: Part | Module, shape: tuple[int, int]) -> Weight:
     if isinstance(side, Module):
-        return CodedWeight(reader, side.name, side.claim, side.shape)
+        return stored_weight(reader, side.name, side.claim, side.shape)
     return FloatWeight(reader, side.name, shape, side.first)
 
 

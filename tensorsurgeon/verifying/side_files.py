@@ -21,7 +21,7 @@ from tensorsurgeon.verifying.findings import Findings
 
 CONFIG_NAME: Final = "config.json"
 # Repeat the quantization, which may differ from the source's; ``described`` compares them with config.json.
-_QUANTIZATION_FILES: Final = ("quantize_config.json", "quantization_config.json", "quant_config.json", "hf_quant_config.json")
+QUANTIZATION_FILES: Final = ("quantize_config.json", "quantization_config.json", "quant_config.json", "hf_quant_config.json")
 # For people, not for loaders.
 _FOR_PEOPLE: Final = re.compile(
     r"(readme|license|licence|notice|use_policy|usage_policy|copyright|changelog)[^/]*|\.gitattributes|quant_log\.csv"
@@ -90,7 +90,7 @@ def _changed(name: str, message: str, findings: Findings) -> None:
 def check_readable(checkpoint: Checkpoint, findings: Findings) -> None:
     """Every JSON file that loaders read is JSON."""
     for name in checkpoint.side_files:
-        if name.endswith(".json") and _FOR_LOADERS.fullmatch(name) and name not in _QUANTIZATION_FILES:
+        if name.endswith(".json") and _FOR_LOADERS.fullmatch(name) and name not in QUANTIZATION_FILES:
             path = checkpoint.root / name
             if 0 < path.stat().st_size <= _MOST_JSON_BYTES and _json_of(path) is _ABSENT:
                 findings.fault("side-file", name, "is not valid JSON")
@@ -105,7 +105,7 @@ def check_files_against(source: Checkpoint, target: Checkpoint, findings: Findin
     here = set(target.side_files)
     has_tokenizer = any(_TOKENIZER.fullmatch(name) for name in here)
     for name in source.side_files:
-        if name in _QUANTIZATION_FILES or _FOR_PEOPLE.fullmatch(name):
+        if name in QUANTIZATION_FILES or _FOR_PEOPLE.fullmatch(name):
             continue
         if name in here:
             _compare_file(name, source.root / name, target.root / name, findings)
