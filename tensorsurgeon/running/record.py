@@ -107,7 +107,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         list(recorded_files(record))
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"is damaged: {error!r}", where=str(path)) from error
     return dict(record)
 

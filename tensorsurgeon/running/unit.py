@@ -105,9 +105,7 @@ def _rows(region: Region) -> tuple[int, int]:
 def check_produced(rewrite: Rewrite, arrays: Sequence[np.ndarray]) -> None:
     """Raise PlanViolationError unless the arrays have exactly the planned dtypes and shapes."""
     if len(arrays) != len(rewrite.outputs):
-        raise PlanViolationError(
-            f"{rewrite.inputs[0]}: the plan has {len(rewrite.outputs)} outputs, the step made {len(arrays)}"
-        )
+        raise PlanViolationError(f"{rewrite.inputs[0]}: the plan has {len(rewrite.outputs)} outputs, the step made {len(arrays)}")
     for region, array in zip(rewrite.outputs, arrays, strict=True):
         if array.dtype != region.spec.dtype.numpy or array.shape != region.shape:
             raise PlanViolationError(

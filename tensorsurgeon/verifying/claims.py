@@ -14,8 +14,6 @@ from tensorsurgeon.verifying.findings import Findings
 
 Layout = Literal["plain", "ct-packed", "nvfp4", "mxfp4", "gptq", "awq", "quark-packed"]
 TOP: Final = "quantization_config"
-# vLLM and AutoAWQ pack the outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight into the nibbles of a word.
-INTERLEAVED: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

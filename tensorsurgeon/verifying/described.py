@@ -9,26 +9,21 @@ from typing import Any, Final, NamedTuple
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME, Checkpoint
 from tensorsurgeon.errors import did_you_mean
-from tensorsurgeon.formats.coverage import float_matrices
-from tensorsurgeon.planning.output_files import QUANTIZATION_FILES
 from tensorsurgeon.tensors.names import natural_key
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 from tensorsurgeon.verifying.claims import Claim, Claims, names_of
 from tensorsurgeon.verifying.dialects import quantization_of
 from tensorsurgeon.verifying.findings import Findings
-from tensorsurgeon.verifying.layouts import (
-    MAIN,
-    MARKERS,
-    describe_stored,
-    groups_of,
-    is_stored_quantized,
-    parts_of,
-    weight_shape,
-)  # fmt: skip
+from tensorsurgeon.verifying.layouts import main_of, parts_of, weight_shape
+from tensorsurgeon.verifying.parts import MARKERS, describe_stored, is_stored_quantized
 from tensorsurgeon.verifying.reading import Reader
+from tensorsurgeon.verifying.side_files import QUANTIZATION_FILES
+from tensorsurgeon.verifying.weights import groups_of
 
 # Never quantized in any engine (formats.md section 7).
 _ROUTERS: Final = ("gate", "router", "shared_expert_gate")
+# Matrices that are no linears, or that "all linears" means to some readers only.
+_NO_LINEARS: Final = frozenset({*_ROUTERS, "lm_head", "wte", "wpe"})
 
 
 class Module(NamedTuple):
@@ -118,12 +113,12 @@ def _check_module(
     reader: Reader, name: str, tensors: Mapping[str, TensorSpec], claim: Claim, findings: Findings
 ) -> Module | None:
     """The module if every tensor of its claim is there with the right dtype and shape, and no other is."""
-    main = tensors.get(MAIN[claim.layout])
+    main = tensors.get(main_of(claim))
     if main is None or (claim.layout == "plain" and main.dtype.is_float and main.dtype.bits >= 16):
         found = describe_stored(tensors)
         findings.fault(
             "missing-tensor",
-            f"{name}.{MAIN[claim.layout]}",
+            f"{name}.{main_of(claim)}",
             f"the config says {claim.describe()} in {claim.layout} layout, but the module has {found}",
         )
         return None
@@ -177,7 +172,7 @@ def _check_module(
             sound = False
     known = {part.local for part in parts}
     for local, spec in tensors.items():
-        if local not in known and (local in MARKERS or (local == "weight" and MAIN[claim.layout] != "weight")):
+        if local not in known and (local in MARKERS or (local == "weight" and main_of(claim) != "weight")):
             findings.fault(
                 "extra-tensor",
                 spec.name,
@@ -206,7 +201,7 @@ def _check_raw_names(specs: SpecMap, findings: Findings) -> None:
 
 
 def _check_unquantized(specs: SpecMap, claims: Claims, stored: Mapping[str, Any], findings: Findings) -> None:
-    for module in float_matrices(specs):
+    for module in float_linears(specs):
         if module not in stored:
             claim = claims.of(module)
             if claim is not None:
@@ -226,6 +221,18 @@ def _check_unquantized(specs: SpecMap, claims: Claims, stored: Mapping[str, Any]
                 f"the config says that experts are {claim.describe()}, but they are stacked as "
                 f"{spec.dtype.name}{list(spec.shape)} and {claims.kept_out_by} does not keep them out",
             )
+
+
+def float_linears(specs: SpecMap) -> list[str]:
+    """Modules with an unquantized matrix that an engine may take for a quantized linear."""
+    names = []
+    for name, spec in specs.items():
+        if len(spec.shape) == 2 and spec.dtype.is_float and spec.dtype.bits >= 16 and name.endswith(".weight"):
+            module = name.removesuffix(".weight")
+            leaf = module.rpartition(".")[2]
+            if "embed" not in leaf and "norm" not in leaf and leaf not in _NO_LINEARS:
+                names.append(module)
+    return names
 
 
 def stacked_experts(specs: SpecMap) -> dict[str, TensorSpec]:

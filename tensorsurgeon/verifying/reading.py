@@ -50,14 +50,14 @@ class Reader:
     def array(self, name: str) -> np.ndarray:
         """A whole tensor, in its own dtype and shape."""
         spec = self.specs[name]
-        return self.bytes_of(name, 0, spec.nbytes).view(_numpy(spec)).reshape(spec.shape)
+        return elements(self.bytes_of(name, 0, spec.nbytes), spec).reshape(spec.shape)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of a tensor seen as [-1, last axis]: [stop - start, last axis]."""
         spec = self.specs[name]
         row = spec.row_bytes
         data = self.bytes_of(name, start * row, (stop - start) * row)
-        return data.view(_numpy(spec)).reshape(stop - start, prod(spec.shape[-1:]) if len(spec.shape) > 1 else 1)
+        return elements(data, spec).reshape(stop - start, prod(spec.shape[-1:]) if len(spec.shape) > 1 else 1)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -70,7 +70,8 @@ class Reader:
         self.close()
 
 
-def _numpy(spec: TensorSpec) -> np.dtype:
+def elements(data: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """uint8 bytes as elements of a tensor's own type; CheckpointError if they are narrower than a byte."""
     if spec.dtype.numpy is None:
         raise CheckpointError(f"{spec}: elements narrower than a byte have no array form")
-    return spec.dtype.numpy
+    return data.view(spec.dtype.numpy)

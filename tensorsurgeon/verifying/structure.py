@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import xxhash
 
@@ -17,6 +17,7 @@ from tensorsurgeon.checkpoint.layout import INDEX_NAME
 from tensorsurgeon.errors import CheckpointError, HeaderError, SurgeonError
 from tensorsurgeon.running.record import Range, read_record, recorded_ranges
 from tensorsurgeon.verifying.findings import Findings
+from tensorsurgeon.verifying.finite import FiniteCheck
 from tensorsurgeon.verifying.reading import CHUNK_BYTES, Reader
 
 # ``model-00002-of-00005.safetensors``, but not 1 of 1.
@@ -68,6 +69,10 @@ def _check_files(checkpoint: Checkpoint, path: Path, findings: Findings) -> None
         findings.fault(
             "unfinished", STATE_FOLDER, "an unfinished run of surgeon lies here; finish it with --resume, or remove it"
         )
+    if len(checkpoint.shards) > 1 and not checkpoint.has_index:
+        findings.fault(
+            "index", INDEX_NAME, f"is missing; loaders read what it names, and of {len(checkpoint.shards)} shards it names none"
+        )
     for oddity in checkpoint.oddities:
         match oddity.kind:
             case "total-size":
@@ -100,16 +105,18 @@ def _judge_total_size(checkpoint: Checkpoint, oddity: Oddity, findings: Findings
         findings.fault("total-size", INDEX_NAME, oddity.text)
 
 
-def check_digests(reader: Reader, findings: Findings, workers: int) -> int | None:
-    """Compare every byte range that ``surgeon.json`` knows; the bytes compared, or None without a record."""
-    checkpoint = reader.checkpoint
+def read_record_to_judge(root: Path, findings: Findings) -> dict[str, Any] | None:
+    """``surgeon.json``; None where there is none, and with a fault where it cannot be read."""
     try:
-        record = read_record(checkpoint.root)
+        return read_record(root)
     except SurgeonError as error:
         findings.fault("record", RECORD_NAME, error.message)
         return None
-    if record is None:
-        return None
+
+
+def check_digests(reader: Reader, record: dict[str, Any], finite: FiniteCheck, findings: Findings, workers: int) -> int:
+    """Compare every byte range that ``surgeon.json`` knows; the bytes compared. What is read is looked at for NaN too."""
+    checkpoint = reader.checkpoint
     numbers = {shard.path.name: number for number, shard in enumerate(checkpoint.shards)}
     ranges: dict[str, list[Range]] = {}
     for found in recorded_ranges(record):
@@ -125,13 +132,16 @@ def check_digests(reader: Reader, findings: Findings, workers: int) -> int | Non
             findings.fault("record", name, f"{RECORD_NAME} says that the run wrote this shard, but it is not here")
         elif _tiles(own, checkpoint.shards[number].file_bytes, name, findings):
             jobs += [(number, found) for found in own]
+    finite.rest(set(numbers.values()) - {number for number, _ in jobs}, workers)
     name_at = _names_by_offset(checkpoint)
 
     def compare(job: tuple[int, Range]) -> int:
         number, found = job
         digest = xxhash.xxh3_64()
         for start in range(found.offset, found.offset + found.nbytes, CHUNK_BYTES):
-            digest.update(reader.shard_bytes(number, start, min(CHUNK_BYTES, found.offset + found.nbytes - start)).data)
+            data = reader.shard_bytes(number, start, min(CHUNK_BYTES, found.offset + found.nbytes - start))
+            digest.update(data.data)
+            finite.look(number, start, data)
         if digest.hexdigest() != found.digest:
             stop = found.offset + found.nbytes
             findings.fault(
@@ -154,7 +164,7 @@ def is_one_shard(checkpoint: Checkpoint) -> bool:
 def _tiles(ranges: list[Range], file_bytes: int, name: str, findings: Findings) -> bool:
     position = 0
     for found in sorted(ranges, key=lambda r: r.offset):
-        if found.offset != position:
+        if found.offset != position or found.nbytes < 0:
             break
         position += found.nbytes
     if position == file_bytes:

@@ -12,11 +12,11 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from tensorsurgeon.quant import bitpack
+from tensorsurgeon.verifying.bits import unpack
 from tensorsurgeon.verifying.described import Module
 from tensorsurgeon.verifying.findings import Findings
+from tensorsurgeon.verifying.layouts import stored_weight
 from tensorsurgeon.verifying.reading import CHUNK_BYTES, Reader
-from tensorsurgeon.verifying.weights import CodedWeight
 
 # AutoRound's full-range scales are negative for about half of all groups; a flipped sign is rare.
 _SIGNED_SHARE: Final = 0.1
@@ -110,7 +110,7 @@ def _fault_first(findings: Findings, kind: str, name: str, wrong: np.ndarray, va
 
 def _check_zero_scales(reader: Reader, module: Module, findings: Findings) -> None:
     """A zero scale reads every weight of its group as zero; right only if the codes say so too."""
-    weight = CodedWeight(reader, module.name, module.claim, module.shape)
+    weight = stored_weight(reader, module.name, module.claim, module.shape)
     rows, columns = module.shape
     block = module.claim.block or (1, 1)
     lost = 0
@@ -156,7 +156,7 @@ def _check_constant_zeros(reader: Reader, module: Module, findings: Findings) ->
     claim, name = module.claim, f"{module.name}.qzeros"
     words = reader.array(name)
     rows = module.shape[0]
-    stored = bitpack.unpack_rows(words, claim.num_bits, rows, signed=False)
+    stored = unpack(words, claim.num_bits, rows)
     wanted = (1 << (claim.num_bits - 1)) - claim.zero_offset
     other = wanted + (1 if claim.zero_offset else -1)
     if (stored == wanted).all():

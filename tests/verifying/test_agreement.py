@@ -12,8 +12,8 @@ from tensorsurgeon.formats.registry import detect, quantization_config
 from tensorsurgeon.verifying.described import check_described
 from tensorsurgeon.verifying.dialects import DIALECTS, read_claims
 from tensorsurgeon.verifying.findings import Findings
+from tensorsurgeon.verifying.layouts import stored_weight
 from tensorsurgeon.verifying.reading import Reader
-from tensorsurgeon.verifying.weights import CodedWeight
 from tests.verifying.subjects import GOLDEN, RECIPES, subject
 from tests.verifying.test_good_checkpoints import PEERS
 
@@ -43,7 +43,7 @@ def test_judge_and_format_see_the_same_modules_and_codes(name: str) -> None:
             assert layout.weight_shape(local, scheme) == module.shape
             arrays = {k: reader.array(f"{module.name}.{k}") for k in module.tensors}
             quantized = layout.unpack(arrays, scheme)
-            mine = CodedWeight(reader, module.name, module.claim, module.shape)
+            mine = stored_weight(reader, module.name, module.claim, module.shape)
             rows = module.shape[0]
             codes = mine.codes(0, rows).astype(np.float32)
             if mine.zero_point is not None:
@@ -67,7 +67,7 @@ def test_rows_do_not_depend_on_where_they_are_cut(name: str) -> None:
         findings = Findings()
         modules = check_described(reader, read_claims(checkpoint.specs, findings), findings, known_method=True).modules
         module = next(iter(modules.values()))
-        weight = CodedWeight(reader, module.name, module.claim, module.shape)
+        weight = stored_weight(reader, module.name, module.claim, module.shape)
         whole = weight.rows(0, module.shape[0])
         cut = [weight.rows(start, min(start + 24, module.shape[0])) for start in range(0, module.shape[0], 24)]
         np.testing.assert_array_equal(whole, np.concatenate(cut))

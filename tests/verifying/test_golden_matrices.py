@@ -10,8 +10,9 @@ from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.tensors.dtypes import F8_E4M3
 from tensorsurgeon.verifying import fidelity
 from tensorsurgeon.verifying.claims import Claim
+from tensorsurgeon.verifying.layouts import stored_weight
 from tensorsurgeon.verifying.reading import Reader
-from tensorsurgeon.verifying.weights import CodedWeight, FloatWeight
+from tensorsurgeon.verifying.weights import FloatWeight
 from tests.verifying.subjects import GOLDEN
 
 MATRICES: Final = GOLDEN.parent / "matrices"
@@ -84,5 +85,5 @@ def test_matrices_of_the_tool_are_their_source(stem: str) -> None:
             if claim.group_size > 0 and columns % claim.group_size:
                 continue
             weight = FloatWeight(original, spec.name, (rows, columns))
-            found = fidelity.compare(module, weight, CodedWeight(reader, module, claim, (rows, columns)), claim)
+            found = fidelity.compare(module, weight, stored_weight(reader, module, claim, (rows, columns)), claim)
             assert found.is_sound, found

@@ -12,14 +12,15 @@ from dataclasses import replace
 from tensorsurgeon.verifying import fidelity
 from tensorsurgeon.verifying.claims import Claim
 from tensorsurgeon.verifying.described import Module
+from tensorsurgeon.verifying.layouts import stored_weight
 from tensorsurgeon.verifying.reading import Reader
-from tensorsurgeon.verifying.weights import CodedWeight, Weight
+from tensorsurgeon.verifying.weights import Weight
 
 
 def other_readings(reader: Reader, module: Module, source: Weight) -> str:
     """A clause that names the reading under which the weight is sound; empty if none is."""
     for claim, words in _alternatives(module.claim):
-        result = fidelity.compare(module.name, source, CodedWeight(reader, module.name, claim, module.shape), claim)
+        result = fidelity.compare(module.name, source, stored_weight(reader, module.name, claim, module.shape), claim)
         if result.is_sound:
             return f"; read with {words} it has {result.snr_db:.1f} dB, so the config is wrong about that"
     return ""
