@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import xxhash
 
+from tensorsurgeon.checkpoint.tensor_reader import CHUNK_BYTES, TensorReader
 from tensorsurgeon.tensors.spec import TensorSpec
 from tensorsurgeon.verifying import fidelity
 from tensorsurgeon.verifying.against import Pair, Part, SameBytes, SameWeight
@@ -16,13 +17,12 @@ from tensorsurgeon.verifying.claims import Claim
 from tensorsurgeon.verifying.described import Module
 from tensorsurgeon.verifying.fidelity import Fidelity
 from tensorsurgeon.verifying.findings import Findings
-from tensorsurgeon.verifying.reading import CHUNK_BYTES, Reader
 from tensorsurgeon.verifying.readings import other_readings
 from tensorsurgeon.verifying.weights import CodedWeight, FloatWeight, Weight
 
 
 def compare_pairs(
-    source: Reader, target: Reader, pairs: Iterable[Pair], findings: Findings, workers: int
+    source: TensorReader, target: TensorReader, pairs: Iterable[Pair], findings: Findings, workers: int
 ) -> tuple[list[Fidelity], int]:
     """Every pair compared: the fidelity of stored weights, and the bytes that were found equal."""
 
@@ -42,13 +42,13 @@ def _first_tensor(pair: Pair) -> str:
     return pair.source.name if isinstance(pair.source, Part) else next(iter(pair.source.tensors.values())).name
 
 
-def _range(reader: Reader, part: Part) -> tuple[int, int]:
+def _range(reader: TensorReader, part: Part) -> tuple[int, int]:
     """First byte and bytes of a part; a part of -1 rows is the whole tensor."""
     spec = reader.specs[part.name]
     return (0, spec.nbytes) if part.rows < 0 else (part.first * spec.row_bytes, part.rows * spec.row_bytes)
 
 
-def _same_bytes(source: Reader, target: Reader, pair: SameBytes, findings: Findings) -> int:
+def _same_bytes(source: TensorReader, target: TensorReader, pair: SameBytes, findings: Findings) -> int:
     (first, nbytes), (second, _) = _range(source, pair.source), _range(target, pair.target)
     for start in range(0, nbytes, CHUNK_BYTES):
         count = min(CHUNK_BYTES, nbytes - start)
@@ -68,7 +68,7 @@ def _same_bytes(source: Reader, target: Reader, pair: SameBytes, findings: Findi
     return nbytes
 
 
-def _same_weight(source: Reader, target: Reader, pair: SameWeight, findings: Findings) -> Fidelity:
+def _same_weight(source: TensorReader, target: TensorReader, pair: SameWeight, findings: Findings) -> Fidelity:
     claim = pair.target.claim if isinstance(pair.target, Module) else None
     original = _weight(source, pair.source, pair.shape)
     result = fidelity.compare(pair.name, original, _weight(target, pair.target, pair.shape), claim)
@@ -102,14 +102,14 @@ def _rows(count: int) -> str:
     return f"{count} row{'s' if count > 1 else ''}"
 
 
-def _weight(reader: Reader, side: Part | Module, shape: tuple[int, int]) -> Weight:
+def _weight(reader: TensorReader, side: Part | Module, shape: tuple[int, int]) -> Weight:
     if isinstance(side, Module):
         return CodedWeight(reader, side.name, side.claim, side.shape)
     return FloatWeight(reader, side.name, shape, side.first)
 
 
 def pair_by_content(
-    source: Reader, target: Reader, lost: list[TensorSpec], new: list[TensorSpec], findings: Findings
+    source: TensorReader, target: TensorReader, lost: list[TensorSpec], new: list[TensorSpec], findings: Findings
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Renamed tensors, found by their bytes among what names left unexplained; what then remains of both."""
     sizes = {spec.nbytes for spec in lost} & {spec.nbytes for spec in new}
@@ -131,7 +131,7 @@ def pair_by_content(
     return still_lost, [spec for spec in new if spec.name not in explained]
 
 
-def _digest(reader: Reader, spec: TensorSpec) -> str:
+def _digest(reader: TensorReader, spec: TensorSpec) -> str:
     digest = xxhash.xxh3_128()
     for start in range(0, spec.nbytes, CHUNK_BYTES):
         digest.update(reader.bytes_of(spec.name, start, min(CHUNK_BYTES, spec.nbytes - start)).data)

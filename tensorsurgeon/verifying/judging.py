@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME, Checkpoint, open_checkpoint
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import CheckpointError, SurgeonError
 from tensorsurgeon.machine.limits import usable_cores
 from tensorsurgeon.running.record import read_record
@@ -20,7 +21,6 @@ from tensorsurgeon.verifying.described import Described, check_config_copies, ch
 from tensorsurgeon.verifying.dialects import quantization_of, read_claims
 from tensorsurgeon.verifying.fidelity import Fidelity
 from tensorsurgeon.verifying.findings import Fault, Findings, Note
-from tensorsurgeon.verifying.reading import Reader
 from tensorsurgeon.verifying.siblings import check_expert_shapes, check_experts, check_global_scales, check_siblings
 from tensorsurgeon.verifying.structure import check_digests, is_one_shard, open_for_judgement
 from tensorsurgeon.verifying.values import check_values
@@ -88,7 +88,7 @@ def verify(
     if is_one_shard(checkpoint):
         return _judge_shard(Path(target), checkpoint, source, findings, count, progress)
     with ExitStack() as stack:
-        reader = stack.enter_context(Reader(checkpoint, progress))
+        reader = stack.enter_context(TensorReader(checkpoint, progress=progress))
         digested = check_digests(reader, findings, count)
         claims = read_claims(checkpoint.specs, findings)
         # Where the config cannot be read, faults say so already, and judging modules by it would only repeat them.
@@ -103,7 +103,7 @@ def verify(
         equal = 0
         compared: list[Fidelity] = []
         if source is not None:
-            original = stack.enter_context(Reader(source, progress))
+            original = stack.enter_context(TensorReader(source, progress=progress))
             compared, equal = _check_against(original, reader, described, findings, count)
     label = None if claims is None else claims.label
     return _result(Path(target), checkpoint, label, described, digested, source, equal, compared, findings)
@@ -118,13 +118,13 @@ def _judge_shard(
             "is one of several shards, and a source can only be compared with all of them; give the folder", where=str(path)
         )
     findings.note("one-shard", path.name, "is one of several shards, so only its header and digests were judged")
-    with Reader(checkpoint, progress) as reader:
+    with TensorReader(checkpoint, progress=progress) as reader:
         digested = check_digests(reader, findings, workers)
     return _result(path, checkpoint, None, Described({}, {}), digested, None, 0, (), findings)
 
 
 def _check_against(
-    original: Reader, reader: Reader, described: Described, findings: Findings, workers: int
+    original: TensorReader, reader: TensorReader, described: Described, findings: Findings, workers: int
 ) -> tuple[list[Fidelity], int]:
     source = original.specs
     own = Findings()
@@ -151,7 +151,7 @@ def _check_against(
     return compared, equal
 
 
-def _reasons(reader: Reader, lost: list[TensorSpec]) -> dict[str, str]:
+def _reasons(reader: TensorReader, lost: list[TensorSpec]) -> dict[str, str]:
     try:
         return dropped_by_record(read_record(reader.checkpoint.root), lost)
     except SurgeonError:

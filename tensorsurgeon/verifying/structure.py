@@ -15,10 +15,10 @@ import xxhash
 from tensorsurgeon.checkpoint.folder import RECORD_NAME, STATE_FOLDER, Checkpoint, open_checkpoint
 from tensorsurgeon.checkpoint.header import read_header
 from tensorsurgeon.checkpoint.layout import INDEX_NAME
+from tensorsurgeon.checkpoint.tensor_reader import CHUNK_BYTES, TensorReader
 from tensorsurgeon.errors import CheckpointError, HeaderError, SurgeonError
 from tensorsurgeon.running.record import Range, read_record, recorded_ranges
 from tensorsurgeon.verifying.findings import Findings
-from tensorsurgeon.verifying.reading import CHUNK_BYTES, Reader
 
 # ``model-00002-of-00005.safetensors``, but not 1 of 1.
 _OF_SEVERAL: Final = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.safetensors$")
@@ -100,7 +100,7 @@ def _judge_total_size(checkpoint: Checkpoint, oddity: str, findings: Findings) -
         findings.fault("total-size", INDEX_NAME, oddity)
 
 
-def check_digests(reader: Reader, findings: Findings, workers: int) -> int | None:
+def check_digests(reader: TensorReader, findings: Findings, workers: int) -> int | None:
     """Compare every byte range that ``surgeon.json`` knows; the bytes compared, or None without a record."""
     checkpoint = reader.checkpoint
     try:

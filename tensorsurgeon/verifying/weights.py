@@ -11,9 +11,9 @@ from typing import Final, Protocol
 
 import numpy as np
 
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.quant import bitpack
 from tensorsurgeon.verifying.claims import INTERLEAVED, Claim
-from tensorsurgeon.verifying.reading import Reader
 
 # E2M1: sign, two exponent bits, one mantissa bit.
 _E2M1: Final = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -36,7 +36,7 @@ class Weight(Protocol):
 class FloatWeight:
     """Rows ``first`` onwards of a float tensor, of which they may be a part (one expert of a stacked tensor)."""
 
-    reader: Reader
+    reader: TensorReader
     name: str
     shape: tuple[int, int]
     first: int = 0
@@ -52,7 +52,7 @@ class CodedWeight:
     Made for tensors whose names, dtypes and shapes were found to be those of the claim.
     """
 
-    def __init__(self, reader: Reader, module: str, claim: Claim, shape: tuple[int, int]) -> None:
+    def __init__(self, reader: TensorReader, module: str, claim: Claim, shape: tuple[int, int]) -> None:
         self.reader, self.module, self.claim, self.shape = reader, module, claim, shape
         self.scale = _scale(reader, module, claim, shape)
         self.zero_point = _zero_point(reader, module, claim, shape)
@@ -108,7 +108,7 @@ class CodedWeight:
         return INTERLEAVED if self.claim.interleaved else None
 
 
-def _scale(reader: Reader, module: str, claim: Claim, shape: tuple[int, int]) -> np.ndarray:
+def _scale(reader: TensorReader, module: str, claim: Claim, shape: tuple[int, int]) -> np.ndarray:
     """float32 [N, G], [1, 1] per tensor, or one per block."""
     stored = reader.array(f"{module}.{claim.scale_name}")
     if claim.layout == "mxfp4":
@@ -128,7 +128,7 @@ def _scale(reader: Reader, module: str, claim: Claim, shape: tuple[int, int]) ->
     return scale.reshape(-1, 1) if scale.ndim < 2 else scale
 
 
-def _zero_point(reader: Reader, module: str, claim: Claim, shape: tuple[int, int]) -> np.ndarray | None:
+def _zero_point(reader: TensorReader, module: str, claim: Claim, shape: tuple[int, int]) -> np.ndarray | None:
     """float32 [N, G] in the codes' own range, or None where codes are signed and have none."""
     rows, _ = shape
     bits = claim.num_bits
