@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import xxhash
 
+from tensorsurgeon.checkpoint.tensor_reader import CHUNK_BYTES, TensorReader
 from tensorsurgeon.tensors.spec import TensorSpec
 from tensorsurgeon.verifying import fidelity
 from tensorsurgeon.verifying.against import Pair, Part, SameBytes, SameWeight
@@ -19,12 +20,11 @@ from tensorsurgeon.verifying.findings import Findings
 from tensorsurgeon.verifying.layouts import stored_weight
 from tensorsurgeon.verifying.lineage import PlannedTensor
 from tensorsurgeon.verifying.mistaken import other_readings
-from tensorsurgeon.verifying.reading import CHUNK_BYTES, Reader
 from tensorsurgeon.verifying.weights import FloatWeight, Weight
 
 
 def compare_pairs(
-    source: Reader, target: Reader, pairs: Iterable[Pair], findings: Findings, workers: int
+    source: TensorReader, target: TensorReader, pairs: Iterable[Pair], findings: Findings, workers: int
 ) -> tuple[list[Fidelity], int]:
     """Every pair compared: the fidelity of stored weights, and the bytes that were found equal."""
 
@@ -40,18 +40,18 @@ def compare_pairs(
     return [r for r in results if isinstance(r, Fidelity)], sum(r for r in results if isinstance(r, int))
 
 
-def _place(source: Reader, pair: Pair) -> tuple[int, int]:
+def _place(source: TensorReader, pair: Pair) -> tuple[int, int]:
     name = next(iter(pair.source.tensors.values())).name if isinstance(pair.source, Module) else pair.source.name
     return source.location(name) if name else (0, 0)
 
 
-def _range(reader: Reader, part: Part) -> tuple[int, int]:
+def _range(reader: TensorReader, part: Part) -> tuple[int, int]:
     """First byte and bytes of a part; a part of -1 rows is the whole tensor."""
     spec = reader.specs[part.name]
     return (0, spec.nbytes) if part.rows < 0 else (part.first * spec.row_bytes, part.rows * spec.row_bytes)
 
 
-def _same_bytes(source: Reader, target: Reader, pair: SameBytes, findings: Findings) -> int:
+def _same_bytes(source: TensorReader, target: TensorReader, pair: SameBytes, findings: Findings) -> int:
     second, nbytes = _range(target, pair.target)
     first = 0 if isinstance(pair.source, PlannedTensor) else _range(source, pair.source)[0]
     for start in range(0, nbytes, CHUNK_BYTES):
@@ -81,7 +81,7 @@ def _origin(pair: SameBytes) -> str:
     return f" ({pair.source.name}{row})"
 
 
-def _same_weight(source: Reader, target: Reader, pair: SameWeight, findings: Findings) -> Fidelity:
+def _same_weight(source: TensorReader, target: TensorReader, pair: SameWeight, findings: Findings) -> Fidelity:
     claim = pair.target.claim if isinstance(pair.target, Module) else None
     original = _weight(source, pair.source, pair.shape)
     result = fidelity.compare(pair.name, original, _weight(target, pair.target, pair.shape), claim)
@@ -115,7 +115,7 @@ def _rows(count: int) -> str:
     return f"{count} row{'s' if count > 1 else ''}"
 
 
-def _weight(reader: Reader, side: Part | Module | PlannedTensor, shape: tuple[int, int]) -> Weight:
+def _weight(reader: TensorReader, side: Part | Module | PlannedTensor, shape: tuple[int, int]) -> Weight:
     if isinstance(side, PlannedTensor):
         return side
     if isinstance(side, Module):
@@ -124,7 +124,7 @@ def _weight(reader: Reader, side: Part | Module | PlannedTensor, shape: tuple[in
 
 
 def pair_by_content(
-    source: Reader, target: Reader, lost: list[TensorSpec], new: list[TensorSpec], findings: Findings
+    source: TensorReader, target: TensorReader, lost: list[TensorSpec], new: list[TensorSpec], findings: Findings
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Renamed tensors, found by their bytes among what names left unexplained; what then remains of both."""
     sizes = {spec.nbytes for spec in lost} & {spec.nbytes for spec in new}
@@ -147,7 +147,7 @@ def pair_by_content(
     return still_lost, [spec for spec in new if spec.name not in explained]
 
 
-def _digest(reader: Reader, spec: TensorSpec) -> str:
+def _digest(reader: TensorReader, spec: TensorSpec) -> str:
     digest = xxhash.xxh3_128()
     for start in range(0, spec.nbytes, CHUNK_BYTES):
         digest.update(reader.bytes_of(spec.name, start, min(CHUNK_BYTES, spec.nbytes - start)).data)

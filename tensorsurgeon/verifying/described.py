@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME, Checkpoint
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import did_you_mean
 from tensorsurgeon.tensors.names import natural_key
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
@@ -16,7 +17,6 @@ from tensorsurgeon.verifying.dialects import quantization_of
 from tensorsurgeon.verifying.findings import Findings
 from tensorsurgeon.verifying.layouts import main_of, parts_of, weight_shape
 from tensorsurgeon.verifying.parts import MARKERS, describe_stored, is_stored_quantized
-from tensorsurgeon.verifying.reading import Reader
 from tensorsurgeon.verifying.side_files import QUANTIZATION_FILES
 from tensorsurgeon.verifying.weights import groups_of
 
@@ -51,7 +51,7 @@ def tensors_by_module(specs: SpecMap) -> dict[str, dict[str, TensorSpec]]:
     return modules
 
 
-def check_described(reader: Reader, claims: Claims | None, findings: Findings, *, known_method: bool) -> Described:
+def check_described(reader: TensorReader, claims: Claims | None, findings: Findings, *, known_method: bool) -> Described:
     """Compare config and tensors; ``known_method`` is false where the config is of a method nobody here reads."""
     specs = reader.specs
     by_module = tensors_by_module(specs)
@@ -110,7 +110,7 @@ def _fault_unclaimed(name: str, tensors: Mapping[str, TensorSpec], claims: Claim
 
 
 def _check_module(
-    reader: Reader, name: str, tensors: Mapping[str, TensorSpec], claim: Claim, findings: Findings
+    reader: TensorReader, name: str, tensors: Mapping[str, TensorSpec], claim: Claim, findings: Findings
 ) -> Module | None:
     """The module if every tensor of its claim is there with the right dtype and shape, and no other is."""
     main = tensors.get(main_of(claim))

@@ -13,9 +13,9 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from tensorsurgeon.checkpoint.tensor_reader import CHUNK_BYTES, TensorReader
 from tensorsurgeon.tensors.spec import TensorSpec
 from tensorsurgeon.verifying.findings import Findings
-from tensorsurgeon.verifying.reading import CHUNK_BYTES, Reader
 
 _JOB_BYTES: Final = 32 << 20
 
@@ -60,7 +60,7 @@ class _Bad(NamedTuple):
 class FiniteCheck:
     """Looks at bytes of shards as others read them, from any thread; ``rest`` reads what nobody looked at."""
 
-    def __init__(self, reader: Reader, quantized: Collection[str]) -> None:
+    def __init__(self, reader: TensorReader, quantized: Collection[str]) -> None:
         """``quantized``: modules whose tensors are left out."""
         self._reader = reader
         self._lock = threading.Lock()

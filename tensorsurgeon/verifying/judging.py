@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME, Checkpoint, open_checkpoint
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import CheckpointError, SurgeonError
 from tensorsurgeon.machine.limits import usable_cores
 from tensorsurgeon.verifying.against import dropped_by_record, pair_tensors
@@ -21,7 +22,6 @@ from tensorsurgeon.verifying.fidelity import Fidelity
 from tensorsurgeon.verifying.findings import Fault, Findings, Note
 from tensorsurgeon.verifying.finite import FiniteCheck
 from tensorsurgeon.verifying.planned import pair_by_plan
-from tensorsurgeon.verifying.reading import Reader
 from tensorsurgeon.verifying.recipes import recorded_calls, replayed
 from tensorsurgeon.verifying.siblings import check_expert_shapes, check_experts, check_global_scales, check_siblings
 from tensorsurgeon.verifying.side_files import check_files_against, check_readable, check_recorded_files
@@ -91,7 +91,7 @@ def verify(
     if is_one_shard(checkpoint):
         return _judge_shard(Path(target), checkpoint, source, findings, count, progress)
     with ExitStack() as stack:
-        reader = stack.enter_context(Reader(checkpoint, progress))
+        reader = stack.enter_context(TensorReader(checkpoint, progress=progress))
         record = read_record_to_judge(checkpoint.root, findings)
         claims = read_claims(checkpoint.specs, findings)
         # Where the config cannot be read, faults say so already, and judging modules by it would only repeat them.
@@ -108,7 +108,7 @@ def verify(
         equal = 0
         compared: list[Fidelity] = []
         if source is not None:
-            original = stack.enter_context(Reader(source, progress))
+            original = stack.enter_context(TensorReader(source, progress=progress))
             compared, equal = _check_against(original, reader, described, record, findings, count)
             check_files_against(source, checkpoint, findings)
     label = None if claims is None else claims.label
@@ -124,14 +124,14 @@ def _judge_shard(
             "is one of several shards, and a source can only be compared with all of them; give the folder", where=str(path)
         )
     findings.note("one-shard", path.name, "is one of several shards, so only its header and digests were judged")
-    with Reader(checkpoint, progress) as reader:
+    with TensorReader(checkpoint, progress=progress) as reader:
         record = read_record_to_judge(checkpoint.root, findings)
         digested = _check_bytes(reader, record, Described({}, {}), findings, workers)
     return _result(path, checkpoint, None, Described({}, {}), digested, None, 0, (), findings)
 
 
 def _check_bytes(
-    reader: Reader, record: dict[str, Any] | None, described: Described, findings: Findings, workers: int
+    reader: TensorReader, record: dict[str, Any] | None, described: Described, findings: Findings, workers: int
 ) -> int | None:
     """Digests of shards and files where a record has them, and in the same pass whether floats are numbers."""
     finite = FiniteCheck(reader, described.stored)
@@ -146,7 +146,12 @@ def _check_bytes(
 
 
 def _check_against(
-    original: Reader, reader: Reader, described: Described, record: dict[str, Any] | None, findings: Findings, workers: int
+    original: TensorReader,
+    reader: TensorReader,
+    described: Described,
+    record: dict[str, Any] | None,
+    findings: Findings,
+    workers: int,
 ) -> tuple[list[Fidelity], int]:
     """Compare with the source: as the recorded recipe says where there is one, else by names and contents."""
     source = original.specs

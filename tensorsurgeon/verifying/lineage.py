@@ -15,12 +15,12 @@ from typing import Final
 
 import numpy as np
 
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader, elements
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.resolving import Piece, Task
 from tensorsurgeon.tensors.spec import Region, TensorSpec
 from tensorsurgeon.verifying.described import Described
 from tensorsurgeon.verifying.layouts import stored_weight
-from tensorsurgeon.verifying.reading import Reader, elements
 
 # Arrays that were computed and may be asked for again: the parts of one transposed stack come one after the other.
 _KEPT_ARRAYS: Final = 2
@@ -34,7 +34,7 @@ class UnknownStepError(Exception):
 class Lineage:
     """Bytes of planned tensors, from any thread."""
 
-    def __init__(self, plan: Plan, source: Reader, modules: Described) -> None:
+    def __init__(self, plan: Plan, source: TensorReader, modules: Described) -> None:
         self.plan, self.source, self._modules = plan, source, modules
         self._names = list(plan.source.specs)
         self._lock = threading.RLock()

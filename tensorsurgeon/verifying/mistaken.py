@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.verifying import fidelity
 from tensorsurgeon.verifying.claims import Claim
 from tensorsurgeon.verifying.described import Module
 from tensorsurgeon.verifying.layouts import stored_weight
-from tensorsurgeon.verifying.reading import Reader
 from tensorsurgeon.verifying.weights import Weight
 
 
-def other_readings(reader: Reader, module: Module, source: Weight) -> str:
+def other_readings(reader: TensorReader, module: Module, source: Weight) -> str:
     """A clause that names the reading under which the weight is sound; empty if none is."""
     for claim, words in _alternatives(module.claim):
         result = fidelity.compare(module.name, source, stored_weight(reader, module.name, claim, module.shape), claim)

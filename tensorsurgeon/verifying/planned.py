@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.resolving import Piece, Task
 from tensorsurgeon.tensors.spec import TensorSpec
@@ -12,7 +13,6 @@ from tensorsurgeon.verifying.against import Pair, Pairing, Part, SameBytes, Same
 from tensorsurgeon.verifying.described import Described, Module
 from tensorsurgeon.verifying.findings import Findings
 from tensorsurgeon.verifying.lineage import Lineage, PlannedTensor
-from tensorsurgeon.verifying.reading import Reader
 
 # Steps whose outputs are rounded: compared as values, and not byte for byte.
 _ROUNDED = ("Cast", "Dequantize")
@@ -20,7 +20,7 @@ _CODED = ("Quantize", "Repack")
 
 
 def pair_by_plan(
-    plan: Plan, source: Reader, source_modules: Described, target: Reader, modules: Described, findings: Findings
+    plan: Plan, source: TensorReader, source_modules: Described, target: TensorReader, modules: Described, findings: Findings
 ) -> Pairing:
     """Each tensor that the plan makes, with the bytes or the weight it should hold; faults for what is not there."""
     lineage = Lineage(plan, source, source_modules)

@@ -14,11 +14,11 @@ import xxhash
 from tensorsurgeon.checkpoint.folder import RECORD_NAME, STATE_FOLDER, Checkpoint, Oddity, open_checkpoint
 from tensorsurgeon.checkpoint.header import read_header
 from tensorsurgeon.checkpoint.layout import INDEX_NAME
+from tensorsurgeon.checkpoint.tensor_reader import CHUNK_BYTES, TensorReader
 from tensorsurgeon.errors import CheckpointError, HeaderError, SurgeonError
 from tensorsurgeon.running.record import Range, read_record, recorded_ranges
 from tensorsurgeon.verifying.findings import Findings
 from tensorsurgeon.verifying.finite import FiniteCheck
-from tensorsurgeon.verifying.reading import CHUNK_BYTES, Reader
 
 # ``model-00002-of-00005.safetensors``, but not 1 of 1.
 _OF_SEVERAL: Final = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.safetensors$")
@@ -114,7 +114,7 @@ def read_record_to_judge(root: Path, findings: Findings) -> dict[str, Any] | Non
         return None
 
 
-def check_digests(reader: Reader, record: dict[str, Any], finite: FiniteCheck, findings: Findings, workers: int) -> int:
+def check_digests(reader: TensorReader, record: dict[str, Any], finite: FiniteCheck, findings: Findings, workers: int) -> int:
     """Compare every byte range that ``surgeon.json`` knows; the bytes compared. What is read is looked at for NaN too."""
     checkpoint = reader.checkpoint
     numbers = {shard.path.name: number for number, shard in enumerate(checkpoint.shards)}

@@ -13,10 +13,10 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.tensors.spec import TensorSpec
 from tensorsurgeon.verifying.claims import Claim
 from tensorsurgeon.verifying.parts import Part
-from tensorsurgeon.verifying.reading import Reader
 
 
 class Weight(Protocol):
@@ -36,7 +36,7 @@ class Weight(Protocol):
 class FloatWeight:
     """Rows ``first`` onwards of a float tensor, of which they may be a part (one expert of a stacked tensor)."""
 
-    reader: Reader
+    reader: TensorReader
     name: str
     shape: tuple[int, int]
     first: int = 0
@@ -55,7 +55,7 @@ class CodedWeight(ABC):
     MAIN: ClassVar[str]
     """Local name of the tensor that holds the codes."""
 
-    def __init__(self, reader: Reader, module: str, claim: Claim, shape: tuple[int, int]) -> None:
+    def __init__(self, reader: TensorReader, module: str, claim: Claim, shape: tuple[int, int]) -> None:
         self.reader, self.module, self.claim, self.shape = reader, module, claim, shape
 
     @classmethod

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.formats.registry import detect, quantization_config
 from tensorsurgeon.verifying.described import check_described
 from tensorsurgeon.verifying.dialects import DIALECTS, read_claims
 from tensorsurgeon.verifying.findings import Findings
 from tensorsurgeon.verifying.layouts import stored_weight
-from tensorsurgeon.verifying.reading import Reader
 from tests.verifying.subjects import GOLDEN, RECIPES, subject
 from tests.verifying.test_good_checkpoints import PEERS
 
@@ -33,7 +33,7 @@ def test_judge_and_format_see_the_same_modules_and_codes(name: str) -> None:
     assert layout is not None
     assert config is not None
     schemes = layout.read_config(config, specs)
-    with Reader(checkpoint) as reader:
+    with TensorReader(checkpoint) as reader:
         findings = Findings()
         modules = check_described(reader, read_claims(specs, findings), findings, known_method=True).modules
         assert modules.keys() == schemes.keys()
@@ -63,7 +63,7 @@ def test_judge_and_format_see_the_same_modules_and_codes(name: str) -> None:
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_rows_do_not_depend_on_where_they_are_cut(name: str) -> None:
     checkpoint = open_checkpoint(folder_of(name), tolerant=True)
-    with Reader(checkpoint) as reader:
+    with TensorReader(checkpoint) as reader:
         findings = Findings()
         modules = check_described(reader, read_claims(checkpoint.specs, findings), findings, known_method=True).modules
         module = next(iter(modules.values()))

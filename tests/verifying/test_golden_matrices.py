@@ -7,11 +7,11 @@ from typing import Any, Final
 import pytest
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.tensors.dtypes import F8_E4M3
 from tensorsurgeon.verifying import fidelity
 from tensorsurgeon.verifying.claims import Claim
 from tensorsurgeon.verifying.layouts import stored_weight
-from tensorsurgeon.verifying.reading import Reader
 from tensorsurgeon.verifying.weights import FloatWeight
 from tests.verifying.subjects import GOLDEN
 
@@ -75,7 +75,7 @@ CLIPPED: Final = {"gptqmodel-int8-g32-v1": ("edges",)}
 def test_matrices_of_the_tool_are_their_source(stem: str) -> None:
     claim = CLAIMS[stem]
     source, stored = open_checkpoint(MATRICES / "source.safetensors"), open_checkpoint(MATRICES / f"{stem}.safetensors")
-    with Reader(source) as original, Reader(stored) as reader:
+    with TensorReader(source) as original, TensorReader(stored) as reader:
         # Infinite scales of the largest weights are the tools' own; stacks are no matrices.
         modules = {name.rpartition(".")[0] for name in stored.specs} - {"extremes", "stacked", *CLIPPED.get(stem, ())}
         assert modules

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tensorsurgeon.calibrate.walk.naming import Loading, NameMap, ParameterRows, map_names, trace_rows
-from tensorsurgeon.calibrate.walk.reading import TensorReader
 from tensorsurgeon.checkpoint.folder import Checkpoint
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import CheckpointError, PlanError
 from tensorsurgeon.quant.rtn.plain_torch import tensor_of
 
@@ -110,7 +110,7 @@ class StreamedModel:
         # First, while parameters are on the meta device: transformers initialises a module's weights along with its buffers.
         _make_buffers(self.model, prefix, module, self.layers if not complete else (), self.device)
         for loading in loadings:
-            tensors = {name: tensor_of(reader.whole(name)) for name in loading.names}
+            tensors = {name: _weight(reader, name) for name in loading.names}
             for target, value in self.names.convert(loading, tensors).items():
                 self._set(target, value)
         if complete:
@@ -137,6 +137,17 @@ class StreamedModel:
             owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             owner._buffers[leaf] = value
+
+
+def _weight(reader: TensorReader, name: str) -> Tensor:
+    """A whole tensor in its own dtype; CheckpointError for one that is no plain float."""
+    spec = reader.specs[name]
+    if not spec.dtype.is_float or spec.dtype.bits < 16:
+        raise CheckpointError(
+            f"{spec}: the walk needs weights in BF16, F16 or F32; dequantize the checkpoint first",
+            where=str(reader.checkpoint.root),
+        )
+    return tensor_of(reader.array(name))
 
 
 def _build_on_meta(checkpoint: Checkpoint, experts_implementation: str | None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.tensors.spec import TensorSpec
 from tensorsurgeon.verifying.claims import Claim
 from tensorsurgeon.verifying.layouts.ct_packed import CtPacked
@@ -12,7 +13,6 @@ from tensorsurgeon.verifying.layouts.plain import Plain
 from tensorsurgeon.verifying.layouts.quark_packed import QuarkPacked
 from tensorsurgeon.verifying.layouts.words import Awq, Gptq
 from tensorsurgeon.verifying.parts import MARKERS, Part, describe_stored, is_stored_quantized
-from tensorsurgeon.verifying.reading import Reader
 from tensorsurgeon.verifying.weights import CodedWeight
 
 __all__ = ["LAYOUTS", "MARKERS", "Part", "describe_stored", "is_stored_quantized", "main_of", "parts_of", "stored_weight"]
@@ -37,6 +37,6 @@ def parts_of(claim: Claim, shape: tuple[int, int]) -> tuple[Part, ...]:
     return LAYOUTS[claim.layout].parts(claim, shape)
 
 
-def stored_weight(reader: Reader, module: str, claim: Claim, shape: tuple[int, int]) -> CodedWeight:
+def stored_weight(reader: TensorReader, module: str, claim: Claim, shape: tuple[int, int]) -> CodedWeight:
     """The weight of a module whose tensors are those of its claim."""
     return LAYOUTS[claim.layout](reader, module, claim, shape)

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from torch import nn
 
+from tensorsurgeon.calibrate.walk.experts import ExpertStack
 from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.calibrate.walk.naming import ParameterRows, rows_of
-from tensorsurgeon.calibrate.walk.reading import TensorReader
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import PlanError
 from tensorsurgeon.formats.coding import written_by
 from tensorsurgeon.planning.plan import Plan
@@ -28,7 +30,7 @@ class SourceRows(NamedTuple):
 
 
 @dataclass
-class Target:
+class Linear:
     """One weight to quantize: its spec under the name it has by then, and the checkpoint rows it is made of.
 
     ``units`` are the plan's units that write it.
@@ -57,7 +59,7 @@ class Target:
         return array
 
 
-def find_targets(plan: Plan, model: StreamedModel | None) -> list[Target]:
+def find_linears(plan: Plan, model: StreamedModel | None) -> list[Linear]:
     """Every weight that a step with method ``gptq`` or ``imatrix`` quantizes, in the order of the plan's units.
 
     ``layer`` is None, with a reason, for weights that no statistics can be had for: outside the decoder layers, or not
@@ -65,7 +67,7 @@ def find_targets(plan: Plan, model: StreamedModel | None) -> list[Target]:
     """
     layer_of = {} if model is None else {name: n for n in range(len(model.layers)) for name in model.source_names(n)}
     specs = list(plan.source.specs.values())
-    found: dict[tuple[int, str], Target] = {}
+    found: dict[tuple[int, str], Linear] = {}
     chunks: dict[tuple[int, str], list[tuple[int, list[SourceRows] | None]]] = {}
     for number, unit in enumerate(plan.units):
         for task in unit.tasks:
@@ -77,11 +79,11 @@ def find_targets(plan: Plan, model: StreamedModel | None) -> list[Target]:
                 raise PlanError(f"method {written.method} chooses integer codes; {scheme.type} has only method rtn")
             for region, pieces in zip(task.rewrite.inputs, task.inputs, strict=True):
                 key = (task.step, region.spec.name)
-                target = found.setdefault(key, Target(region.spec, scheme, written.method, None))
-                target.units.add(number)
+                linear = found.setdefault(key, Linear(region.spec, scheme, written.method, None))
+                linear.units.add(number)
                 chunks.setdefault(key, []).append((region.start or 0, _source_rows(region, pieces, specs)))
-    for key, target in found.items():
-        _place(target, sorted(chunks[key], key=lambda chunk: chunk[0]), layer_of)
+    for key, linear in found.items():
+        _place(linear, sorted(chunks[key], key=lambda chunk: chunk[0]), layer_of)
     return list(found.values())
 
 
@@ -98,28 +100,43 @@ def _source_rows(region: Region, pieces: Pieces, specs: Sequence[TensorSpec]) ->
     return rows
 
 
-def _place(target: Target, chunks: list[tuple[int, list[SourceRows] | None]], layer_of: Mapping[str, int]) -> None:
+def _place(linear: Linear, chunks: list[tuple[int, list[SourceRows] | None]], layer_of: Mapping[str, int]) -> None:
     for _, rows in chunks:
         if rows is None:
-            target.reason = "is not made of whole rows of the checkpoint's tensors"
+            linear.reason = "is not made of whole rows of the checkpoint's tensors"
             return
-        target.rows += rows
-    layers = {layer_of.get(name) for name, _, _ in target.rows}
+        linear.rows += rows
+    layers = {layer_of.get(name) for name, _, _ in linear.rows}
     if len(layers) > 1:
-        target.reason = "is made of tensors of several layers"
+        linear.reason = "is made of tensors of several layers"
     elif layers == {None}:
-        target.reason = "lies outside the decoder layers that transformers runs"
+        linear.reason = "lies outside the decoder layers that transformers runs"
     else:
-        (target.layer,) = layers
+        (linear.layer,) = layers
+
+
+def linears_by_layer(linears: Sequence[Linear], count: int) -> dict[int, list[Linear]]:
+    """Linears by layer; those whose units also write what belongs to another layer are rounded to nearest."""
+    layers: dict[int, set[int]] = {}
+    for linear in linears:
+        for unit in linear.units:
+            layers.setdefault(unit, set()).add(-1 if linear.layer is None else linear.layer)
+    found: dict[int, list[Linear]] = {}
+    for linear in linears:
+        if linear.layer is not None and any(layers[unit] != {linear.layer} for unit in linear.units):
+            linear.layer, linear.reason = None, "is written together with weights of another layer"
+        if linear.layer is not None:
+            found.setdefault(linear.layer, []).append(linear)
+    return {number: found[number] for number in range(count) if number in found}
 
 
 class Part(NamedTuple):
-    """Rows ``start`` to ``stop`` of a target, all of one parameter and, in stacked experts, of one expert.
+    """Rows ``start`` to ``stop`` of a linear, all of one parameter and, in stacked experts, of one expert.
 
     ``key`` names the input whose statistics they go by.
     """
 
-    target: int
+    linear: int
     start: int
     stop: int
     rows: ParameterRows
@@ -128,21 +145,21 @@ class Part(NamedTuple):
 
 
 def parts_of(
-    targets: Sequence[Target], traced: Mapping[str, list[tuple[int, ParameterRows]]], keys: Keys
+    linears: Sequence[Linear], traced: Mapping[str, list[tuple[int, ParameterRows]]], keys: Keys
 ) -> tuple[list[Part], dict[int, str]]:
-    """The parts of each target, and the targets that have none, with the reason."""
+    """The parts of each linear, and the linears that have none, with the reason."""
     parts: list[Part] = []
     without: dict[int, str] = {}
-    for number, target in enumerate(targets):
+    for number, linear in enumerate(linears):
         mine: list[Part] = []
         position = 0
-        for name, start, stop in target.rows:
+        for name, start, stop in linear.rows:
             for rows in rows_of(traced.get(name, []), start, stop) or ():
                 for cut, key, expert in keys.split(rows):
                     size = cut.stop - cut.start
                     mine.append(Part(number, position, position + size, cut, key, expert))
                     position += size
-        if position == target.weight.rows:
+        if position == linear.weight.rows:
             parts += mine
         else:
             without[number] = "is no linear layer whose input can be observed"
@@ -173,3 +190,13 @@ class Keys:
             result.append((ParameterRows(rows.parameter, start, stop), key, expert))
             start = stop
         return result
+
+
+def keys_of(name: str, layer: nn.Module, stacks: Sequence[ExpertStack], own: Mapping[str, bool]) -> Keys:
+    """The keys of a layer called ``name``; ``own`` says which first projections have a Hessian per expert."""
+    linears = {f"{name}.{local}" for local, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    heights = {}
+    for stack in stacks:
+        heights[stack.first_name] = (stack.first_shape[1], not own[stack.first_name])
+        heights[stack.down_name] = (stack.down_shape[1], False)
+    return Keys(linears, heights)

@@ -17,18 +17,22 @@ from tensorsurgeon.tensors.spec import TensorSpec
 CHUNK_BYTES = 1 << 20
 
 
-class Reader:
+class TensorReader:
     """Tensors of one checkpoint by name; safe to use from many threads.
 
-    ``progress`` is told how many bytes were read.
+    ``source`` are its shards where somebody else has them open and closes them; ``progress`` is told how many bytes
+    were read.
     """
 
-    def __init__(self, checkpoint: Checkpoint, progress: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, source: Source | None = None, progress: Callable[[int], None] = lambda _: None
+    ) -> None:
         self.checkpoint = checkpoint
         self.specs = checkpoint.specs
         self._progress = progress
         self._locations: dict[str, Location] = dict(zip(checkpoint.specs, checkpoint.locations, strict=True))
-        self._source = Source(checkpoint)
+        self._source = source or Source(checkpoint)
+        self._is_own = source is None
 
     def location(self, name: str) -> Location:
         """Which shard a tensor lies in, and where."""
@@ -59,9 +63,19 @@ class Reader:
         data = self.bytes_of(name, start * row, (stop - start) * row)
         return elements(data, spec).reshape(stop - start, prod(spec.shape[-1:]) if len(spec.shape) > 1 else 1)
 
+    def rows_into(self, name: str, start: int, stop: int, view: memoryview) -> int:
+        """Fill the front of ``view`` with rows of a tensor seen as [-1, last axis]; returns their bytes."""
+        spec = self.specs[name]
+        shard, offset = self._locations[name]
+        nbytes = (stop - start) * spec.row_bytes
+        self._source.read_into(shard, offset + start * spec.row_bytes, view[:nbytes])
+        self._progress(nbytes)
+        return nbytes
+
     def close(self) -> None:
-        """Let go of the files."""
-        self._source.close()
+        """Let go of the files that it opened itself."""
+        if self._is_own:
+            self._source.close()
 
     def __enter__(self) -> Self:
         return self
