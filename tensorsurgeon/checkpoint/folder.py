@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from tensorsurgeon.checkpoint.header import ShardHeader, read_header
 from tensorsurgeon.checkpoint.layout import INDEX_NAME
+from tensorsurgeon.checkpoint.quantization import with_quantization_beside
 from tensorsurgeon.errors import CheckpointError, ConfigError, IndexMismatchError, MissingTensorError, did_you_mean
 from tensorsurgeon.tensors.names import canonical_order, natural_key
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
@@ -222,6 +223,7 @@ def _assemble(
             raise IndexMismatchError(f"{faults[0]}{more}; the index is stale", where=str(root / INDEX_NAME))
         oddities += faults
     config_text, config = _read_config(root if single is None or (root / "config.json").exists() else None)
+    config = config if single else with_quantization_beside(config, root, (spec for spec, _ in found))
     # Of the folder of a single file only the config belongs to it for certain.
     side_files, left_behind, strange = _other_files(root, {p.name for p in paths}) if single is None else ((), (), [])
     oddities += strange
