@@ -45,7 +45,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def room_of(module: str) -> str:
-    """``tensorsurgeon.quant.scheme`` is in the room ``quant``; everything called ``cli_...`` in ``cli``."""
+    """``tensorsurgeon.quant.scheme`` is in the room ``quant``."""
     room = module.split(".")[1]
     return "cli" if room.startswith("cli") else room
 

@@ -19,6 +19,7 @@ import xxhash
 from tensorsurgeon.checkpoint.header import ShardHeader, read_header
 from tensorsurgeon.checkpoint.index import Index, compare_index, read_index
 from tensorsurgeon.checkpoint.layout import STEMS
+from tensorsurgeon.checkpoint.quantization import with_quantization_beside
 from tensorsurgeon.checkpoint.side_files import SideFiles, side_files
 from tensorsurgeon.checkpoint.small_files import MAX_CONFIG_BYTES, Stamp, parse_json, read_small
 from tensorsurgeon.checkpoint.weight_files import shards_without_index
@@ -226,6 +227,7 @@ def _assemble(
         more = f" ({len(faults)} such tensors)" if len(faults) > 1 else ""
         raise IndexMismatchError(f"{faults[0]}{more}; the index is stale", where=str(index.path if index else root))
     config_text, config, stamps = _read_config(root)
+    config = config if single else with_quantization_beside(config, root, (spec for spec, _ in found))
     # Of the folder of a single file only the config belongs to it for certain.
     own = {*(p.name for p in paths), *_INDEX_NAMES, CONFIG_NAME, RECORD_NAME}
     others = side_files(root, own) if single is None else SideFiles({}, (), ())

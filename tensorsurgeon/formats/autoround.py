@@ -15,7 +15,7 @@ import numpy as np
 
 from tensorsurgeon.errors import ConfigError, SpecError
 from tensorsurgeon.formats.awq_words import awq_tensors, awq_weight_shape, pack_awq, unpack_awq
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel, Word
+from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel, Word
 from tensorsurgeon.formats.config_reading import TOP, boolean, integer, modules_with, one_of, schemes_of, strings
 from tensorsurgeon.formats.coverage import Coverage, activations_of, cover
 from tensorsurgeon.formats.gptq_dynamic import base_scheme
@@ -44,7 +44,7 @@ _REGEX_CHARACTERS: Final = frozenset(r"*+?^$()[]{}|\\")
 
 
 @dataclass(frozen=True, slots=True)
-class AutoRound:
+class AutoRound(Format):
     """W2A16 to W8A16 (4 bits for AWQ's words)."""
 
     packing_format: Literal["auto_round:auto_gptq", "auto_round:auto_awq", "auto_round", "auto_round:gptqmodel"] = (
@@ -57,9 +57,9 @@ class AutoRound:
     activations: ClassVar[tuple[str, ...]] = ("none",)
 
     @staticmethod
-    def word_in(config: Mapping[str, Any]) -> Word:
+    def word_in(config: Mapping[str, Any], specs: SpecMap) -> Word:
         """``packing_format``; without it, GPTQ v1."""
-        return Word(f"{TOP}.packing_format", config.get("packing_format") or GPTQ_V1)
+        return Word(f"{TOP}.packing_format", (config.get("packing_format") or GPTQ_V1,))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], specs: SpecMap) -> Self:

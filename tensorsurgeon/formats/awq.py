@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
 from tensorsurgeon.errors import SpecError
 from tensorsurgeon.formats.awq_words import awq_tensors, awq_weight_shape, pack_awq, unpack_awq
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel, Word
+from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel, Word
 from tensorsurgeon.formats.config_reading import TOP, boolean, integer, modules_with, one_of, schemes_of, strings
 from tensorsurgeon.formats.coverage import Coverage, activations_of, cover
 from tensorsurgeon.formats.scales import with_scale_dtype
@@ -27,7 +27,7 @@ from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Awq:
+class Awq(Format):
     """W4A16 in groups or per channel."""
 
     name: ClassVar[str] = "awq"
@@ -36,14 +36,9 @@ class Awq:
     activations: ClassVar[tuple[str, ...]] = ("none",)
 
     @staticmethod
-    def word_in(config: Mapping[str, Any]) -> Word:
+    def word_in(config: Mapping[str, Any], specs: SpecMap) -> Word:
         """``version``; without it, GEMM."""
-        return Word(f"{TOP}.version", config.get("version") or "gemm")
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], specs: SpecMap) -> Self:
-        """There is nothing to set up."""
-        return cls()
+        return Word(f"{TOP}.version", (config.get("version") or "gemm",))
 
     def default_scheme(self) -> Scheme:
         """Asymmetric, in groups of 128, as AutoAWQ does it."""

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
 from tensorsurgeon.formats import ct_config
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel
 from tensorsurgeon.formats.config_reading import modules_with, one_of
 from tensorsurgeon.formats.coverage import activations_of
 from tensorsurgeon.formats.scales import loaded_scale, stored_scale, with_scale_dtype
+from tensorsurgeon.formats.stored_checks import axes
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_scheme
 from tensorsurgeon.quant.bitpack import pack_nibbles, unpack_nibbles
 from tensorsurgeon.quant.scheme import Quantized, Scheme
@@ -28,7 +29,7 @@ LAYOUT = "nvfp4-pack-quantized"
 
 
 @dataclass(frozen=True, slots=True)
-class CtNvfp4:
+class CtNvfp4(Format):
     """W4A16: groups of 16 with E4M3 scales, under one F32 scale per weight.
 
     vLLM takes one global scale for a fused module: siblings (q, k and v; gate and up) must be quantized with the
@@ -40,11 +41,6 @@ class CtNvfp4:
     words: ClassVar[tuple[str, ...]] = (LAYOUT,)
     activations: ClassVar[tuple[str, ...]] = ("none",)
     word_in = staticmethod(ct_config.word_in)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], specs: SpecMap) -> Self:
-        """There is nothing to set up."""
-        return cls()
 
     def default_scheme(self) -> Scheme:
         """The only one there is."""
@@ -89,7 +85,7 @@ class CtNvfp4:
 
     def weight_shape(self, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
         """Two codes per byte of ``weight_packed``."""
-        rows, columns = tensors["weight_packed"].shape
+        rows, columns = axes(tensors, "weight_packed")
         return rows, columns * 2
 
     def unpack(self, arrays: Mapping[str, np.ndarray], scheme: Scheme) -> Quantized:

@@ -40,9 +40,9 @@ class HfFp8(PlainCodes):
     blocks: ClassVar[tuple[tuple[int, int] | None, ...]] = (BLOCK,)
 
     @staticmethod
-    def word_in(config: Mapping[str, Any]) -> Word:
+    def word_in(config: Mapping[str, Any], specs: SpecMap) -> Word:
         """``fmt``."""
-        return Word(f"{TOP}.fmt", config.get("fmt") or "e4m3")
+        return Word(f"{TOP}.fmt", (config.get("fmt") or "e4m3",))
 
     def config_files(self, model: QuantizedModel) -> ConfigFiles:
         """Exceptions by exact name: readers of this dialect take no expressions.

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 
+from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
+from tensorsurgeon.formats.stored_checks import axes
 from tensorsurgeon.formats.weight_checks import blocks_of, check_group_size, check_matrix, check_scheme
 from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES, DType
-from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
+from tensorsurgeon.tensors.spec import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class PlainCodes:
+class PlainCodes(Format):
     """``weight`` [N, K] in ``codes`` and a scale per row or per block of it.
 
     ``default``: the scheme used where nothing is said. ``scale_name``: the tensor of the scales; ``stored_as``: their
@@ -36,11 +38,6 @@ class PlainCodes:
     scale_dtypes: ClassVar[tuple[DType, ...]] = WEIGHT_DTYPES
     vector: ClassVar[bool] = False
     blocks: ClassVar[tuple[tuple[int, int] | None, ...]] = (None,)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], specs: SpecMap) -> Self:
-        """There is nothing to set up."""
-        return cls()
 
     def default_scheme(self) -> Scheme:
         """``default``."""
@@ -62,6 +59,8 @@ class PlainCodes:
         shape: tuple[int, ...] = (rows,) if self.vector else (rows, 1)
         if scheme.block is not None:
             shape = blocks_of(rows, columns, scheme.block)
+        elif scheme.group_size == 0:
+            shape = (1,)
         scale_dtype = scheme.scale_dtype or self.stored_as or weight.dtype
         return TensorSpec("weight", self.codes, (rows, columns)), TensorSpec(self.scale_name, scale_dtype, shape)
 
@@ -80,11 +79,12 @@ class PlainCodes:
 
     def weight_shape(self, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
         """That of ``weight``."""
-        rows, columns = tensors["weight"].shape
+        rows, columns = axes(tensors, "weight")
         return rows, columns
 
     def unpack(self, arrays: Mapping[str, np.ndarray], scheme: Scheme) -> Quantized:
         """Scales per row as [N] and as [N, 1]; zero points beside them, which some exporters write, are all 0."""
         codes = arrays["weight"]
-        shape = (len(codes), 1) if scheme.block is None else None
-        return Quantized(codes, loaded_scale(arrays[self.scale_name], shape))
+        shape = (len(codes), 1) if scheme.block is None else blocks_of(len(codes), codes.shape[1], scheme.block)
+        scale = loaded_scale(arrays[self.scale_name])
+        return Quantized(codes, np.broadcast_to(scale.reshape(-1, 1), shape) if scheme.group_size == 0 else scale.reshape(shape))

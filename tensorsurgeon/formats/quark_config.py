@@ -124,10 +124,10 @@ def read_config(
     return schemes_of(stored, specs, scheme_for, scale_name="weight_scale", unquantized_key="exclude")
 
 
-def word_in(config: Mapping[str, Any]) -> Word:
+def word_in(config: Mapping[str, Any], specs: SpecMap) -> Word:
     """The ``dtype`` of weights in general; ConfigError if the config says nothing of them in one mapping."""
     path = f"{TOP}.global_quant_config"
-    return Word(f"{path}.weight.dtype", _weight(section(config, "global_quant_config"), path).get("dtype"))
+    return Word(f"{path}.weight.dtype", (_weight(section(config, "global_quant_config"), path).get("dtype"),))
 
 
 def _weight(entry: Mapping[str, Any], path: str) -> Mapping[str, Any]:

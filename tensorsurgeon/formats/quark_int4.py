@@ -16,10 +16,11 @@ import numpy as np
 
 from tensorsurgeon.errors import ConfigError
 from tensorsurgeon.formats import quark_config
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel
 from tensorsurgeon.formats.config_reading import TOP, integer, modules_with, one_of, section
 from tensorsurgeon.formats.coverage import activations_of
 from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
+from tensorsurgeon.formats.stored_checks import axes
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_scheme
 from tensorsurgeon.quant.bitpack import (
     AWQ_ORDER,
@@ -35,7 +36,7 @@ from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class QuarkInt4:
+class QuarkInt4(Format):
     """W4A16, symmetric (int4) or with zero points (uint4); vLLM reads it per group."""
 
     pack_method: Literal["order", "reorder"] = "reorder"
@@ -87,6 +88,11 @@ class QuarkInt4:
         """As ``tensors`` has them."""
         return "weight", "weight_scale", *(() if scheme.symmetric else ("weight_zero_point",))
 
+    def also_reads(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
+        """The untransposed scales of Quark's file-to-file writer."""
+        rows, columns = weight.shape
+        return (TensorSpec("weight_scale", scheme.scale_dtype or F32, (rows, scheme.groups(columns))),)
+
     def can_chunk_rows(self, scheme: Scheme) -> bool:
         """Only symmetric per channel; groups are transposed and zero points share words."""
         return scheme.group_size == -1 and scheme.symmetric
@@ -108,10 +114,10 @@ class QuarkInt4:
 
     def weight_shape(self, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
         """N from the scales; K from the rows of words, which per channel must be full."""
-        scale, words = tensors["weight_scale"].shape, tensors["weight"].shape
+        words = axes(tensors, "weight")
         if scheme.group_size == -1:
             return words[0], words[1] * 8
-        columns = words[0]
+        scale, columns = axes(tensors, "weight_scale"), words[0]
         return scale[0] if _is_untransposed(scale, columns, scheme) else scale[1], columns
 
     def unpack(self, arrays: Mapping[str, np.ndarray], scheme: Scheme) -> Quantized:

@@ -7,9 +7,13 @@ from functools import cache
 from importlib import import_module
 from typing import Any, Final, NamedTuple
 
+from tensorsurgeon.checkpoint.quantization import quantization_config
 from tensorsurgeon.errors import ConfigError, RecipeError, did_you_mean
 from tensorsurgeon.formats.base import Format
+from tensorsurgeon.formats.config_reading import TOP
 from tensorsurgeon.tensors.spec import SpecMap
+
+__all__ = ("FORMATS", "Entry", "detect", "format_class", "format_named", "formats_of", "quantization_config")
 
 
 class Entry(NamedTuple):
@@ -39,6 +43,8 @@ FORMATS: Final[dict[str, Entry]] = {
     "quark-int8": Entry("quark", _HERE + "quark_int8:QuarkInt8"),
 }
 
+_READABLE: Final[dict[str, Entry]] = FORMATS
+
 
 def format_class(name: str) -> type[Format]:
     """The class of a format; RecipeError with near matches for an unknown name."""
@@ -54,36 +60,36 @@ def format_named(name: str) -> Format:
     return format_class(name)(**FORMATS[name].settings)
 
 
-def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The ``quantization_config`` of a ``config.json``, in any of the places where tools put it; None without one."""
-    inner = config.get("text_config")
-    for place in (config, inner if isinstance(inner, Mapping) else {}):
-        for key in ("quantization_config", "compression_config"):
-            found = place.get(key)
-            if isinstance(found, Mapping) and found:
-                return found
-    return None
-
-
-def detect(config: Mapping[str, Any], specs: SpecMap) -> Format | None:
-    """The format in which a checkpoint is stored, set up as its config says; None if it is not quantized.
+def formats_of(config: Mapping[str, Any], specs: SpecMap) -> tuple[Format, ...]:
+    """The formats in which a checkpoint is stored, set up as its config says; none if it is not quantized.
 
     ``config`` is the whole ``config.json``. ConfigError for a quantization that no format here reads.
     """
     found = quantization_config(config)
     if found is None:
-        return None
+        if isinstance(config.get("quantization"), Mapping) and "bits" in config["quantization"]:
+            raise ConfigError("config.json has a quantization as MLX writes it, which cannot be read; use the original model")
+        return ()
     method = found.get("quant_method")
-    classes = [_loaded(target) for target in dict.fromkeys(e.target for e in FORMATS.values() if e.quant_method == method)]
+    classes = [_loaded(target) for target in dict.fromkeys(e.target for e in _READABLE.values() if e.quant_method == method)]
     if not classes:
-        known = sorted({entry.quant_method for entry in FORMATS.values()})
-        raise ConfigError(f"quantization_config.quant_method: cannot read {method!r}; known: {', '.join(known)}")
-    for candidate in classes:
-        if candidate.word_in(found).value in candidate.words:
-            return candidate.from_config(found, specs)
-    path, value = classes[0].word_in(found)
-    words = (word for candidate in classes for word in candidate.words)
-    raise ConfigError(f"{path}: cannot read {value!r}; known: {', '.join(dict.fromkeys(words))}")
+        known = sorted({entry.quant_method for entry in _READABLE.values()})
+        raise ConfigError(f"{TOP}.quant_method: cannot read {method!r}; known: {', '.join(known)}")
+    path, values = classes[0].word_in(found, specs)
+    for value in values:
+        if not any(value in candidate.words for candidate in classes):
+            words = dict.fromkeys(str(word) for candidate in classes for word in candidate.words)
+            raise ConfigError(f"{path}: cannot read {value!r}; known: {', '.join(words)}")
+    return tuple(c.from_config(found, specs) for c in classes if any(value in c.words for value in values))
+
+
+def detect(config: Mapping[str, Any], specs: SpecMap) -> Format | None:
+    """The one format of a checkpoint, None if it is not quantized; ConfigError if it has several."""
+    formats = formats_of(config, specs)
+    if len(formats) > 1:
+        named = ", ".join(sorted(layout.name for layout in formats))
+        raise ConfigError(f"{TOP}: several layouts in one checkpoint ({named})")
+    return formats[0] if formats else None
 
 
 def _loaded(target: str) -> type[Format]:

@@ -69,6 +69,8 @@ def check_siblings(linears: Mapping[str, Scheme], unquantized: Iterable[str]) ->
 
 def describe(scheme: Scheme) -> str:
     """A scheme in the few words that tell it from others."""
-    shape = f"block {list(scheme.block)}" if scheme.block else f"group_size {scheme.group_size}"
+    shape = "one scale" if scheme.group_size == 0 else f"group_size {scheme.group_size}"
+    if scheme.block:
+        shape = f"block {list(scheme.block)}"
     kind = "" if scheme.symmetric else ", asymmetric"
     return f"{scheme.type} {scheme.num_bits} bits, {shape}{kind}"

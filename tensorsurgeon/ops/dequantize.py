@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tensorsurgeon.errors import NumericError, PlanError, SurgeonError
+import numpy as np
+
+from tensorsurgeon.errors import NumericError, SurgeonError
 from tensorsurgeon.formats.coding import stored_in
-from tensorsurgeon.formats.scales import INPUT_SCALES
-from tensorsurgeon.ops.stored_modules import stored_format, stored_modules, unpack
+from tensorsurgeon.formats.scales import INPUT_SCALES, KV_SCALES
+from tensorsurgeon.ops.stored_modules import cache_scales, stored_modules, unpack
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.quant.rtn.backend import choose_backend
 from tensorsurgeon.tensors.dtypes import DTYPES
@@ -20,24 +22,21 @@ from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 class Dequantize:
     """Replace the codes and scales of every quantized module by a ``weight`` of ``dtype``.
 
-    The format is the one that config.json names, and the quantization leaves the config. Weights are computed in F32
-    and rounded once. Static scales of a module's inputs go too: a float weight takes its inputs as they are. One-way:
-    codes cannot be told from weights.
+    The formats are those that config.json names, and the quantization leaves the config. Weights are computed in F32
+    and rounded once; what is not finite then stops the run. Static scales of a module's inputs and of a KV cache go too:
+    a float weight takes its inputs as they are. One-way: codes cannot be told from weights.
     """
 
     dtype: Literal["BF16", "F16", "F32"] = "BF16"
     backend: str = field(default="auto", repr=False)
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        layout = stored_format(specs)
         rewrites = []
-        for module in stored_modules(specs, layout, may_drop=INPUT_SCALES):
+        for module in stored_modules(specs, may_drop=(*INPUT_SCALES, *KV_SCALES)):
             target = TensorSpec(f"{module.name}.weight", DTYPES[self.dtype], module.shape)
             inputs = tuple(Region(specs[f"{module.name}.{local}"]) for local in module.tensors)
             rewrites.append(Rewrite(inputs, (Region(target),), detail=module.stored))
-        if not rewrites:
-            raise PlanError("the quantization_config names no module that is quantized; there is nothing to unpack")
-        return tuple(rewrites)
+        return (*rewrites, *cache_scales(specs))
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         target = rewrite.outputs[0].spec
@@ -45,6 +44,19 @@ class Dequantize:
         assert stored is not None  # plan put it there
         try:
             backend = choose_backend(self.backend, stored.scheme, target.dtype)
-            return (backend.dequantize(unpack(stored, inputs), stored.scheme, target.dtype),)
+            weight = backend.dequantize(unpack(stored, inputs), stored.scheme, target.dtype)
+            _refuse_nonfinite(weight)
+            return (weight,)
         except SurgeonError as error:
             raise NumericError(f"{target.module}: {error.message}") from error
+
+
+def _refuse_nonfinite(weight: Array) -> None:
+    """NumericError for infinities and NaNs: codes or scales that are none, or a product that the dtype cannot hold."""
+    wrong = ~np.isfinite(weight)
+    if wrong.any():
+        row, column = (int(i) for i in np.argwhere(wrong)[0])
+        raise NumericError(
+            f"{int(wrong.sum())} of {weight.size} weights are not finite, the first at row {row}, column {column} "
+            f"({float(weight[row, column])}): its code or scale is none, or {weight.dtype} cannot hold their product"
+        )

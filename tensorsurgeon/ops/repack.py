@@ -9,11 +9,12 @@ from typing import Literal
 
 import numpy as np
 
-from tensorsurgeon.errors import NumericError, PlanError, SpecError, SurgeonError
+from tensorsurgeon.errors import NumericError, SpecError, SurgeonError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.coding import Repacked, Stored, Written, stored_in, written_by
 from tensorsurgeon.formats.registry import format_named
-from tensorsurgeon.ops.stored_modules import model_dtype, stored_format, stored_modules, unpack
+from tensorsurgeon.formats.scales import KV_SCALES
+from tensorsurgeon.ops.stored_modules import cache_scales, model_dtype, stored_modules, unpack
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import DType
@@ -41,11 +42,10 @@ class Repack:
         return format_named(self.to)
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        source = stored_format(specs)
         dtype = model_dtype(specs)
         ways: dict[tuple[Stored, DType], Repacked] = {}
         rewrites = []
-        for module in stored_modules(specs, source):
+        for module in stored_modules(specs, may_drop=KV_SCALES):
             weight = TensorSpec(f"{module.name}.weight", dtype, module.shape)
             key = module.stored, weight.dtype
             if key not in ways:
@@ -58,9 +58,7 @@ class Repack:
             outputs = [spec._replace(name=f"{module.name}.{spec.name}") for spec in self.layout.tensors(weight, scheme)]
             inputs = tuple(Region(specs[f"{module.name}.{local}"]) for local in module.tensors)
             rewrites.append(Rewrite(inputs, tuple(map(Region, outputs)), detail=repacked))
-        if not rewrites:
-            raise PlanError("the quantization_config names no module that is quantized; there is nothing to repack")
-        return tuple(rewrites)
+        return (*rewrites, *cache_scales(specs))
 
     def _target_scheme(self, stored: Scheme, weight: TensorSpec) -> Scheme:
         symmetric = stored.symmetric if self.symmetric is None else self.symmetric

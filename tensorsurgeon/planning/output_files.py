@@ -11,17 +11,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tensorsurgeon.checkpoint.folder import Checkpoint
+from tensorsurgeon.checkpoint.quantization import FILES, quantization_config, without_quantization
 from tensorsurgeon.errors import PlanError
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
 from tensorsurgeon.formats.coding import Written, stored_in, written_by
-from tensorsurgeon.formats.registry import quantization_config
 from tensorsurgeon.planning.resolving import Resolved
 from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
 from tensorsurgeon.tensors.spec import SpecMap
 
 CONFIG_NAME = "config.json"
-# Written by some tools beside config.json, with the same content; stale as soon as config.json changes.
-QUANTIZATION_FILES = ("quantize_config.json", "quantization_config.json", "quant_config.json", "hf_quant_config.json")
+# Stale as soon as config.json changes.
+QUANTIZATION_FILES = FILES
 
 
 class OutputFiles(NamedTuple):
@@ -70,7 +70,7 @@ def output_files(source: Checkpoint, resolved: Resolved, quantized: Mapping[str,
     config: dict[str, Any] = copy.deepcopy(dict(source.config))
     if any(stored_in(rewrite.detail) for rewrites in resolved.rewrites for rewrite in rewrites):
         # Codes that were unpacked are floats now, or quantized anew; ``dtype`` stays: the model computes in it.
-        config = _without_quantization(config)
+        config = without_quantization(config)
     if quantized:
         found = quantization_config(config) or config.get("quantization_config")
         if found:
@@ -90,14 +90,6 @@ def output_files(source: Checkpoint, resolved: Resolved, quantized: Mapping[str,
     stale = set(QUANTIZATION_FILES) if config != source.config else set()
     copied = tuple(name for name in source.side_files if name not in contents and name not in stale)
     return OutputFiles(contents, copied)
-
-
-def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """A config from which every mention of the quantization is gone."""
-    edited = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
-    if isinstance(edited.get("text_config"), dict):
-        edited["text_config"] = _without_quantization(edited["text_config"])
-    return edited
 
 
 def _refuse_stale_names(kept: Mapping[str, Any], before: SpecMap, after: SpecMap) -> None:

@@ -64,6 +64,10 @@ class FastBackend:
             height, width = scheme.block
             full = scale.repeat(height, 0)[:rows].repeat(width, 1)[:, :columns]
             return np.asarray((values * full).astype(dtype.numpy, copy=False))
+        if scheme.group_size > 0 and columns % scheme.group_size:
+            # The last group is short.
+            zero = 0 if quantized.zero_point is None else _spread(quantized.zero_point, scheme.group_size, columns)
+            return np.asarray(((values - zero) * _spread(scale, scheme.group_size, columns)).astype(dtype.numpy, copy=False))
         groups = values.reshape(rows, scheme.groups(columns), -1)
         if quantized.zero_point is not None:
             groups -= quantized.zero_point.astype(np.float32)[:, :, None]
@@ -79,6 +83,11 @@ def _roundings(arithmetic: Arithmetic) -> dict[str, Any]:
         "quotient": choices.BY_RECIPROCAL if arithmetic.reciprocal else _PRECISION[arithmetic.quotient],
         "floor": np.float32(arithmetic.floor),
     }
+
+
+def _spread(by_group: np.ndarray, size: int, columns: int) -> np.ndarray:
+    """F32 [N, K] of values that groups of ``size`` inputs share."""
+    return by_group.astype(np.float32).repeat(size, 1)[:, :columns]
 
 
 def _integer(weight: np.ndarray, bits: np.ndarray, scheme: Scheme, arithmetic: Arithmetic) -> Quantized:
