@@ -17,6 +17,7 @@ from tensorsurgeon.formats.config_reading import block_size, modules_with, one_o
 from tensorsurgeon.formats.coverage import activations_of, cover
 from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
 from tensorsurgeon.formats.weight_checks import BLOCK, blocks_of, check_group_size, check_matrix, check_scheme
+from tensorsurgeon.models.experts import expert_list
 from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import BF16, F8_E4M3, F32, DType
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
@@ -95,8 +96,7 @@ class HfFp8:
         scheme = replace(self.default_scheme(), block=block_size(config, "weight_block_size"))
 
         def scheme_for(module: str) -> Scheme | None:
-            at = module.find(".experts.")
-            return None if module in left or (at >= 0 and module[: at + len(".experts")] in left) else scheme
+            return None if module in left or expert_list(module) in left else scheme
 
         return schemes_of(
             modules_with(specs, "weight", (F8_E4M3,)),
