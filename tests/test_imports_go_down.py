@@ -147,6 +147,21 @@ def test_on_disk_names_are_written_in_formats_only(path):
     assert not found
 
 
+# What families call their experts, MTP heads, routers and gates. Elsewhere they are roles (``models/roles.py``).
+OF_FAMILIES = re.compile(
+    r"\.experts\.|\bmtp\.|\b(shared_expert_gate|block_sparse_moe|in_proj_(a|b|ba))\b|\.(gate|router)\b|^(gate|router)$"
+)
+MAY_NAME_FAMILIES = {"models"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_what_families_call_things_is_written_in_models_only(path):
+    if path.relative_to(PACKAGE).parts[0] in MAY_NAME_FAMILIES:
+        return
+    found = [f"{name_of(path)}:{line}: {text[:60]!r}" for line, text in strings(path) if OF_FAMILIES.search(text)]
+    assert not found
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_torch_and_transformers_are_not_imported_at_the_top_of_what_planning_needs(path):
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")

@@ -9,6 +9,7 @@ from tensorsurgeon.engines.base import Finding, Target
 from tensorsurgeon.engines.facts import Facts
 from tensorsurgeon.engines.sharding import Linear
 from tensorsurgeon.models.fused import describe
+from tensorsurgeon.models.roles import WITHOUT_CONFIG, Role
 
 WORDS: Final = {"ct-packed", "gptq", "autoround", "awq", "quark-int4"}
 """Layouts of integers packed into words, read with BF16 activations (WNA16)."""
@@ -20,10 +21,10 @@ MARLIN_GROUPS: Final = (-1, 32, 64, 128)
 def ranks_of(linear: Linear, facts: Facts, target: Target) -> int:
     """Among how many ranks an engine cuts a linear.
 
-    vLLM keeps ``in_proj_ba`` whole on every NVIDIA rank under GPTQ, AWQ and AutoRound, for it is narrower than Marlin's tile
-    (qwen_gdn_linear_attn.py, maybe_disable_tp), and cuts it under every other layout.
+    vLLM keeps the gates of linear attention whole on every NVIDIA rank under GPTQ, AWQ and AutoRound, for they are narrower
+    than Marlin's tile (qwen_gdn_linear_attn.py, maybe_disable_tp), and cuts them under every other layout.
     """
-    whole = linear.leaf == "in_proj_ba" and facts.layout in ("gptq", "awq", "autoround")
+    whole = linear.kind is Role.LINEAR_ATTENTION_GATE and facts.layout in ("gptq", "awq", "autoround")
     return 1 if whole and target.engine == "vllm" and target.device == "gpu" else target.tp
 
 
@@ -118,7 +119,7 @@ def stacked_experts(facts: Facts, target: Target) -> Iterator[Finding]:
 def gates_without_config(facts: Facts, target: Target) -> Iterator[Finding]:
     """Routers and shared-expert gates are built without a quantization config, so their scales have no place."""
     for linear in facts.linears:
-        if linear.subject.endswith((".mlp.gate", ".shared_expert_gate", ".router", ".block_sparse_moe.gate")):
+        if linear.kind in WITHOUT_CONFIG:
             yield Finding(
                 "refuses",
                 linear.subject,

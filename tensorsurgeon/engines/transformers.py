@@ -57,7 +57,7 @@ def split_experts(facts: Facts, target: Target) -> Iterator[Finding]:
 
 def int8_beside_split_experts(facts: Facts, target: Target) -> Iterator[Finding]:
     """INT8 of compressed-tensors fails as soon as any expert is stored one by one, even in BF16."""
-    experts = next((m for m in (*facts.quantized_experts, *facts.split) if not m.startswith("mtp.")), None)
+    experts = next((m for m in (*facts.quantized_experts, *facts.split) if not facts.model.is_mtp(m)), None)
     if facts.layout == "ct-int" and experts is not None:
         reason = "INT8 does not load where experts are stored one by one, quantized or not (conversion error)"
         yield Finding("refuses", experts, reason, "tested")

@@ -28,6 +28,7 @@ from tensorsurgeon.formats.gptq_words import (
 )
 from tensorsurgeon.formats.scales import with_scale_dtype
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_multiple, check_scheme
+from tensorsurgeon.models.experts import expert_list
 from tensorsurgeon.models.fused import fused_name
 from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import F16, I32, DType
@@ -238,7 +239,7 @@ class _Reader:
         for pattern, scheme in self.expressions:
             if pattern.search(module):
                 return scheme
-        at = module.find(".experts.")
-        if at >= 0 and (prefix := module[: at + len(".experts")]) in self.exact:
-            return self.exact[prefix]
+        experts = expert_list(module)
+        if experts in self.exact:
+            return self.exact[experts]
         return self.base if not self.blocks or module.startswith(self.blocks) else None

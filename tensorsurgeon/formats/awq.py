@@ -21,6 +21,7 @@ from tensorsurgeon.formats.coverage import Coverage, activations_of, cover
 from tensorsurgeon.formats.scales import with_scale_dtype
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_multiple, check_scheme
 from tensorsurgeon.models.fused import fused_name
+from tensorsurgeon.models.mtp import MTP_WORD
 from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import F16, I32, DType
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
@@ -135,7 +136,7 @@ def modules_to_not_convert(coverage: Coverage) -> list[str]:
 
     found = dict.fromkeys(_first_unused(_candidates(module), hit, module) for module in left)
     if coverage.float_mtp:
-        found[_first_unused(("mtp",), hit, coverage.float_mtp[0])] = None
+        found[_first_unused((MTP_WORD,), hit, coverage.float_mtp[0])] = None
     return [text for text in found if not any(other != text and other in text for other in found)]
 
 

@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from typing import Final
 
 from tensorsurgeon.formats.coverage import Coverage
+from tensorsurgeon.models.mtp import MTP_EXPRESSION
 from tensorsurgeon.models.patterns import exact_pattern, patterns_for
 from tensorsurgeon.quant.scheme import Scheme
 
 ALL_LINEARS: Final = "Linear"
-MTP_IGNORED: Final = "re:^mtp.*"
 
 
 class Matcher:
@@ -49,7 +49,7 @@ def ignore_list(coverage: Coverage) -> list[str]:
         *coverage.float_linears,
         *(f"re:{pattern}" for pattern in experts),
         *(["lm_head"] if coverage.tied_head else []),
-        *([MTP_IGNORED] if coverage.float_mtp else []),
+        *([MTP_EXPRESSION] if coverage.float_mtp else []),
     ]
 
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 from tensorsurgeon.errors import ConfigError, SpecError
 from tensorsurgeon.formats.config_reading import TOP, boolean, integer
 from tensorsurgeon.formats.coverage import Coverage
 from tensorsurgeon.models.fused import fused_name
-from tensorsurgeon.models.patterns import MTP, patterns_for
+from tensorsurgeon.models.mtp import MTP_RULE, MTP_WORD, named_apart
+from tensorsurgeon.models.patterns import patterns_for
 from tensorsurgeon.quant.scheme import Scheme
-
-MTP_SKIPPED: Final = "-:.*mtp.*"
 
 
 def base_scheme(coverage: Coverage) -> Scheme:
@@ -38,10 +37,10 @@ def dynamic_rules(coverage: Coverage) -> dict[str, dict[str, Any]]:
         f"-:{pattern}": {} for pattern in patterns_for(dict.fromkeys(left), coverage.float_experts, quantized)
     }
     if coverage.float_mtp:
-        named = next((name for name in quantized if "mtp" in name), None)
+        named = next((name for name in quantized if MTP_WORD in name), None)
         if named is not None:
-            raise SpecError(f"{named} is quantized, but the rule {MTP_SKIPPED!r} for the MTP head would keep it out")
-        rules[MTP_SKIPPED] = {}
+            raise SpecError(f"{named} is quantized, but the rule {MTP_RULE!r} for the MTP head would keep it out")
+        rules[MTP_RULE] = {}
     base = base_scheme(coverage)
     groups = coverage.schemes()
     for scheme, modules in groups.items():
@@ -59,7 +58,7 @@ def dynamic_rules(coverage: Coverage) -> dict[str, dict[str, Any]]:
 
 
 def _fused(modules: list[str] | tuple[str, ...]) -> list[str]:
-    return [fused for module in modules if (fused := fused_name(module)) is not None and not module.startswith(MTP)]
+    return [fused for module in modules if (fused := fused_name(module)) is not None and not named_apart(module)]
 
 
 class DynamicRules:

@@ -15,6 +15,7 @@ from tensorsurgeon.formats.config_reading import TOP, block_size, modules_with, 
 from tensorsurgeon.formats.coverage import activations_of, cover
 from tensorsurgeon.formats.plain import PlainCodes
 from tensorsurgeon.formats.weight_checks import BLOCK
+from tensorsurgeon.models.experts import expert_list
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.dtypes import BF16, F8_E4M3, F32, DType
 from tensorsurgeon.tensors.spec import SpecMap
@@ -70,8 +71,7 @@ class HfFp8(PlainCodes):
         scheme = replace(self.default_scheme(), block=block_size(config, "weight_block_size"))
 
         def scheme_for(module: str) -> Scheme | None:
-            at = module.find(".experts.")
-            return None if module in left or (at >= 0 and module[: at + len(".experts")] in left) else scheme
+            return None if module in left or expert_list(module) in left else scheme
 
         return schemes_of(
             modules_with(specs, "weight", (F8_E4M3,)),

@@ -16,13 +16,13 @@ from tensorsurgeon.errors import ConfigError
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel, Word
 from tensorsurgeon.formats.config_reading import TOP, schemes_of, section, strings
 from tensorsurgeon.formats.coverage import Coverage, cover
+from tensorsurgeon.models.experts import expert_list
+from tensorsurgeon.models.mtp import MTP_EXPRESSION
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.spec import SpecMap
 
 DIALECT: Final = "0.13"
 """The Quark version whose config is written; its readers look at the keys, not at the number."""
-
-MTP_EXCLUDED: Final = "re:^mtp.*"
 
 
 def tensor_config(dtype: str, qscheme: str, **changed: Any) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def exclude(coverage: Coverage) -> list[str]:
     vLLM drops plain names under ``mtp.`` when it maps the main model's names, so only an expression reaches the MTP
     model; and it leaves a layer's experts alone if an entry equals or lies under ``<layer>.mlp.experts``.
     """
-    return [*coverage.left_out(), *([MTP_EXCLUDED] if coverage.float_mtp else [])]
+    return [*coverage.left_out(), *([MTP_EXPRESSION] if coverage.float_mtp else [])]
 
 
 def read_config(
@@ -157,9 +157,4 @@ class Excluded:
         self.expressions = [re.compile(e) for e in expressions]
 
     def __contains__(self, module: str) -> bool:
-        at = module.find(".experts.")
-        return (
-            module in self.exact
-            or (at >= 0 and module[: at + len(".experts")] in self.exact)
-            or any(e.match(module) for e in self.expressions)
-        )
+        return module in self.exact or expert_list(module) in self.exact or any(e.match(module) for e in self.expressions)

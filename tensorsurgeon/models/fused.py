@@ -23,7 +23,6 @@ FUSED: Final[dict[str, tuple[str, ...]]] = {
 """The fused module's last name part and its parts', in the order in which they are stacked."""
 
 FUSED_NAME: Final = {part: fused for fused, parts in FUSED.items() for part in parts}
-EXPERTS: Final = ".experts."
 
 
 def fused_name(module: str) -> str | None:
@@ -31,15 +30,6 @@ def fused_name(module: str) -> str | None:
     parent, dot, leaf = module.rpartition(".")
     fused = FUSED_NAME.get(leaf)
     return None if fused is None else parent + dot + fused
-
-
-def experts_of(module: str) -> str | None:
-    """``x.mlp.experts`` for ``x.mlp.experts.7.up_proj``; None if the module is no numbered expert."""
-    at = module.find(EXPERTS)
-    if at < 0:
-        return None
-    stop = at + len(EXPERTS)
-    return module[: stop - 1] if module[stop : stop + 1].isdigit() else None
 
 
 def check_siblings(linears: Mapping[str, Scheme], unquantized: Iterable[str]) -> None:

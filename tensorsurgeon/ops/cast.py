@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tensorsurgeon.errors import NumericError, RecipeError, SpecError, did_you_mean
+from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.tensors.arrays import empty
 from tensorsurgeon.tensors.dtypes import C64, DTYPES, F8_E8M0, F32, F64, DType
-from tensorsurgeon.tensors.names import Selector
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 # A large tensor goes piece by piece; fixed, so that no machine changes a unit.
@@ -43,7 +43,7 @@ class Cast:
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         target: DType = DTYPES[self.dtype]
         rewrites = []
-        for name in Selector(self.where, self.exclude).names(specs):
+        for name in list(selected(specs, self.where, self.exclude)):
             spec = specs[name]
             if spec.dtype is target:
                 continue

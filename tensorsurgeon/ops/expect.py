@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 
 from tensorsurgeon.errors import RecipeError, SpecError
+from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.ops.byte_move import ByteMove
 from tensorsurgeon.planning.rewriting import Rewrite
-from tensorsurgeon.tensors.names import Selector
 from tensorsurgeon.tensors.spec import SpecMap
 
 _SIZE = re.compile(r"(?:(\d+)\s*\*\s*)?([A-Za-z_][\w|]*)|(\d+)")
@@ -31,7 +31,7 @@ class Expect(ByteMove):
     exclude: tuple[str, ...] = ()
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        names = Selector(self.where, self.exclude).select(specs)
+        names = selected(specs, self.where, self.exclude)
         if not names:
             return ()
         # A multimodal model wraps the text model's config, whose model_type tells the layout.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tensorsurgeon.errors import MissingTensorError, SpecError
-from tensorsurgeon.tensors.names import Selector
+from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 Fields = tuple[tuple[str, str], ...]
@@ -18,7 +18,7 @@ def parts_by_fields(specs: SpecMap, patterns: Sequence[str]) -> dict[Fields, lis
     """
     found: dict[Fields, dict[int, TensorSpec]] = {}
     for position, pattern in enumerate(patterns):
-        for name, fields in Selector((pattern,)).select(specs).items():
+        for name, fields in selected(specs, (pattern,)).items():
             parts = found.setdefault(tuple(sorted(fields.items())), {})
             if position in parts:
                 raise SpecError(
@@ -39,7 +39,7 @@ def parts_by_fields(specs: SpecMap, patterns: Sequence[str]) -> dict[Fields, lis
 def stacks_by_fields(specs: SpecMap, where: Sequence[str], index: str = "index") -> dict[Fields, list[TensorSpec]]:
     """For each set of the other fields, the tensors numbered by field ``index``, from 0 without gaps."""
     found: dict[Fields, dict[int, TensorSpec]] = {}
-    for name, fields in Selector(tuple(where)).select(specs).items():
+    for name, fields in selected(specs, tuple(where)).items():
         if not fields.get(index, "").isdecimal() or len(fields[index]) > 18:
             raise SpecError(f"{name}: the field {{{index}}} must be a number, found {fields.get(index)!r}")
         key = tuple(sorted((k, v) for k, v in fields.items() if k != index))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.ops.byte_move import ByteMove
 from tensorsurgeon.planning.rewriting import Rewrite
-from tensorsurgeon.tensors.names import Selector
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
@@ -21,5 +21,5 @@ class Keep(ByteMove):
     exclude: tuple[str, ...] = ()
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        kept = Selector(self.where, self.exclude).select(specs)
+        kept = selected(specs, self.where, self.exclude)
         return tuple(Rewrite((Region(spec),), (), True) for name, spec in specs.items() if name not in kept)

@@ -13,12 +13,12 @@ from tensorsurgeon.errors import NumericError, RecipeError, SpecError, did_you_m
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.coding import Written, written_by
 from tensorsurgeon.formats.registry import format_named
+from tensorsurgeon.models.selecting import refuse_stacked_experts, selected_linears
 from tensorsurgeon.ops.siblings import sibling_groups
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.quant.rtn.backend import choose_backend
 from tensorsurgeon.quant.scheme import RULES, Quantized, Rule, Scheme
 from tensorsurgeon.tensors.dtypes import DTYPES, WEIGHT_DTYPES, DType, dtype_named
-from tensorsurgeon.tensors.names import Pattern, Selector
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 # A large weight goes piece by piece where the format allows it; fixed, so that no machine changes a unit.
@@ -30,6 +30,8 @@ _CHUNK_ROWS = 128
 class Quantize:
     """Quantize every weight that ``where`` selects and ``exclude`` does not, and write it in ``format``.
 
+    A role in ``where`` (``role:attention``) means the weights of its linears; a matrix whose role is not known then
+    stops the plan, unless a pattern names it.
     Whatever is not given (``num_bits``, ``group_size``, ``symmetric``, ``rule``) is the format's default. ``rule``
     names the tool whose scales and rounding are matched to the bit. ``activations`` is what the config tells the
     engine to do with inputs. Methods other than ``rtn`` need calibration.
@@ -81,8 +83,8 @@ class Quantize:
         return replace(self.layout.default_scheme(), **{k: v for k, v in given.items() if v is not None})
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        chosen = Selector(self.where, self.exclude).names(specs)
-        self._refuse_fused_experts(specs)
+        chosen = selected_linears(specs, self.where, self.exclude)
+        refuse_stacked_experts(specs, self.where, self.exclude)
         # A model has few forms of weights and many weights.
         ways: dict[DType, Written] = {}
         local: dict[tuple[DType, tuple[int, ...]], tuple[TensorSpec, ...]] = {}
@@ -123,25 +125,6 @@ class Quantize:
         # A rule that no backend knows is told now, not after an hour.
         choose_backend(self.backend, replace(scheme, clip_search=False), weight.dtype)
         return self.layout.tensors(weight, scheme)
-
-    def _refuse_fused_experts(self, specs: SpecMap) -> None:
-        """Stacked experts have no ``.weight`` that a pattern would match, and would silently stay unquantized."""
-        where = [Pattern.parse(text) for text in self.where]
-        exclude = [Pattern.parse(text) for text in self.exclude]
-        for name, spec in specs.items():
-            if len(spec.shape) != 3:
-                continue
-            module, _, last = name.rpartition(".")
-            if not module.endswith(".experts"):
-                continue
-            # An expert's weight as it would be called after splitting: is that in the scope?
-            split = f"{module}.0.{last.removesuffix('_up_proj').removesuffix('_proj')}_proj.weight"
-            left = any(p.match(split) is not None or p.match(name) is not None for p in exclude)
-            if not left and any(p.match(split) is not None for p in where):
-                raise SpecError(
-                    f"{name}: {list(spec.shape)} are stacked experts, which no engine reads quantized; put "
-                    "split-experts before quantize, or exclude this tensor to leave it as it is"
-                )
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         """Codes by rounding to nearest, whatever the method: those of calibration come from the executor."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.ops.byte_move import ByteMove
 from tensorsurgeon.planning.rewriting import Rewrite
-from tensorsurgeon.tensors.names import Selector, fill
+from tensorsurgeon.tensors.names import fill
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
@@ -20,7 +21,7 @@ class Rename(ByteMove):
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         rewrites = []
-        for name, fields in Selector(self.where, self.exclude).select(specs).items():
+        for name, fields in selected(specs, self.where, self.exclude).items():
             spec = specs[name]
             target = spec._replace(name=fill(self.to, fields))
             if target.name != name:

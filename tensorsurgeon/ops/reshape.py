@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from math import prod
 
 from tensorsurgeon.errors import SpecError
+from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.ops.byte_move import ByteMove
 from tensorsurgeon.planning.rewriting import Rewrite
-from tensorsurgeon.tensors.names import Selector
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
@@ -22,7 +22,7 @@ class Reshape(ByteMove):
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         rewrites = []
-        for name in Selector(self.where, self.exclude).select(specs):
+        for name in selected(specs, self.where, self.exclude):
             spec = specs[name]
             target = spec._replace(shape=_resolved(name, spec.shape, self.shape))
             rewrites.append(Rewrite((Region(spec),), (Region(target),), True))

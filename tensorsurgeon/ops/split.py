@@ -8,9 +8,10 @@ from math import prod
 from typing import ClassVar
 
 from tensorsurgeon.errors import RecipeError, SpecError
+from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.ops.columns import split_columns
 from tensorsurgeon.planning.rewriting import Array, Rewrite
-from tensorsurgeon.tensors.names import Selector, fill
+from tensorsurgeon.tensors.names import fill
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
@@ -40,7 +41,7 @@ class Split:
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         rewrites: list[Rewrite] = []
-        for name, fields in Selector(self.where, self.exclude).select(specs).items():
+        for name, fields in selected(specs, self.where, self.exclude).items():
             spec = specs[name]
             rank = len(spec.shape)
             axis = self.axis + rank if self.axis < 0 else self.axis

@@ -9,9 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from tensorsurgeon.errors import SpecError
+from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.tensors.arrays import empty
-from tensorsurgeon.tensors.names import Selector
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
@@ -27,7 +27,7 @@ class Transpose:
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         rewrites = []
-        for name in Selector(self.where, self.exclude).select(specs):
+        for name in selected(specs, self.where, self.exclude):
             spec = specs[name]
             axes = self._axes(name, len(spec.shape))
             if spec.dtype.numpy is None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tensorsurgeon.errors import SpecError
+from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.ops.byte_move import ByteMove
 from tensorsurgeon.planning.rewriting import Rewrite
-from tensorsurgeon.tensors.names import Selector
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
@@ -21,7 +21,7 @@ class Unsqueeze(ByteMove):
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         rewrites = []
-        for name in Selector(self.where, self.exclude).select(specs):
+        for name in selected(specs, self.where, self.exclude):
             spec = specs[name]
             rank = len(spec.shape)
             axis = self.axis + rank + 1 if self.axis < 0 else self.axis

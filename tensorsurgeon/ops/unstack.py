@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from math import prod
 
 from tensorsurgeon.errors import RecipeError, SpecError
+from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.ops.byte_move import ByteMove
 from tensorsurgeon.planning.rewriting import Rewrite
-from tensorsurgeon.tensors.names import Selector, fill
+from tensorsurgeon.tensors.names import fill
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
@@ -32,7 +33,7 @@ class Unstack(ByteMove):
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         rewrites = []
-        for name, fields in Selector(self.where, self.exclude).select(specs).items():
+        for name, fields in selected(specs, self.where, self.exclude).items():
             spec = specs[name]
             if len(spec.shape) < 2:
                 raise SpecError(f"{name}: shape {list(spec.shape)} has no first axis to unstack; two axes are needed")

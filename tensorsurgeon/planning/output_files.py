@@ -15,8 +15,8 @@ from tensorsurgeon.checkpoint.quantization import FILES, quantization_config, wi
 from tensorsurgeon.errors import PlanError
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
 from tensorsurgeon.formats.coding import Written, stored_in, written_by
+from tensorsurgeon.models.describe import unquantized_linears
 from tensorsurgeon.planning.resolving import Resolved
-from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
 from tensorsurgeon.tensors.spec import SpecMap
 
 CONFIG_NAME = "config.json"
@@ -44,23 +44,6 @@ def written_modules(resolved: Resolved) -> dict[str, Written]:
         if written is not None:
             modules[module] = written
     return modules
-
-
-def unquantized_linears(specs: SpecMap, quantized: Mapping[str, Any]) -> list[str]:
-    """Modules with a float weight that an engine could take for a linear, and stacked experts, in file order."""
-    found: dict[str, None] = {}
-    for name, dtype, shape in specs.values():
-        # Most tensors of a quantized model are codes and scales.
-        if len(shape) not in (2, 3) or dtype not in WEIGHT_DTYPES:
-            continue
-        module, _, last = name.rpartition(".")
-        if len(shape) == 2 and last == "weight":
-            part = module.rpartition(".")[2]
-            if module not in quantized and "embed" not in part and "norm" not in part:
-                found[module] = None
-        elif len(shape) == 3 and module.endswith(".experts"):
-            found[module] = None
-    return list(found)
 
 
 def output_files(source: Checkpoint, resolved: Resolved, quantized: Mapping[str, Written]) -> OutputFiles:

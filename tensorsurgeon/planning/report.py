@@ -9,9 +9,12 @@ from functools import cache
 from typing import Any
 
 from tensorsurgeon.formats.coding import Written, written_by
+from tensorsurgeon.models.describe import describe_model, unquantized_linears
+from tensorsurgeon.models.experts import is_expert_list
+from tensorsurgeon.models.roles import Role
+from tensorsurgeon.models.selecting import why_left
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.rewriting import Rewrite, is_reversible
-from tensorsurgeon.tensors.names import why_left
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.tensors.spec import TensorSpec
 
@@ -66,10 +69,8 @@ def table(rows: list[list[str]], right: set[int] = frozenset()) -> str:  # type:
 
 def plan_as_data(plan: Plan) -> dict[str, Any]:
     """Everything ``surgeon plan`` says, as plain data."""
-    from tensorsurgeon.planning.output_files import unquantized_linears
-
     kept = unquantized_linears(plan.specs, plan.quantized)
-    counted = [module for module in kept if not module.startswith("mtp.") and not module.endswith((".mlp.gate", ".experts"))]
+    counted = _counted_linears(plan, kept)
     inputs = {spec.name for spec in plan.source.specs.values()}
     steps = plan.step_names()
     return {
@@ -85,7 +86,6 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
             "shards": [{"name": s.name, "bytes": s.file_bytes, "tensors": len(s.specs)} for s in plan.layout.shards],
         },
         "quantized_linears": len(plan.quantized),
-        # As the model cards count: nn.Linear modules, so neither routers nor the MTP head, which no model class has.
         "linears": len(plan.quantized) + len(counted),
         "quantized": dict(Counter(map(_masked, plan.quantized))),
         "unquantized": _counted(kept),
@@ -108,6 +108,13 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _counted_linears(plan: Plan, kept: Iterable[str]) -> list[str]:
+    """As the model cards count: nn.Linear modules, so neither routers nor stacks nor the MTP head, which no class has."""
+    model = describe_model(plan.specs)
+    uses = ((module, model.module_use(module)) for module in kept if not is_expert_list(module))
+    return [module for module, use in uses if use.role is not Role.MTP and use.kind is not Role.ROUTER]
+
+
 def _reasons(plan: Plan, modules: Iterable[str], made_by_steps: list[set[str]]) -> dict[str, str]:
     """For each form of module that stays unquantized: which rule kept it out, where a step can tell."""
     quantizing = {number: written for number, rewrites in enumerate(plan.rewrites) for written in _written(rewrites)}
@@ -118,7 +125,7 @@ def _reasons(plan: Plan, modules: Iterable[str], made_by_steps: list[set[str]]) 
         name = f"{module}.weight" if f"{module}.weight" in plan.specs else f"{module}.down_proj"
         # A later step's name for it is not the one that the rules were matched with.
         if not any(name in made for made in made_by_steps[min(quantizing) :]):
-            reasons[form] = "; ".join(dict.fromkeys(why_left(name, w.where, w.exclude) for w in quantizing.values()))
+            reasons[form] = "; ".join(dict.fromkeys(why_left(plan.specs, name, w.where, w.exclude) for w in quantizing.values()))
     return reasons
 
 

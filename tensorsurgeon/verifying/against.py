@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tensorsurgeon.errors import SurgeonError
+from tensorsurgeon.models.experts import numbered
 from tensorsurgeon.tensors.names import Pattern
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 from tensorsurgeon.verifying.described import Described, Module
@@ -214,12 +215,12 @@ def _of_stack(spec: TensorSpec, target: SpecMap, modules: Described, findings: F
 
 def _place_in_stack(name: str, shape: tuple[int, int], target: SpecMap) -> Part | None:
     """Where ``x.experts.3.up_proj.weight`` [I, H] lies in ``x.experts.gate_up_proj`` [E, 2 I, H]."""
-    head, dot, tail = name.removesuffix(".weight").rpartition(".experts.")
-    number, _, leaf = tail.partition(".")
-    if not dot or not number.isdigit():
+    expert = numbered(name.removesuffix(".weight"))
+    if expert is None:
         return None
+    experts, number, leaf = expert
     for stacked, parts in _STACKED.items():
-        spec = target.get(f"{head}.experts.{stacked}")
+        spec = target.get(f"{experts}.{stacked}")
         if (
             leaf in parts
             and spec is not None

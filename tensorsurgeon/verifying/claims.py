@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from tensorsurgeon.models.fused import EXPERTS, FUSED, fused_name
+from tensorsurgeon.models.fused import FUSED, fused_name
 from tensorsurgeon.tensors.dtypes import I8, DType
 from tensorsurgeon.verifying.findings import Findings
 
@@ -148,12 +148,6 @@ def names_of(modules: Iterable[str], stacked: Iterable[str]) -> set[str]:
         names.add(prefix)
         names.update(f"{prefix}.0.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj", *FUSED))
     return names
-
-
-def experts_parent(module: str) -> str | None:
-    """``x.mlp.experts`` of ``x.mlp.experts.3.up_proj`` or of a stacked ``x.mlp.experts.gate_up_proj``."""
-    at = module.find(EXPERTS)
-    return module[: at + len(EXPERTS) - 1] if at >= 0 else None
 
 
 def strings_of(config: Mapping[str, Any], key: str, findings: Findings, path: str | None = None) -> list[str]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME, Checkpoint
 from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import did_you_mean
+from tensorsurgeon.models.describe import describe_model
+from tensorsurgeon.models.experts import stacked_experts
+from tensorsurgeon.models.roles import WITHOUT_CONFIG, Role
 from tensorsurgeon.tensors.names import natural_key
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 from tensorsurgeon.verifying.claims import Claim, Claims, names_of
@@ -21,9 +24,6 @@ from tensorsurgeon.verifying.side_files import QUANTIZATION_FILES
 from tensorsurgeon.verifying.weights import groups_of
 
 # Never quantized in any engine (formats.md section 7).
-_ROUTERS: Final = ("gate", "router", "shared_expert_gate")
-# Matrices that are no linears, or that "all linears" means to some readers only.
-_NO_LINEARS: Final = frozenset({*_ROUTERS, "lm_head", "wte", "wpe"})
 
 
 class Module(NamedTuple):
@@ -60,10 +60,10 @@ def check_described(reader: TensorReader, claims: Claims | None, findings: Findi
     if not known_method:
         return Described({}, stored)
     sound: dict[str, Module] = {}
-    routers = _routers(by_module)
+    model = describe_model(specs)
     for name, tensors in stored.items():
         claim = claims.of(name) if claims is not None else None
-        if name in routers:
+        if model.module_use(name).kind in WITHOUT_CONFIG:
             _fault_router(name, tensors, findings)
         if claim is None:
             _fault_unclaimed(name, tensors, claims, findings)
@@ -77,15 +77,9 @@ def check_described(reader: TensorReader, claims: Claims | None, findings: Findi
     return Described(sound, stored)
 
 
-def _routers(modules: Iterable[str]) -> set[str]:
-    """Names that the routers beside experts may have; a ``gate`` elsewhere is a linear like any other."""
-    layers = {name[:at] for name in modules if (at := name.find(".experts")) >= 0}
-    return {f"{layer}.{leaf}" for layer in layers for leaf in _ROUTERS}
-
-
 def _fault_router(name: str, tensors: Mapping[str, TensorSpec], findings: Findings) -> None:
     findings.fault(
-        "router",
+        Role.ROUTER.value,
         name,
         f"is stored quantized ({describe_stored(tensors)}), but engines hand routers and gates no quantization config; "
         "keep it in float",
@@ -201,7 +195,7 @@ def _check_raw_names(specs: SpecMap, findings: Findings) -> None:
 
 
 def _check_unquantized(specs: SpecMap, claims: Claims, stored: Mapping[str, Any], findings: Findings) -> None:
-    for module in float_linears(specs):
+    for module in describe_model(specs).linears_with_config():
         if module not in stored:
             claim = claims.of(module)
             if claim is not None:
@@ -212,7 +206,7 @@ def _check_unquantized(specs: SpecMap, claims: Claims, stored: Mapping[str, Any]
                     f"the config says {claim.describe()}, but it is stored as {spec.dtype.name}{list(spec.shape)} and "
                     f"{claims.kept_out_by} does not keep it out",
                 )
-    for prefix, spec in stacked_experts(specs).items():
+    for prefix, spec in float_stacks(specs).items():
         claim = claims.of(f"{prefix}.0.gate_proj")
         if claim is not None:
             findings.fault(
@@ -225,31 +219,18 @@ def _check_unquantized(specs: SpecMap, claims: Claims, stored: Mapping[str, Any]
 
 def float_linears(specs: SpecMap) -> list[str]:
     """Modules with an unquantized matrix that an engine may take for a quantized linear."""
-    names = []
-    for name, spec in specs.items():
-        if len(spec.shape) == 2 and spec.dtype.is_float and spec.dtype.bits >= 16 and name.endswith(".weight"):
-            module = name.removesuffix(".weight")
-            leaf = module.rpartition(".")[2]
-            if "embed" not in leaf and "norm" not in leaf and leaf not in _NO_LINEARS:
-                names.append(module)
-    return names
+    return describe_model(specs).linears_with_config()
 
 
-def stacked_experts(specs: SpecMap) -> dict[str, TensorSpec]:
+def float_stacks(specs: SpecMap) -> dict[str, TensorSpec]:
     """``x.mlp.experts`` -> one of its 3-D float tensors."""
-    found: dict[str, TensorSpec] = {}
-    for name, spec in specs.items():
-        if len(spec.shape) == 3 and spec.dtype.is_float and spec.dtype.bits >= 16:
-            parent = name.removesuffix(".weight").rpartition(".")[0]
-            if parent.endswith(".experts"):
-                found.setdefault(parent, spec)
-    return found
+    return stacked_experts(spec for spec in specs.values() if spec.dtype.is_float and spec.dtype.bits >= 16)
 
 
 def check_entries(checkpoint: Checkpoint, claims: Claims, modules: list[str], findings: Findings) -> None:
     """An entry that names nothing is a misspelt one. Expressions are often written for many models: a note, unless
     this program wrote the config, which never writes an idle one."""
-    names = names_of(modules, stacked_experts(checkpoint.specs))
+    names = names_of(modules, float_stacks(checkpoint.specs))
     own = (checkpoint.root / RECORD_NAME).exists()
     for entry in claims.entries:
         if (entry.how == "exact" and entry.text in names) or (entry.how != "exact" and any(map(entry.matches, names))):

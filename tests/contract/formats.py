@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tensorsurgeon.errors import ConfigError, NumericError, RecipeError, SpecError
 from tensorsurgeon.formats.base import Format, QuantizedModel
 from tensorsurgeon.formats.registry import detect, format_class
-from tensorsurgeon.models.fused import experts_of
+from tensorsurgeon.models.experts import experts_of
 from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import BF16, F8_E4M3, F8_E8M0, F16, F32, DType, dtype_of
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
