@@ -6,12 +6,12 @@ when the main model's names are mapped, so that most dialects must say it by an 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from tensorsurgeon.engines.facts import Facts
 from tensorsurgeon.models.experts import expert_list
 from tensorsurgeon.models.mtp import MTP_EXPRESSION, MTP_RULE, MTP_WORD, inside_blocks
+from tensorsurgeon.tensors.expressions import Expression
 
 
 def mtp_left_alone(facts: Facts) -> str | None:
@@ -48,6 +48,6 @@ def mtp_left_alone(facts: Facts) -> str | None:
 
 
 def _unmatched(facts: Facts, entries: Iterable[str], why: str) -> str | None:
-    expressions = [re.compile(entry.removeprefix("re:")) for entry in entries if entry.startswith("re:")]
+    expressions = [Expression(entry.removeprefix("re:")) for entry in entries if entry.startswith("re:")]
     missed = any(not any(e.match(name) for e in expressions) for name in facts.float_mtp)
     return why if missed else None

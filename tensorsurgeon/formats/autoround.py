@@ -32,6 +32,7 @@ from tensorsurgeon.models.experts import expert_list
 from tensorsurgeon.models.fused import fused_name
 from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import F16, I32, DType
+from tensorsurgeon.tensors.expressions import Expression
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 from tensorsurgeon.version import __version__
 
@@ -216,7 +217,7 @@ class _Reader:
         if not isinstance(extra, Mapping):
             raise ConfigError(f"{TOP}.extra_config: expected a mapping, found {extra!r}")
         self.exact = {key: self._scheme(key, values) for key, values in extra.items()}
-        self.expressions = [(re.compile(key), scheme) for key, scheme in self.exact.items() if set(key) & _REGEX_CHARACTERS]
+        self.expressions = [(Expression(key), scheme) for key, scheme in self.exact.items() if set(key) & _REGEX_CHARACTERS]
 
     def _scheme(self, key: str, values: Mapping[str, Any]) -> Scheme | None:
         path = f"{TOP}.extra_config.{key}"

@@ -20,6 +20,7 @@ from tensorsurgeon.models.fused import fused_name
 from tensorsurgeon.models.mtp import MTP_RULE, MTP_WORD, named_apart
 from tensorsurgeon.models.patterns import patterns_for
 from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.expressions import Expression
 
 
 def base_scheme(coverage: Coverage) -> Scheme:
@@ -70,11 +71,11 @@ class DynamicRules:
         if not isinstance(dynamic, Mapping):
             raise ConfigError(f"{TOP}.dynamic: expected a mapping, found {dynamic!r}")
         self.base = base
-        self.rules: list[tuple[re.Pattern[str], Scheme | None]] = []
+        self.rules: list[tuple[Expression, Scheme | None]] = []
         for key, overrides in dynamic.items():
             path = f"{TOP}.dynamic.{key}"
             try:
-                pattern = re.compile(key.removeprefix("-:").removeprefix("+:"))
+                pattern = Expression(key.removeprefix("-:").removeprefix("+:"))
             except re.error as error:
                 raise ConfigError(f"{path}: not a valid expression: {error}") from error
             self.rules.append((pattern, None if key.startswith("-:") else _overridden(base, overrides, path)))

@@ -8,7 +8,6 @@ takes (``*visual*``) match nothing there. So the exclusions are spelled out.
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -19,6 +18,7 @@ from tensorsurgeon.formats.coverage import Coverage, cover
 from tensorsurgeon.models.experts import expert_list
 from tensorsurgeon.models.mtp import MTP_EXPRESSION
 from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.expressions import Expression
 from tensorsurgeon.tensors.spec import SpecMap
 
 DIALECT: Final = "0.13"
@@ -154,7 +154,7 @@ class Excluded:
         self.exact = frozenset(entries)
         expressions = [e.removeprefix("re:") for e in entries if e.startswith("re:")]
         expressions += [fnmatch.translate(e) for e in entries if "*" in e and not e.startswith("re:")]
-        self.expressions = [re.compile(e) for e in expressions]
+        self.expressions = [Expression(e) for e in expressions]
 
     def __contains__(self, module: str) -> bool:
         return module in self.exact or expert_list(module) in self.exact or any(e.match(module) for e in self.expressions)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from tensorsurgeon.models.fused import FUSED, fused_name
 from tensorsurgeon.tensors.dtypes import I8, DType
+from tensorsurgeon.tensors.expressions import Expression
 from tensorsurgeon.verifying.findings import Findings
 
 Layout = Literal["plain", "ct-packed", "nvfp4", "mxfp4", "gptq", "awq", "quark-packed"]
@@ -65,15 +65,15 @@ class Entry:
     key: str
     text: str
     how: Literal["exact", "match", "search", "glob", "substring", "affix"]
-    _regex: re.Pattern[str] | None = field(default=None, compare=False)
+    _regex: Expression | None = field(default=None, compare=False)
 
     @classmethod
     def parse(cls, key: str, text: str, how: Literal["exact", "match", "search", "glob", "substring", "affix"]) -> Entry:
         """Raises re.error for an expression that does not compile."""
         if how in ("match", "search"):
-            return cls(key, text, how, re.compile(text.removeprefix("re:")))
+            return cls(key, text, how, Expression(text.removeprefix("re:")))
         if how == "glob":
-            return cls(key, text, how, re.compile(fnmatch.translate(text)))
+            return cls(key, text, how, Expression(fnmatch.translate(text)))
         return cls(key, text, how)
 
     @property
