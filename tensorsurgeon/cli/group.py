@@ -11,7 +11,7 @@ import click
 from tensorsurgeon.cli.apply import apply
 from tensorsurgeon.cli.plan import plan, transforms
 from tensorsurgeon.cli.read import diff, inspect, verify
-from tensorsurgeon.cli.terminal import Stop, note, told
+from tensorsurgeon.cli.terminal import Stop, note, one_line, told
 from tensorsurgeon.errors import SurgeonError, did_you_mean, our_fault
 from tensorsurgeon.machine.limits import raise_open_files_limit
 from tensorsurgeon.version import __version__
@@ -30,7 +30,7 @@ class _Surgeon(click.Group):
         try:
             return super().invoke(ctx)
         except (SurgeonError, Stop) as error:
-            note(f"surgeon: {told(error) if isinstance(error, SurgeonError) else error}")
+            note(one_line(f"surgeon: {told(error) if isinstance(error, SurgeonError) else error}"))
             ctx.exit(error.exit_code)
         except BrokenPipeError:
             # The reader of our output went away; that is its right.
@@ -43,7 +43,7 @@ class _Surgeon(click.Group):
             click.echo("surgeon: out of memory; give a smaller --max-ram or fewer --workers", err=True)
             ctx.exit(40)
         except OSError as error:
-            note(f"surgeon: {error.filename or 'a file'}: {error.strerror}")
+            note(one_line(f"surgeon: {error.filename or 'a file'}: {error.strerror}"))
             ctx.exit(40)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -51,7 +51,7 @@ class _Surgeon(click.Group):
             if ctx.params.get("verbose", 0) > 1:
                 traceback.print_exc()
             said = " ".join(f"{type(error).__name__}: {error}".split())
-            note(f"surgeon: {said[:300]}; {our_fault()} (surgeon -vv shows where it happened)")
+            note(f"surgeon: {one_line(said[:300])}; {our_fault()} (surgeon -vv shows where it happened)")
             ctx.exit(70)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import threading
@@ -22,7 +23,22 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def emit(data: Any, text: str, as_json: bool) -> None:
     """Print a result: JSON for machines, text for people."""
-    click.echo(json.dumps(data, indent=2) if as_json else text)
+    click.echo(json.dumps(data, indent=2) if as_json else printable(text))
+
+
+# Control characters (a terminal acts on them), marks that turn the direction of writing, and halves of characters, which
+# no stream takes. Lines and tabs are ours; what a stranger's name has of them is escaped where names are put into tables.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text of a stranger so that it only shows: what a terminal would act on is written as an escape, ``\\x1b``."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def one_line(text: str) -> str:
+    """The same for a message, which is one line whatever name is in it."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 class Stop(Exception):  # noqa: N818  # how a command ends, no fault of the command's
@@ -51,7 +67,7 @@ def told(error: SurgeonError) -> str:
 
 def note(text: str) -> None:
     """A message to the person at the terminal."""
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)
 
 
 @contextmanager

@@ -87,6 +87,11 @@ def _quantization(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None, list[s
     }, oddities
 
 
+def _words(value: Any) -> list[str]:
+    """The words of a list that should hold words; a config may hold anything."""
+    return [word for word in value if isinstance(word, str)] if isinstance(value, list) else []
+
+
 def _made_by(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The version and recipe of this program, if it wrote the checkpoint."""
     try:
@@ -98,7 +103,7 @@ def _made_by(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 def inspection_as_text(data: dict[str, Any]) -> str:
     """The same for a reader."""
-    names = ", ".join(data["architectures"] or []) or data["model_type"] or "no config.json"
+    names = ", ".join(_words(data["architectures"])) or str(data["model_type"] or "no config.json")
     shards = data["shards"]
     lines = [
         f"{data['path']}: {names}",

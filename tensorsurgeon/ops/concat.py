@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from tensorsurgeon.errors import RecipeError, SpecError
 from tensorsurgeon.ops.columns import join_columns
-from tensorsurgeon.ops.grouping import check_alike, parts_by_fields
+from tensorsurgeon.ops.grouping import check_alike, check_pieces, parts_by_fields
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.tensors.names import fill
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
@@ -59,6 +59,7 @@ def _row_moves(parts: Sequence[TensorSpec], whole: TensorSpec, axis: int) -> Ite
     """One byte move per outer index and part, in the order of the whole."""
     inner = prod(whole.shape[axis + 1 : -1]) if axis < len(whole.shape) - 1 else 1
     outer = prod(whole.shape[:axis])
+    check_pieces(whole, outer * len(parts))
     rows = whole.shape[axis] * inner
     start = 0
     for part in parts:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from tensorsurgeon.errors import MissingTensorError, SpecError
 from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
+
+# The largest model has some hundred experts in a tensor; a header can claim billions that take no byte.
+_MAX_PIECES: Final = 1_000_000
 
 Fields = tuple[tuple[str, str], ...]
 
@@ -71,3 +75,9 @@ def check_alike(parts: Sequence[TensorSpec], but_axis: int | None = None) -> Non
     for part in parts[1:]:
         if form(part) != form(parts[0]):
             raise SpecError(f"{part} cannot be joined with {parts[0]}: dtype and shape must agree")
+
+
+def check_pieces(spec: TensorSpec, count: int) -> None:
+    """Raise SpecError where a tensor would be cut into, or made of, more pieces than can be planned one by one."""
+    if count > _MAX_PIECES:
+        raise SpecError(f"{spec.name}: {list(spec.shape)} would be cut into {count} pieces; at most {_MAX_PIECES} can be planned")

@@ -10,6 +10,7 @@ from typing import ClassVar
 from tensorsurgeon.errors import RecipeError, SpecError
 from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.ops.columns import split_columns
+from tensorsurgeon.ops.grouping import check_pieces
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.tensors.names import fill
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
@@ -85,6 +86,7 @@ def _row_moves(spec: TensorSpec, parts: Sequence[TensorSpec], axis: int) -> Iter
     """One byte move per outer index and part: rows of the whole become rows of the part."""
     inner = prod(spec.shape[axis + 1 : -1]) if axis < len(spec.shape) - 1 else 1
     outer = prod(spec.shape[:axis])
+    check_pieces(spec, outer * len(parts))
     rows = spec.shape[axis] * inner
     start = 0
     for part in parts:

@@ -8,6 +8,7 @@ from math import prod
 from tensorsurgeon.errors import RecipeError, SpecError
 from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.ops.grouping import check_pieces
 from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.names import fill
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
@@ -39,6 +40,7 @@ class Unstack(ByteMove):
                 raise SpecError(f"{name}: shape {list(spec.shape)} has no first axis to unstack; two axes are needed")
             if not spec.shape[0]:
                 raise SpecError(f"{name}: shape {list(spec.shape)} has an empty first axis; drop this tensor instead")
+            check_pieces(spec, spec.shape[0] * len(self.into))
             shape = self._part_shape(spec)
             rows = prod(spec.shape[1:-1]) // len(self.into)
             start = 0

@@ -130,4 +130,5 @@ def _quantization_files(specs: SpecMap, quantized: Mapping[str, Written]) -> Con
 
 
 def _as_json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+    # Half a character, which JSON can say and UTF-8 cannot, stays the escape that it was.
+    return json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

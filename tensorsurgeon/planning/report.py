@@ -59,6 +59,8 @@ def table(rows: list[list[str]], right: set[int] = frozenset()) -> str:  # type:
     """Rows in aligned columns; the columns numbered in ``right`` are aligned to the right."""
     if not rows:
         return ""
+    # A name may hold what would begin another line.
+    rows = [[cell.replace("\n", "\\n").replace("\t", "\\t") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = (
         "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))

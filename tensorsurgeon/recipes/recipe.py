@@ -100,7 +100,7 @@ def _from_text(text: str, default: Any) -> Any:
     if isinstance(default, bool):
         return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(text.lower(), text)
     if isinstance(default, int):
-        return int(text) if re.fullmatch(r"-?\d+", text) else text
+        return int(text) if re.fullmatch(r"-?\d{1,18}", text) else text
     if default is None:
         # The default says nothing of the type: read the text as YAML would.
         if re.fullmatch(r"[\w.+-]+(,[\w.+-]+)+", text):

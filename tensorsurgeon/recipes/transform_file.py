@@ -26,6 +26,9 @@ from tensorsurgeon.recipes.located_yaml import Located, parse_yaml
 REFERENCE: Final = re.compile(r"\$\{(\w+)\}")
 
 
+_MAX_LETTERS = 1 << 20
+
+
 class Parameter(NamedTuple):
     """A parameter of a transform: its default decides its type."""
 
@@ -49,9 +52,12 @@ def read_recipe(path: Path, find: Callable[[str, Path], Recipe]) -> Recipe:
     """Parse a transform file; RecipeError names the line of a fault. ``find`` looks up what a step inherits from."""
     where = str(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_MAX_LETTERS + 1)
+    except (OSError, ValueError) as error:
         raise RecipeError(f"cannot be read: {error}", where=where) from error
+    if len(text) > _MAX_LETTERS:
+        raise RecipeError(f"is longer than the {_MAX_LETTERS} letters that a transform can have", where=where)
     document = parse_yaml(text, where)
     if not isinstance(document, Located):
         raise RecipeError("a transform is a mapping with description and steps", where=where)
