@@ -22,8 +22,8 @@ from tensorsurgeon.verifying.weights import groups_of
 
 # Never quantized in any engine (formats.md section 7).
 _ROUTERS: Final = ("gate", "router", "shared_expert_gate")
-# Matrices that are no linears, or that "all linears" means to some readers only.
-_NO_LINEARS: Final = frozenset({*_ROUTERS, "lm_head", "wte", "wpe"})
+# Matrices that are no linears.
+_NO_LINEARS: Final = frozenset({*_ROUTERS, "wte", "wpe"})
 
 
 class Module(NamedTuple):
