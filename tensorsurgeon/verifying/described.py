@@ -23,8 +23,6 @@ from tensorsurgeon.verifying.parts import MARKERS, describe_stored, is_stored_qu
 from tensorsurgeon.verifying.side_files import QUANTIZATION_FILES
 from tensorsurgeon.verifying.weights import groups_of
 
-# Never quantized in any engine (formats.md section 7).
-
 
 class Module(NamedTuple):
     """A quantized module whose tensors are those of its claim."""
