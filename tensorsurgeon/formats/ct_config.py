@@ -63,12 +63,15 @@ def dynamic_args(num_bits: int, kind: str, strategy: str = "token", **changed: A
     return args(num_bits, kind, strategy, dynamic=True, observer=None, **changed)
 
 
-def word_in(config: Mapping[str, Any], specs: SpecMap | None = None) -> Word:
+def word_in(config: Mapping[str, Any], specs: SpecMap) -> Word:
     """The layout of each group (``format``), or what its arguments make it; one for each that there is."""
+    return Word(f"{TOP}.format", _layouts(config) or (config.get("format"),))
+
+
+def _layouts(config: Mapping[str, Any]) -> tuple[str | None, ...]:
     groups = config.get("config_groups")
     listed = groups.values() if isinstance(groups, Mapping) else ()
-    found = (layout_of_group(group, config) for group in listed if isinstance(group, Mapping))
-    return Word(f"{TOP}.format", tuple(dict.fromkeys(found)) or (config.get("format"),))
+    return tuple(dict.fromkeys(layout_of_group(group, config) for group in listed if isinstance(group, Mapping)))
 
 
 def layout_of_group(group: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
@@ -153,7 +156,7 @@ def read_groups(
     ConfigError, which names the key, for what cannot be read.
     """
     found = []
-    general, is_mixed = config.get("format"), len(word_in(config).values) > 1
+    general, is_mixed = config.get("format"), len(_layouts(config)) > 1
     for name, group in section(config, "config_groups").items():
         path = f"{TOP}.config_groups.{name}"
         if not isinstance(group, Mapping):

@@ -66,7 +66,9 @@ def _scheme_of(weights: ct_config.WeightArgs) -> Scheme:
     one_of(args, "type", ("float",), path)
     one_of(args, "num_bits", (8,), path, default=8)
     one_of(args, "symmetric", (True,), path, default=True)
-    strategy = one_of(args, "strategy", ("channel", "block"), path)
+    strategy = one_of(args, "strategy", ("channel", "block", "tensor"), path)
     integer(args, "group_size", path, default=-1)
     block = block_size(args, "block_structure", path) if strategy == "block" else None
-    return Scheme(type="fp8", num_bits=8, block=block, rule="compressed-tensors")
+    # One scale for the whole weight is read, never written.
+    group_size = 0 if strategy == "tensor" else -1
+    return Scheme(type="fp8", num_bits=8, group_size=group_size, block=block, rule="compressed-tensors")

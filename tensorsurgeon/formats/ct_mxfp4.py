@@ -35,6 +35,8 @@ class CtMxfp4(Format):
     name: ClassVar[str] = "ct-mxfp4"
     quant_method: ClassVar[str] = "compressed-tensors"
     words: ClassVar[tuple[str, ...]] = (LAYOUT,)
+    codes: ClassVar[tuple[str, DType]] = ("weight_packed", U8)
+    scale_name: ClassVar[str] = "weight_scale"
     activations: ClassVar[tuple[str, ...]] = ("none",)
     word_in = staticmethod(ct_config.word_in)
 
@@ -56,13 +58,13 @@ class CtMxfp4(Format):
         """``weight_packed`` and its scales."""
         rows, columns = weight.shape
         return (
-            TensorSpec("weight_packed", U8, (rows, columns // 2)),
-            TensorSpec("weight_scale", U8, (rows, columns // 32)),
+            TensorSpec(*self.codes, (rows, columns // 2)),
+            TensorSpec(self.scale_name, U8, (rows, columns // 32)),
         )
 
     def local_names(self, scheme: Scheme) -> tuple[str, ...]:
         """As ``tensors`` has them."""
-        return "weight_packed", "weight_scale"
+        return self.codes[0], self.scale_name
 
     def can_chunk_rows(self, scheme: Scheme) -> bool:
         """Yes: a row has its codes and its scales."""
@@ -74,13 +76,13 @@ class CtMxfp4(Format):
 
     def weight_shape(self, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
         """Two codes per byte of ``weight_packed``."""
-        rows, columns = axes(tensors, "weight_packed")
+        rows, columns = axes(tensors, self.codes[0])
         return rows, columns * 2
 
     def unpack(self, arrays: Mapping[str, np.ndarray], scheme: Scheme) -> Quantized:
         """The inverse of ``pack``."""
-        exponents = arrays["weight_scale"].view(ml_dtypes.float8_e8m0fnu)
-        return Quantized(unpack_nibbles(arrays["weight_packed"]), loaded_scale(exponents))
+        exponents = arrays[self.scale_name].view(ml_dtypes.float8_e8m0fnu)
+        return Quantized(unpack_nibbles(arrays[self.codes[0]].view(np.uint8)), loaded_scale(exponents))
 
     def config_files(self, model: QuantizedModel) -> ConfigFiles:
         """One group; activations stay as they are."""

@@ -47,6 +47,8 @@ def _weight_config(scheme: Scheme) -> dict[str, Any]:
 
 def _scheme_of(weight: Mapping[str, Any], path: str) -> Scheme:
     one_of(weight, "dtype", ("fp8_e4m3",), path)
-    one_of(weight, "qscheme", ("per_channel",), path)
+    if one_of(weight, "qscheme", ("per_channel", "per_tensor"), path) == "per_tensor":
+        # Read, never written.
+        return Scheme(type="fp8", num_bits=8, group_size=0, rule="quark")
     one_of(weight, "ch_axis", (0,), path, default=0)
     return Scheme(type="fp8", num_bits=8, rule="quark")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from typing import Any, Final, NamedTuple
@@ -13,7 +13,7 @@ from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.config_reading import TOP
 from tensorsurgeon.tensors.spec import SpecMap
 
-__all__ = ("FORMATS", "Entry", "detect", "format_class", "format_named", "formats_of", "quantization_config")
+__all__ = ("FORMATS", "READ_ONLY", "Entry", "detect", "format_class", "format_named", "formats_of", "quantization_config")
 
 
 class Entry(NamedTuple):
@@ -43,7 +43,13 @@ FORMATS: Final[dict[str, Entry]] = {
     "quark-int8": Entry("quark", _HERE + "quark_int8:QuarkInt8"),
 }
 
-_READABLE: Final[dict[str, Entry]] = FORMATS
+READ_ONLY: Final[dict[str, Entry]] = {
+    "deepseek-fp4": Entry("fp8", _HERE + "deepseek_fp4:DeepSeekFp4"),
+    "fbgemm-fp8": Entry("fbgemm_fp8", _HERE + "hf_fp8:HfFp8"),
+    "modelopt-fp8": Entry("modelopt", _HERE + "modelopt_fp8:ModelOptFp8"),
+    "modelopt-nvfp4": Entry("modelopt", _HERE + "modelopt_nvfp4:ModelOptNvfp4"),
+}
+"""Formats that checkpoints are published in and that nothing here writes."""
 
 
 def format_class(name: str) -> type[Format]:
@@ -71,9 +77,9 @@ def formats_of(config: Mapping[str, Any], specs: SpecMap) -> tuple[Format, ...]:
             raise ConfigError("config.json has a quantization as MLX writes it, which cannot be read; use the original model")
         return ()
     method = found.get("quant_method")
-    classes = [_loaded(target) for target in dict.fromkeys(e.target for e in _READABLE.values() if e.quant_method == method)]
+    classes = [_loaded(target) for target in dict.fromkeys(e.target for e in _readable() if e.quant_method == method)]
     if not classes:
-        known = sorted({entry.quant_method for entry in _READABLE.values()})
+        known = sorted({entry.quant_method for entry in _readable()})
         raise ConfigError(f"{TOP}.quant_method: cannot read {method!r}; known: {', '.join(known)}")
     path, values = classes[0].word_in(found, specs)
     for value in values:
@@ -90,6 +96,11 @@ def detect(config: Mapping[str, Any], specs: SpecMap) -> Format | None:
         named = ", ".join(sorted(layout.name for layout in formats))
         raise ConfigError(f"{TOP}: several layouts in one checkpoint ({named})")
     return formats[0] if formats else None
+
+
+def _readable() -> Iterator[Entry]:
+    yield from FORMATS.values()
+    yield from READ_ONLY.values()
 
 
 def _loaded(target: str) -> type[Format]:

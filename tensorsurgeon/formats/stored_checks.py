@@ -17,6 +17,11 @@ from tensorsurgeon.tensors.dtypes import F8_E8M0, U8, DType
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 _CODES: Final = ("weight", "weight_packed", "qweight")
+# What only a quantized module has beside its codes.
+_COMPANIONS: Final = frozenset((
+    "qzeros", "g_idx", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "weight_zero_point",
+    "weight_shape",
+))  # fmt: skip
 
 
 def check_stored(
@@ -52,13 +57,13 @@ def check_stored(
 
 
 def refuse_left_behind(spec: TensorSpec) -> None:
-    """ConfigError for codes of a module that the config says nothing of: without it they are weights of nonsense."""
+    """ConfigError for codes or scales of a module that the config says nothing of, or whose codes are not there."""
+    local = spec.name.rpartition(".")[2]
     narrow_float = spec.dtype.is_float and spec.dtype.bits < 16
-    codes = not spec.dtype.is_float and len(spec.shape) > 1 and spec.name.rpartition(".")[2] in _CODES
-    if narrow_float or codes:
+    if narrow_float or local in _COMPANIONS or (not spec.dtype.is_float and len(spec.shape) > 1 and local in _CODES):
         raise ConfigError(
-            f"{spec.name}: stored as {spec.dtype} {list(spec.shape)}, but the quantization_config does not say how this module "
-            "is quantized; it would be left without a meaning once the config is gone"
+            f"{spec.name}: stored as {spec.dtype} {list(spec.shape)}, but its module is none that config and tensors agree "
+            "to be quantized; it would be left without a meaning once the config is gone"
         )
 
 

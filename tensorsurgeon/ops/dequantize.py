@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -43,8 +43,10 @@ class Dequantize:
         stored = stored_in(rewrite.detail)
         assert stored is not None  # plan put it there
         try:
-            backend = choose_backend(self.backend, stored.scheme, target.dtype)
-            weight = backend.dequantize(unpack(stored, inputs), stored.scheme, target.dtype)
+            # How scales are stored matters to those who choose codes.
+            backend = choose_backend(self.backend, replace(stored.scheme, scale_dtype=None), target.dtype)
+            with np.errstate(over="ignore", invalid="ignore"):
+                weight = backend.dequantize(unpack(stored, inputs), stored.scheme, target.dtype)
             _refuse_nonfinite(weight)
             return (weight,)
         except SurgeonError as error:
