@@ -141,17 +141,17 @@ def served(
     name = f"{model.name}, {made}"
     if "setting" in row:
         if "error" in row:
-            pytest.fail(f"{engine.name} on a CPU {cpu} refused {name} with {row['setting']} too: {row['error']}")
+            pytest.fail(f"{engine.name} ({cpu}) refused {name} with {row['setting']} too: {row['error']}")
         return row, f"; with {row['setting']}, without it REFUSED: {row['refused']}"
     if "error" not in row:
         return row, f"; SERVED AGAINST the known refusal {known.said!r}: see {__name__}" if known else ""
     if known is None or known.said not in row["error"]:
         wanted = f"its known refusal says {known.said!r}" if known else "no refusal of it is known"
-        pytest.fail(f"{engine.name} on a CPU {cpu} refused {name}: {row['error']}; {wanted} ({__name__})")
+        pytest.fail(f"{engine.name} ({cpu}) refused {name}: {row['error']}; {wanted} ({__name__})")
     if known.setting:
         pytest.fail(f"{engine.name} was not asked for {name} with {known.setting}, which serves it on a CPU {cpu}")
     answers.append(f"{name}: REFUSED: {row['error']}")
-    pytest.skip(f"{engine.name} on a CPU {cpu} refuses {name}, as is known: {row['error']} [{known.why}]")
+    pytest.skip(f"{engine.name} ({cpu}) refuses {name}, as is known: {row['error']} [{known.why}]")
 
 
 def answer(model: Path, made: Conversion, figures: str) -> None:
