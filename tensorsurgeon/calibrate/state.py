@@ -16,8 +16,9 @@ import xxhash
 
 from tensorsurgeon.calibrate.log import LogRow, log_bytes, read_log
 from tensorsurgeon.calibrate.walk.statistics import layer_path
-from tensorsurgeon.checkpoint.sink import publish_bytes, sync_folder
+from tensorsurgeon.checkpoint.sink import publish_bytes
 from tensorsurgeon.errors import JournalError
+from tensorsurgeon.machine.files import make_folder_durable
 
 _STATE: Final = "calibration.json"
 _BUFFER: Final = 1 << 20
@@ -98,7 +99,7 @@ class CalibrationState:
     def _write(self, reached: Reached) -> Reached:
         known = json.loads(json.dumps({**asdict(reached), "fingerprint": self._fingerprint}))
         publish_bytes(self.folder / _STATE, json.dumps({**known, "digest": _digest_of(known)}).encode())
-        sync_folder(self.folder)
+        make_folder_durable(self.folder)
         return reached
 
     def rows(self, number: int) -> list[LogRow]:

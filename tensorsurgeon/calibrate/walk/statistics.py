@@ -25,8 +25,8 @@ from tensorsurgeon.calibrate.walk.experts import (
     summed,
 )
 from tensorsurgeon.calibrate.walk.workers import Turns
-from tensorsurgeon.checkpoint.sink import sync_folder
 from tensorsurgeon.errors import PlanError, RecipeError
+from tensorsurgeon.machine.files import make_durable, make_folder_durable
 from tensorsurgeon.quant.gptq.hessian import HessianAccumulator
 
 
@@ -222,9 +222,9 @@ def write_layer(folder: Path, number: int, statistics: Mapping[str, InputStatist
     partial = path.with_name(path.name + ".partial")
     save_file(dict(sorted(tensors.items())), partial, metadata=metadata)
     with open(partial, "rb") as file:
-        os.fsync(file.fileno())
+        make_durable(file.fileno())
     os.replace(partial, path)
-    sync_folder(folder)
+    make_folder_durable(folder)
 
 
 def is_finite(statistics: InputStatistics) -> bool:
