@@ -26,6 +26,7 @@ from tensorsurgeon.calibrate.codes.stage import Layers, Stage
 from tensorsurgeon.calibrate.codes.stored import StoredLayers
 from tensorsurgeon.calibrate.codes.walked import WalkedLayers
 from tensorsurgeon.calibrate.data.data import CalibrationData, load_data
+from tensorsurgeon.calibrate.device import device_named, identity_of
 from tensorsurgeon.calibrate.log import LOG_NAME, LogRow, log_bytes, read_log, rounded_row, summarize, summary_text
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.state import CalibrationState, Reached, file_digest
@@ -77,11 +78,10 @@ def run_calibrated(
         raise RecipeError("no step of this transform asks for statistics (method gptq or imatrix); leave --calibration away")
     if find_spec("transformers") is None:
         raise RecipeError("calibration runs the model's own forward: pip install 'tensorsurgeon[calibrate]'")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise RecipeError(f"--device {device}: this torch sees no such device")
+    where = device_named(device)
     if options.write_statistics is not None and options.read_statistics is not None:
         raise RecipeError("--write-statistics and --read-statistics together would only copy a folder")
-    model = StreamedModel(plan.source, device=device)
+    model = StreamedModel(plan.source, device=where)
     if max_ram_bytes is not None:
         _check_budget(plan, model, max_ram_bytes)
     data = None
@@ -92,7 +92,7 @@ def run_calibrated(
         raise NoMatchError("the steps that ask for statistics quantize nothing")
     # A source that was calibrated itself has a log, which must not take the place of this run's.
     files = plan.files._replace(copied=tuple(name for name in plan.files.copied if name != LOG_NAME))
-    plan = replace(plan, files=files, calibration=_identity(options, data), extra_files=(LOG_NAME,))
+    plan = replace(plan, files=files, calibration=_identity(options, data, where), extra_files=(LOG_NAME,))
     driver = _Driver(model=model, data=data, options=options, linears=linears, target=Path(target))
     with one_torch_thread():
         result = run_plan(
@@ -118,10 +118,10 @@ def _check_budget(plan: Plan, model: StreamedModel, max_ram_bytes: int) -> None:
         )
 
 
-def _identity(options: CalibrationOptions, data: CalibrationData | None) -> dict[str, Any]:
+def _identity(options: CalibrationOptions, data: CalibrationData | None, device: torch.device) -> dict[str, Any]:
     """What the record says of the calibration, and the fingerprint depends on."""
     versions = {"torch": torch.__version__, "transformers": _transformers_version()}
-    known: dict[str, Any] = {"options": options.identity(), "versions": versions}
+    known: dict[str, Any] = {"options": options.identity(), "versions": versions, "device": identity_of(device)}
     if data is not None:
         known |= {"sources": list(data.sources), "tokens": list(data.tokens.shape), "digest": data.digest}
     if options.read_statistics is not None:

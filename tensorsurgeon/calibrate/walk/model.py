@@ -18,6 +18,7 @@ from tensorsurgeon.quant.rtn.plain_torch import tensor_of
 
 logger = logging.getLogger(__name__)
 
+_CPU = torch.device("cpu")
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -29,9 +30,11 @@ class StreamedModel:
     where it is None; ``eager`` is the fastest on a CPU.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, experts_implementation: str | None = "eager", device: str = "cpu") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, experts_implementation: str | None = "eager", device: torch.device = _CPU
+    ) -> None:
         self.checkpoint = checkpoint
-        self.device = torch.device(device)
+        self.device = device
         self.model = _build_on_meta(checkpoint, experts_implementation)
         self.dtype: torch.dtype = self.model.dtype
         self.layer_names, self.layers = _decoder_layers(self.model)

@@ -26,7 +26,7 @@ from tensorsurgeon.calibrate.walk.experts import (
 )
 from tensorsurgeon.calibrate.walk.workers import Turns
 from tensorsurgeon.errors import PlanError, RecipeError
-from tensorsurgeon.machine.files import make_folder_durable
+from tensorsurgeon.machine.files import make_durable, make_folder_durable
 from tensorsurgeon.quant.gptq.hessian import HessianAccumulator
 
 
@@ -222,7 +222,7 @@ def write_layer(folder: Path, number: int, statistics: Mapping[str, InputStatist
     partial = path.with_name(path.name + ".partial")
     save_file(dict(sorted(tensors.items())), partial, metadata=metadata)
     with open(partial, "rb") as file:
-        os.fsync(file.fileno())
+        make_durable(file.fileno())
     os.replace(partial, path)
     make_folder_durable(folder)
 
