@@ -32,7 +32,7 @@ RUNS: dict[str, tuple[str, dict[str, str], str | None]] = {
     "awq-int4-g128": ("awq-int4-g128", {}, None),
     "ct-w4a16-g32": ("ct-w4a16-g32", {}, None),
     "ct-w4a16-g32 keep nothing": ("ct-w4a16-g32", {"keep": ""}, None),
-    "ct-w4a16-g32 split_mtp": ("ct-w4a16-g32", {"split_mtp": "true"}, None),
+    "ct-w4a16-g32 mtp=split": ("ct-w4a16-g32", {"mtp": "split"}, None),
     "ct-w8a16": ("ct-w8a16", {}, None),
     "ct-w8a8-int8": ("ct-w8a8-int8", {}, None),
     "fp8-block": ("fp8-block", {}, None),
@@ -57,9 +57,14 @@ RUNS: dict[str, tuple[str, dict[str, str], str | None]] = {
 
 def surgeon(checkout: Path, *arguments: str) -> str:
     """The standard output of ``surgeon`` as a checkout has it; its error ends this program."""
-    code = "import sys; from tensorsurgeon.cli import main; main(sys.argv[1:], standalone_mode=False)"
+    code = "from tensorsurgeon.cli import run; run()"
+    # Python looks for modules in the working folder before it looks anywhere else.
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env={**os.environ, "PYTHONPATH": str(checkout)}, capture_output=True, text=True
+        [sys.executable, "-c", code, *arguments],
+        cwd=checkout,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise SystemExit(f"{checkout}: surgeon {' '.join(arguments)}:\n{done.stderr}")
@@ -76,6 +81,9 @@ def run(checkout: Path, work: Path, name: str) -> Path:
     if transform == "RAW":
         transform = str(work / "raw.yaml")
         Path(transform).write_text(RAW_EXPORT)
+    if not (checkout / "tensorsurgeon" / "models").is_dir():
+        # What a parameter was called and meant before there were roles.
+        parameters = {"split_mtp": str(parameters["mtp"] == "split").lower()} if "mtp" in parameters else parameters
     sets = [word for key, value in parameters.items() for word in ("--set", f"{key}={value}")]
     # Shards small enough that there are several.
     surgeon(checkout, "apply", transform, str(source), str(target), "--quiet", "--max-shard-size", "2MB", *sets)

@@ -7,7 +7,7 @@ shape, same scheme. Modules are put together here once, and every rule judges fo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -131,7 +131,7 @@ def facts_of(plan: Plan) -> Facts:
         format=format_,
         unreadable=unreadable,
         linears=tuple(_linears(singles, model)),
-        experts=tuple(_experts(experts, model)),
+        experts=tuple(_experts(experts, model, split)),
         quantized=tuple(dict.fromkeys(s.module for s in stored)),
         stacked=stacked,
         split=split,
@@ -212,7 +212,8 @@ def _linears(stored: Iterable[_Stored], model: Model) -> Iterable[Linear]:
     forms: dict[tuple[Any, ...], list[Any]] = {}
     for (parent, leaf), members in fused.items():
         if leaf in FUSED:
-            order = FUSED[leaf]
+            # A linear that is stored under the fused name is the only member.
+            order = (leaf, *FUSED[leaf])
             members.sort(key=lambda entry: order.index(entry.module.rpartition(".")[2]))
         parts = tuple((entry.module.rpartition(".")[2], entry.shape[0]) for entry in members)
         subject = masked(f"{parent}.{leaf}" if parent else leaf)
@@ -224,13 +225,13 @@ def _linears(stored: Iterable[_Stored], model: Model) -> Iterable[Linear]:
         yield Linear(subject, leaf, parts, columns, member.scheme, count, use.role is Role.MTP, use.kind)
 
 
-def _experts(stored: Iterable[_Stored], model: Model) -> Iterable[Experts]:
+def _experts(stored: Iterable[_Stored], model: Model, floats: Container[str]) -> Iterable[Experts]:
     layers: dict[str, list[_Stored]] = {}
     for entry in stored:
         layers.setdefault(entry.module, []).append(entry)
     forms: dict[tuple[Any, ...], list[Any]] = {}
     for prefix, entries in layers.items():
-        mixed = _mixed(entries)
+        mixed = _mixed(entries, prefix in floats)
         leaves = {e.leaf: (*e.shape, e.scheme) for e in entries}
         key = masked(prefix), tuple((e.leaf, e.shape, e.scheme) for e in entries), mixed
         form = forms.setdefault(key, [leaves, prefix, 0])
@@ -239,10 +240,11 @@ def _experts(stored: Iterable[_Stored], model: Model) -> Iterable[Experts]:
         yield Experts(subject, leaves, count, mixed, model.is_mtp(prefix))
 
 
-def _mixed(entries: list[_Stored]) -> str | None:
+def _mixed(entries: list[_Stored], has_floats: bool = True) -> str | None:
     leaves = {entry.leaf for entry in entries}
     for names in GATED:
-        if leaves < names:
+        # Experts without a gate have two linears, and nothing is left out.
+        if leaves < names and has_floats:
             return f"{' and '.join(sorted(leaves))} quantized, {' and '.join(sorted(names - leaves))} not"
     if len({entry.scheme for entry in entries}) > 1:
         return "several schemes"

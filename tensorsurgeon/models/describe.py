@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from tensorsurgeon.errors import RecipeError, did_you_mean
 from tensorsurgeon.models.experts import EXPERTS, is_expert_list
+from tensorsurgeon.models.families import Family, family_of
 from tensorsurgeon.models.roles import LINEARS, NO_LINEARS, PARTS, WITHOUT_CONFIG, Role, Use
 from tensorsurgeon.models.rules import LAYERS, Known, part_of, role_inside, role_outside
 from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
@@ -23,7 +24,7 @@ _LAYER_COUNTS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers"
 _EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 _TEXT_CONFIGS: Final = ("text_config", "language_config", "llm_config", "thinker_config", "ffn_config")
 ROLES: Final[dict[str, frozenset[Role]]] = {role.value: frozenset((role,)) for role in Role} | {"linear": LINEARS}
-"""What may stand behind ``role:``; ``linear`` is every linear of the decoder layers."""
+"""What may stand behind ``role:``; ``linear`` is every linear of the decoder layers that engines build with a config."""
 
 
 class _Place(NamedTuple):
@@ -44,6 +45,31 @@ class Model:
         self._by_name: dict[str, Use] = {}
         self._insides: dict[str, str] = {}
         self._is_layers: dict[str, bool] = {}
+
+    @cached_property
+    def family(self) -> Family | None:
+        """What is known of this model by name; None where there is no data file for it."""
+        return family_of(self._specs.config)
+
+    @property
+    def expert_count(self) -> int:
+        """Experts of a layer: by the config, else one for each row of a router; 0 if neither says."""
+        rows = (spec.shape[0] for spec in self._specs.values() if len(spec.shape) == 2 and self.role(spec.name) is Role.ROUTER)
+        return max(self._numbers(_EXPERT_COUNTS), default=0) or next(rows, 0)
+
+    @property
+    def hidden_size(self) -> int:
+        """Features that layers pass on, by the config; 0 if it does not say."""
+        return max(self._numbers(("hidden_size", "n_embd", "d_model")), default=0)
+
+    @property
+    def expert_width(self) -> int:
+        """Features between the stages of an expert, by the config; 0 if it does not say."""
+        for key in ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"):
+            found = self._numbers((key,))
+            if found:
+                return max(found)
+        return 0
 
     def use(self, name: str) -> Use:
         """What a tensor is for; of a tensor that is not there, what its name tells."""
@@ -84,6 +110,7 @@ class Model:
         RecipeError for words that are no roles.
         """
         whole: set[Role | None] = set()
+        asked = "linear" not in texts
         inner: set[tuple[Role | None, Role | None]] = set()
         for text in texts:
             first, _, second = text.partition(".")
@@ -98,7 +125,7 @@ class Model:
 
         def chosen(name: str) -> bool:
             found = use(name)
-            return found[0] in whole or found[:2] in inner
+            return (found[0] in whole or found[:2] in inner) and (asked or found[3])
 
         return chosen
 
@@ -183,16 +210,33 @@ class Model:
         path = inside.split(".")
         leaf = path.pop()
         outer = [*head[:-1].split("."), "*"] if head else []
+        module = ".".join([*outer, *path])
         part = part_of(head, False, False, [*outer, *path])
         if part is None and is_beyond:
             part = part_of(head, True, True, [*outer, *path])
-        if is_layer:
+        found, has_config = self._of_family(module, f"{module}.{leaf}"), True
+        if found is not None and found[0] in PARTS:
+            part, found = found, None
+        if self.family is not None and part is None:
+            has_config = not any(p.match(module) is not None for p in self.family.without_config)
+        if found is None and is_layer:
             found = role_inside(f"{head}*", path, leaf, shape, self._known)
-        else:
+        elif found is None:
             found = role_outside([*outer, *path], leaf, shape)
         if part is not None:
             return Use(part[0], Role.OTHER if found is None else found[0], part[1])
-        return Use(None, None, "no rule knows it") if found is None else Use(found[0], None, found[1])
+        if found is None:
+            return Use(None, None, "no rule knows it")
+        return Use(found[0], None, found[1] if has_config else "engines build it without a quantization config", has_config)
+
+    def _of_family(self, module: str, name: str) -> tuple[Role, str] | None:
+        """What the family's table says of a module, or of one tensor of it."""
+        if self.family is None:
+            return None
+        for pattern, role in self.family.roles:
+            if pattern.match(module) is not None or pattern.match(name) is not None:
+                return role, f"table of {self.family.name}"
+        return None
 
 
 _NUMBER: Final = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")

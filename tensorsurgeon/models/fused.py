@@ -19,6 +19,8 @@ FUSED: Final[dict[str, tuple[str, ...]]] = {
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "w13": ("w1", "w3"),
+    "fused_wqa_wkv": ("wq_a", "wkv"),
 }
 """The fused module's last name part and its parts', in the order in which they are stacked."""
 

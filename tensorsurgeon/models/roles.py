@@ -66,11 +66,13 @@ WITHOUT_CONFIG: Final = frozenset((Role.ROUTER, Role.SHARED_EXPERT_GATE))
 
 class Use(NamedTuple):
     """What a tensor is for. ``role``: None where neither a table nor a rule decides it. ``within``: inside a part, what it
-    would be in the main model. ``how``: what decided, in words."""
+    would be in the main model. ``how``: what decided, in words. ``has_config``: whether engines build it with a
+    quantization config, as far as is known."""
 
     role: Role | None
     within: Role | None
     how: str
+    has_config: bool = True
 
     @property
     def kind(self) -> Role | None:

@@ -126,6 +126,9 @@ def role_inside(prefix: str, path: list[str], leaf: str, shape: tuple[int, ...],
     if any(_ATTENTION.search(word) for word in path):
         return Role.ATTENTION, by_name
     whole = ".".join((prefix, *path))
+    if last == "gate" and len(path) > 1 and _MLP.match(path[-2]):
+        # A dense layer's linears are called otherwise, so this one decides among experts, if only among those to come.
+        return Role.ROUTER, by_name
     is_gate = any(_GATE.search(word) for word in path) and last not in ("gate_proj", "gate_up_proj")
     beside = is_gate and any(whole.startswith(parent + ".") for parent in known.beside_experts)
     if beside and (len(shape) < 2 or shape[0] in known.experts or last == "gate"):

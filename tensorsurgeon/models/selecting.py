@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from tensorsurgeon.errors import NoMatchError, PlanError, SpecError
 from tensorsurgeon.models.describe import Model, describe_model, masked, stacked_weight
-from tensorsurgeon.models.experts import after_splitting
-from tensorsurgeon.models.roles import NO_LINEARS, PARTS
+from tensorsurgeon.models.experts import after_splitting, numbered
+from tensorsurgeon.models.roles import NO_LINEARS, PARTS, Role
 from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
 from tensorsurgeon.tensors.names import Pattern, Selector
 from tensorsurgeon.tensors.spec import SpecMap
@@ -37,6 +37,7 @@ def selected_linears(specs: SpecMap, where: Sequence[str], exclude: Sequence[str
     linears = [
         name for name in chosen if _is_linear(specs, model, name) or any(pattern.match(name) is not None for pattern in named)
     ]
+    _refuse_left_over(specs, model, chosen, linears)
     if chosen and not linears:
         raise NoMatchError(f"none of the {len(chosen)} tensors that {', '.join(where)} selects is a linear's weight")
     return linears
@@ -47,6 +48,20 @@ def _is_linear(specs: SpecMap, model: Model, name: str) -> bool:
         return False
     found = model.use(name)
     return found.role not in PARTS or found.within not in NO_LINEARS
+
+
+def _refuse_left_over(specs: SpecMap, model: Model, chosen: Sequence[str], linears: Sequence[str]) -> None:
+    """Experts in a form that quantize cannot take must not stay behind in silence."""
+    taken = frozenset(linears)
+    for name in chosen:
+        spec = specs[name]
+        if name in taken or len(spec.shape) < 2 or spec.dtype not in WEIGHT_DTYPES or numbered(spec.module) is not None:
+            continue
+        if model.use(name).kind is Role.EXPERT:
+            raise SpecError(
+                f"{spec}: experts stored in one tensor, which no engine reads quantized; put split-experts before quantize, or "
+                "exclude this tensor to leave it as it is"
+            )
 
 
 def _refuse_unknown(specs: SpecMap, model: Model, selector: Selector) -> None:

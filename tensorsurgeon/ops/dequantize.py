@@ -10,6 +10,7 @@ import numpy as np
 
 from tensorsurgeon.errors import NumericError, SurgeonError
 from tensorsurgeon.formats.coding import stored_in
+from tensorsurgeon.formats.registry import quantization_config
 from tensorsurgeon.formats.scales import INPUT_SCALES, KV_SCALES
 from tensorsurgeon.ops.stored_modules import cache_scales, stored_modules, unpack
 from tensorsurgeon.planning.rewriting import Array, Rewrite
@@ -24,13 +25,17 @@ class Dequantize:
 
     The formats are those that config.json names, and the quantization leaves the config. Weights are computed in F32
     and rounded once; what is not finite then stops the run. Static scales of a module's inputs and of a KV cache go too:
-    a float weight takes its inputs as they are. One-way: codes cannot be told from weights.
+    a float weight takes its inputs as they are. One-way: codes cannot be told from weights. ``if_quantized``: a checkpoint
+    without a quantization passes as it is.
     """
 
     dtype: Literal["BF16", "F16", "F32"] = "BF16"
+    if_quantized: bool = False
     backend: str = field(default="auto", repr=False)
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
+        if self.if_quantized and quantization_config(specs.config) is None:
+            return ()
         rewrites = []
         for module in stored_modules(specs, may_drop=(*INPUT_SCALES, *KV_SCALES)):
             target = TensorSpec(f"{module.name}.weight", DTYPES[self.dtype], module.shape)
