@@ -8,7 +8,7 @@ FIXTURE := fixtures/tiny-qwen3_5-moe
 #   make PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" test
 PIP_FLAGS ?=
 
-.PHONY: demo test test-slow plants lint types wheel engines bench bench-kl setup clean
+.PHONY: demo test test-slow plants families lint types wheel engines bench bench-kl setup clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,10 @@ engines: $(STAMP)
 # Faults of 163 kinds planted in every format, verified with and without source and record: twenty minutes.
 plants: $(STAMP)
 	$(BIN)/python -m tests.verifying.plants --missed
+
+# Half an hour: every family of tests/families/table.yaml built tiny and converted; FAMILIES="llama mixtral" tries those anew.
+families: $(STAMP)
+	$(BIN)/python -m tests.families.run $(FAMILIES)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

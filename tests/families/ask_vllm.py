@@ -114,6 +114,7 @@ def set_aside_platform() -> set[str]:
     torch.empty = partial(unpinned, torch.empty)
     ngram_embedding.get_accelerator_view_from_cpu_tensor = lambda tensor: tensor
     qsa.is_flash_attn_varlen_func_available = lambda: True
+    triton.set_allocator = lambda allocator: None
     triton.next_power_of_2 = lambda number: 1 << (number - 1).bit_length()
     torch.cuda.Event = torch.cuda.Stream = torch.Event = torch.Stream = MagicMock
     registry._run_in_subprocess = lambda function: function()  # vLLM looks at each class in a process of its own, 10 s each
@@ -251,7 +252,7 @@ def main() -> None:
         initialize_model_parallel(1, 1)
     torch.set_default_dtype(torch.bfloat16)
     answers: dict[str, Any] = {}
-    for name in arguments.family or FAMILIES:
+    for name in arguments.family or [name for name, family in FAMILIES.items() if family.asked]:
         answers[name] = attempt(FAMILIES[name], aside)
         if has_mtp(FAMILIES[name]):
             answers[name]["mtp"] = attempt(FAMILIES[name], aside, mtp=True)

@@ -11,11 +11,22 @@ Config = dict[str, Any]
 
 
 class Family(NamedTuple):
-    """One row: what its config names as architecture, the config, and how publishers store it if not as transformers saves it."""
+    """One row.
+
+    ``architecture``: what the config names. ``layout``: how publishers store it if not as transformers saves it, words of
+    `layouts.as_published` joined by +. ``stays``: a pattern of further modules whose linears must stay as they are.
+    ``source``: the format that it is published in, with more for its config in ``quantization``.
+    ``asked``, ``built``: false for rows that only the other half can try.
+    """
 
     architecture: str
     config: Config
     layout: str = ""
+    stays: str = ""
+    source: str = ""
+    quantization: Config = {}  # noqa: RUF012
+    asked: bool = True
+    built: bool = True
 
 
 def spelled_out(value: Any, parts: Config) -> Any:
