@@ -105,6 +105,8 @@ def _complaint(result: Fidelity, claim: Claim | None) -> str:
             f"has {result.snr_db:.1f} dB against the source, where {stored} gives more than "
             f"{result.floor_db:g} dB: these are other weights, or they are read wrongly"
         )
+    if result.complaint and not result.bad_rows:
+        return f"{result.complaint} ({result.snr_db:.1f} dB over all rows)"
     return (
         f"{_rows(result.bad_rows)}, row {result.first_bad_row} first, with an error larger than the weights themselves, which "
         f"rounding never makes ({result.snr_db:.1f} dB over all rows)"

@@ -67,8 +67,9 @@ CLAIMS: Final[dict[str, Claim]] = {
     "quark-uint4-g32-order": quark(32, **UINT4),
     "quark-uint4-g128-reorder": quark(128, interleaved=True, **UINT4),
 }
-# GPTQModel takes half the range for groups without a negative weight, of which only made-up matrices have any.
-CLIPPED: Final = {"gptqmodel-int8-g32-v1": ("edges",)}
+# GPTQModel takes half the range for groups without a negative weight, of which only made-up matrices have any. Its v1
+# subtracts one from whole words of zero points, and where one of them is 0 its neighbours lose one too: the judge says so.
+CLIPPED: Final = {"gptqmodel-int8-g32-v1": ("edges",), "gptqmodel-int4-g32-asym-v1": ("edges",)}
 
 
 @pytest.mark.parametrize("stem", CLAIMS)
