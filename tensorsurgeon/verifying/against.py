@@ -88,7 +88,11 @@ def pair_tensors(
         explained.update(n for pair in found for n in _names(pair, target_modules))
         if not found:
             lost.append(spec)
-    new = [spec for name, spec in target.items() if name not in explained and spec.module not in target_modules.stored]
+    new = [
+        spec
+        for name, spec in target.items()
+        if name not in explained and (spec.module not in target_modules.stored or name.rpartition(".")[2] not in _CODED)
+    ]
     claimed = {
         m for pair in pairs if isinstance(pair, SameWeight) and isinstance(pair.target, Module) for m in (pair.target.name,)
     }

@@ -21,6 +21,7 @@ from tensorsurgeon.verifying.dialects import quantization_of, read_claims
 from tensorsurgeon.verifying.fidelity import Fidelity
 from tensorsurgeon.verifying.findings import Fault, Findings, Note
 from tensorsurgeon.verifying.finite import FiniteCheck
+from tensorsurgeon.verifying.model_sizes import check_model_sizes
 from tensorsurgeon.verifying.planned import pair_by_plan
 from tensorsurgeon.verifying.recipes import recorded_calls, replayed
 from tensorsurgeon.verifying.siblings import check_expert_shapes, check_experts, check_global_scales, check_siblings
@@ -100,6 +101,7 @@ def verify(
         digested = _check_bytes(reader, record, described, findings, count)
         check_config_copies(checkpoint, findings)
         check_readable(checkpoint, findings)
+        check_model_sizes(checkpoint.specs, described, findings)
         check_siblings(checkpoint.specs, described, findings)
         check_experts(checkpoint.specs, checkpoint.specs.config_value, findings)
         check_expert_shapes(checkpoint.specs, described, findings)
