@@ -20,14 +20,18 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from tensorsurgeon.verifying.claims import Claim
+from tensorsurgeon.verifying.steps import Steps
 from tensorsurgeon.verifying.weights import CodedWeight, Weight
 
 _LONGEST_CELL: Final = 128
 # Cells of a block are judged together: enough for a median, few enough for memory.
-_BLOCK_CELLS: Final = 1 << 18
-_MOST_LOOKED_AT: Final = 64
+_BLOCK_CELLS: Final = 1 << 16
+_MOST_LOOKED_AT: Final = 16
+_COMPARED_WITH: Final = 8
+# A median of so many is as good as that of all.
+_MEDIAN_CELLS: Final = 4096
 # Deviations from 1 that are worth a look, and those that chance never has.
-_ODD, _IMPOSSIBLE = 3.5, 8.0
+_ODD, _IMPOSSIBLE = 4.0, 8.0
 # A gain this near to 1 does no harm.
 _HARMLESS: Final = 0.03
 # The gain of a whole weight: chance is nothing there, and clipping takes more the fewer codes there are.
@@ -44,11 +48,9 @@ _GAIN: Final = {
 _HALF_STEP: Final = 0.56
 _BEYOND_HALF: Final = 0.25
 _SHIFT: Final = 0.6
-_LEAST_STEP: Final = 2.0**-8
 # Errors beyond six times the median one: none where errors are rounding's, one in some thousands where they are normal.
 _TAIL, _TAIL_SHARE = 6.0, 0.01
 _SAMPLE_ROWS: Final = 32
-_LARGEST_FP8, _LARGEST_FP4 = 448.0, 6.0
 
 
 class OddCell(NamedTuple):
@@ -99,8 +101,8 @@ class CellJudge:
             size = columns
         self.size = _LONGEST_CELL if size % _LONGEST_CELL == 0 else size
         self._order = None if stored.group_of_input is None else np.argsort(stored.group_of_input, kind="stable")
-        self._least_step = float(np.median(np.abs(stored.scale))) * _LEAST_STEP
         self._is_integer = stored.code_range() is not None
+        self._steps_of = Steps(source, stored, claim, self.size, self._order)
         self._block = _Block(0)
         self._odd: list[OddCell] = []
         self._count = 0
@@ -157,22 +159,22 @@ class CellJudge:
 
     def _judge(self) -> None:
         block, self._block = self._block, _Block(self._block.start + sum(map(len, self._block.signal)))
-        signal, noise, cross = (np.concatenate(parts).astype(np.float64) for parts in (block.signal, block.noise, block.cross))
+        signal, noise, cross = (np.concatenate(parts) for parts in (block.signal, block.noise, block.cross))
         finite = np.isfinite(noise)
-        self._signal += float(signal[finite].sum())
-        self._cross += float(cross[finite].sum())
+        self._signal += float(signal[finite].sum(dtype=np.float64))
+        self._cross += float(cross[finite].sum(dtype=np.float64))
         known = finite & (signal > 0)
         if np.count_nonzero(known) < 4:
             return
-        step = np.concatenate(block.step).astype(np.float64) if block.step else None
+        step = np.concatenate(block.step) if block.step else None
         # What rounding alone costs: a twelfth of a squared step for each weight, or for floats a share of the weight.
         ideal = signal if step is None else np.maximum(step * step * self.size / 12, 1e-30)
-        usual = float(np.median((noise / np.maximum(ideal, 1e-30))[known]))
+        usual = _median(noise / np.maximum(ideal, 1e-30), known)
         chance = np.sqrt(max(usual, 1e-6) * ideal / np.maximum(signal, 1e-30) / self.size)
         deviation = np.where(known, cross / np.maximum(signal, 1e-30), 0.0)
         z = np.where(known, deviation / np.maximum(chance, 1e-6), 0.0)
-        middle = float(np.median(z[known]))
-        spread = max(1.0, 1.4826 * float(np.median(np.abs(z[known] - middle))))
+        middle = _median(z, known)
+        spread = max(1.0, 1.4826 * _median(np.abs(z - middle), known))
         z = (z - middle) / spread
         odd = (np.abs(z) > _ODD) & (np.abs(deviation) > _HARMLESS)
         loud = known & (noise > 4 * max(usual, 1e-6) * ideal) & (noise > 1e-4 * signal)
@@ -186,7 +188,7 @@ class CellJudge:
         wrong = np.abs(shift) > least
         rows = np.flatnonzero(wrong.any(axis=1))
         for row in map(int, rows[np.argsort(-np.abs(shift[rows]).max(axis=1), kind="stable")][:_MOST_LOOKED_AT]):
-            weight, value, error = (part.reshape(-1, self.size) for part in self._in_steps(start + row))
+            weight, value, error = (part.reshape(-1, self.size) for part in self._steps_of.row(start + row))
             inside = np.isfinite(value)
             signed = np.where(inside, np.sign(np.where(inside, value, 0) - weight) * error, 0)
             count = inside.sum(axis=1)
@@ -207,13 +209,13 @@ class CellJudge:
             return
         oddness = np.where(odd, np.maximum(z, np.sqrt(noise)), 0).max(axis=1)
         rows = rows[np.argsort(-oddness[rows], kind="stable")][:_MOST_LOOKED_AT]
-        others = np.setdiff1d(np.linspace(0, len(odd) - 1, _SAMPLE_ROWS).astype(int), rows)
-        usual = np.concatenate([self._largest(start + int(row))[0] for row in others]) if len(others) else np.zeros(0)
+        others = np.setdiff1d(np.linspace(0, len(odd) - 1, _COMPARED_WITH).astype(int), rows)
+        usual = np.concatenate([self._steps_of.cells(start + int(row))[0] for row in others]) if len(others) else np.zeros(0)
         # 90 of 100 cells hold to this.
         bound = float(np.quantile(usual, 0.9)) if len(usual) else np.inf
         is_nearest = bound <= _HALF_STEP
         for row in sorted(map(int, rows)):
-            largest, gain, chance = self._largest(start + row)
+            largest, gain, chance = self._steps_of.cells(start + row)
             wrong = odd[row] & (np.abs(gain - 1) > np.maximum(_HARMLESS, _IMPOSSIBLE * chance * 1.5)) & (z[row] > _IMPOSSIBLE)
             wrong &= largest > _HALF_STEP
             if is_nearest:
@@ -221,47 +223,6 @@ class CellJudge:
             for cell in map(int, np.flatnonzero(wrong)):
                 words = f"is {gain[cell]:.2g} times its source, with errors of up to {largest[cell]:.2g} steps"
                 self._add(start + row, cell, words)
-
-    def _in_steps(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """[K] each of one row: the source, what is stored, and the error in steps of the grid at each code, where codes at
-        the end of the grid that fall short have none."""
-        codes = self._stored.codes(row, row + 1)
-        weight = self._source.rows(row, row + 1)[0]
-        raw = codes[0].astype(np.float32)
-        value = self._stored.decoded(codes.astype(np.float32), row, row + 1)[0]
-        scale = np.abs(self._stored.scale_rows(row, row + 1))
-        if self._stored.group_of_input is not None:
-            wide = scale[0, self._stored.group_of_input]
-        else:
-            each = self._claim.block[1] if self._claim.block else -(-len(weight) // scale.shape[1])
-            wide = np.repeat(scale[0], each)[: len(weight)]
-        limits = self._stored.code_range()
-        # A group that is next to nothing beside the others may have a scale that its type cannot hold.
-        wide = np.maximum(wide, self._least_step)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            error = np.abs(value - weight) / (wide * _spacing(raw, self._claim, self._is_integer))
-        if limits is not None:
-            at_end = (raw <= limits[0]) | (raw >= limits[1])
-        else:
-            at_end = np.abs(raw) >= (_LARGEST_FP8 if self._claim.layout == "plain" else _LARGEST_FP4)
-        short = at_end & (np.abs(value) <= np.abs(weight))
-        error = np.where(short | ~np.isfinite(error), 0.0, error)
-        if self._order is not None:
-            return weight[self._order], np.where(short, np.nan, value)[self._order], error[self._order]
-        return weight, np.where(short, np.nan, value), error
-
-    def _largest(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """[cells] of one row: the largest error in steps, the gain of codes that are not clipped, and its chance."""
-        weight, value, error = (part.reshape(-1, self.size) for part in self._in_steps(row))
-        inside = np.isfinite(value)
-        signal = np.where(inside, weight * weight, 0).sum(axis=1)
-        cross = np.where(inside, weight * np.where(inside, value, 0), 0).sum(axis=1)
-        noise = np.where(inside, (np.where(inside, value, 0) - weight) ** 2, 0).sum(axis=1)
-        count = np.maximum(inside.sum(axis=1), 1)
-        safe = np.maximum(signal, 1e-30)
-        gain = np.where(signal > 0, cross / safe, 1.0)
-        residual = np.maximum(noise - (gain - 1) ** 2 * signal, 0)
-        return error.max(axis=1), gain, np.sqrt(residual / safe / count)
 
     def _sample(self) -> np.ndarray:
         """Some rows of the whole weight."""
@@ -271,7 +232,7 @@ class CellJudge:
         """The gain of some rows, without codes at the end of the grid: what is clipped is too small by choice."""
         signal = cross = 0.0
         for row in self._sample():
-            weight, value, _ = self._in_steps(int(row))
+            weight, value, _ = self._steps_of.row(int(row))
             inside = np.isfinite(value)
             signal += float(np.square(weight[inside], dtype=np.float64).sum())
             cross += float((weight[inside].astype(np.float64) * value[inside]).sum())
@@ -279,17 +240,12 @@ class CellJudge:
 
     def _tail(self) -> float:
         """The share of codes whose error is far beyond the usual one, over some rows of the whole weight."""
-        errors = np.concatenate([self._in_steps(int(row))[2] for row in self._sample()])
+        errors = np.concatenate([self._steps_of.row(int(row))[2] for row in self._sample()])
         return float((errors > _TAIL * max(float(np.median(errors)), 0.1)).mean())
 
 
-def _spacing(codes: np.ndarray, claim: Claim, is_integer: bool) -> np.ndarray:
-    """How far apart codes are on the grid: 1 for integers, a share of the code for floats."""
-    if is_integer:
-        return np.ones_like(codes)
-    magnitude = np.abs(codes)
-    if claim.layout == "plain":
-        # E4M3: three bits behind the first, and none below 2 to the -6.
-        spacing: np.ndarray = np.exp2(np.floor(np.log2(np.maximum(magnitude, 2.0**-6))) - 3)
-        return spacing
-    return np.where(magnitude < 2, 0.5, np.where(magnitude < 4, 1.0, 2.0)).astype(np.float32)
+def _median(values: np.ndarray, known: np.ndarray) -> float:
+    """The median of cells that are known, of some of them where there are many."""
+    step = max(1, values.size // _MEDIAN_CELLS)
+    some = values.reshape(-1)[::step][known.reshape(-1)[::step]]
+    return float(np.median(some if len(some) else values[known]))

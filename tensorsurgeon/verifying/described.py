@@ -23,7 +23,6 @@ from tensorsurgeon.verifying.parts import MARKERS, describe_stored, is_stored_qu
 from tensorsurgeon.verifying.side_files import QUANTIZATION_FILES
 from tensorsurgeon.verifying.weights import groups_of
 
-# Never quantized in any engine (formats.md section 7).
 
 
 class Module(NamedTuple):
@@ -195,7 +194,7 @@ def _check_raw_names(specs: SpecMap, findings: Findings) -> None:
 
 
 def _check_unquantized(specs: SpecMap, claims: Claims, stored: Mapping[str, Any], findings: Findings) -> None:
-    for module in describe_model(specs).linears_with_config():
+    for module in float_linears(specs):
         if module not in stored:
             claim = claims.of(module)
             if claim is not None:
@@ -218,8 +217,9 @@ def _check_unquantized(specs: SpecMap, claims: Claims, stored: Mapping[str, Any]
 
 
 def float_linears(specs: SpecMap) -> list[str]:
-    """Modules with an unquantized matrix that an engine may take for a quantized linear."""
-    return describe_model(specs).linears_with_config()
+    """Modules with an unquantized matrix that some reader may take for a quantized linear, the head among them."""
+    model = describe_model(specs)
+    return [module for module in model.linears() if model.use(f"{module}.weight").kind not in WITHOUT_CONFIG]
 
 
 def float_stacks(specs: SpecMap) -> dict[str, TensorSpec]:

@@ -146,4 +146,4 @@ def _only(sizes: _Sizes, leaf: str) -> tuple[int, int] | None:
 
 def _integer(config: Mapping[str, Any], key: str) -> int | None:
     value = config.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -72,6 +72,7 @@ class Mxfp4(_Fp4):
     def read_scale(self) -> np.ndarray:
         """float32 [N, K / 32]."""
         exponents = self.array("weight_scale").view(np.uint8)
-        powers: np.ndarray = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
+        with np.errstate(over="ignore"):
+            powers: np.ndarray = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
         powers[exponents == 255] = np.nan
         return powers
