@@ -24,7 +24,6 @@ from tensorsurgeon.verifying.side_files import QUANTIZATION_FILES
 from tensorsurgeon.verifying.weights import groups_of
 
 
-
 class Module(NamedTuple):
     """A quantized module whose tensors are those of its claim."""
 

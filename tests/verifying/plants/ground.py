@@ -12,11 +12,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.tensors.spec import TensorSpec
 from tensorsurgeon.verifying.described import Described, check_described
 from tensorsurgeon.verifying.dialects import read_claims
 from tensorsurgeon.verifying.findings import Findings
-from tensorsurgeon.verifying.reading import Reader
 from tests.checkpoints import INDEX, read_all
 from tests.verifying.subjects import write_shard
 
@@ -171,7 +171,7 @@ def described_in(folder: Path) -> Described:
     """What is quantized in a good checkpoint."""
     checkpoint = open_checkpoint(folder)
     findings = Findings()
-    with Reader(checkpoint) as reader:
+    with TensorReader(checkpoint) as reader:
         return check_described(reader, read_claims(checkpoint.specs, findings), findings, known_method=True)
 
 
