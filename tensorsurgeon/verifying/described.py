@@ -193,7 +193,7 @@ def _check_raw_names(specs: SpecMap, findings: Findings) -> None:
 
 
 def _check_unquantized(specs: SpecMap, claims: Claims, stored: Mapping[str, Any], findings: Findings) -> None:
-    for module in describe_model(specs).linears_with_config():
+    for module in float_linears(specs):
         if module not in stored:
             claim = claims.of(module)
             if claim is not None:
@@ -216,8 +216,9 @@ def _check_unquantized(specs: SpecMap, claims: Claims, stored: Mapping[str, Any]
 
 
 def float_linears(specs: SpecMap) -> list[str]:
-    """Modules with an unquantized matrix that an engine may take for a quantized linear."""
-    return describe_model(specs).linears_with_config()
+    """Modules with an unquantized matrix that some reader may take for a quantized linear, the head among them."""
+    model = describe_model(specs)
+    return [module for module in model.linears() if model.use(f"{module}.weight").kind not in WITHOUT_CONFIG]
 
 
 def float_stacks(specs: SpecMap) -> dict[str, TensorSpec]:
@@ -244,7 +245,8 @@ def check_entries(checkpoint: Checkpoint, claims: Claims, modules: list[str], fi
 
 def check_config_copies(checkpoint: Checkpoint, findings: Findings) -> None:
     """Files that repeat the quantization_config must repeat it exactly: readers take whichever they find first."""
-    config = quantization_of(checkpoint.config)
+    # As it stands there: a checkpoint that was opened has in its config what only a file beside it says.
+    config = quantization_of(json.loads(checkpoint.config_text or b"{}"))
     for name in QUANTIZATION_FILES[:2]:
         path = checkpoint.root / name
         if name not in checkpoint.side_files:

@@ -7,21 +7,20 @@ means something else by a key has other names, or another key beside it that say
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
+from tensorsurgeon.models.describe import describe_model
+from tensorsurgeon.models.roles import Role
 from tensorsurgeon.tensors.spec import SpecMap
 from tensorsurgeon.verifying.described import Described
 from tensorsurgeon.verifying.findings import Findings
 
 # The decoder's own prefix, and not that of a tower beside it.
 _DECODER: Final = r"(?:model\.|language_model\.|model\.language_model\.|language_model\.model\.|transformer\.)?"
-_LAYER: Final = re.compile(rf"{_DECODER}layers\.(\d{{1,6}})\.(.+)")
+_LAYER: Final = re.compile(rf"{_DECODER}layers\.(\d{{1,6}})\..+")
 _EMBEDDING: Final = re.compile(rf"{_DECODER}embed_tokens")
 _NORM: Final = re.compile(rf"{_DECODER}norm")
-_EXPERT: Final = re.compile(r"(?:mlp|block_sparse_moe|feed_forward)\.experts\.\d+\.(\w+)")
-_DENSE: Final = re.compile(r"mlp\.(gate_proj|up_proj|down_proj)")
 # Keys beside which the plain ones no longer say how wide attention is.
 _OTHER_ATTENTION: Final = frozenset({
     "kv_lora_rank", "q_lora_rank", "global_head_dim", "qk_nope_head_dim", "swa_num_attention_heads", "num_global_key_value_heads",
@@ -36,12 +35,20 @@ _EXTRA_LAYERS: Final = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_h
 
 
 class _Sizes(NamedTuple):
-    """What the tensors say: shapes by role, most frequent first."""
+    """What the tensors say: ``linears`` are the shapes of a layer's linears by role and last part of the name."""
 
     embedding: tuple[int, int] | None
     norm: int | None
     layers: int
-    by_leaf: Mapping[str, Counter[tuple[int, int]]]
+    linears: Mapping[tuple[Role, str], frozenset[tuple[int, int]]]
+
+    def only(self, role: Role, *leaves: str) -> tuple[int, int] | None:
+        """The shape of these linears where all have one; without leaves, of all of that role."""
+        shapes: set[tuple[int, int]] = set()
+        for (found, leaf), members in self.linears.items():
+            if found is role and (leaf in leaves or not leaves):
+                shapes |= members
+        return next(iter(shapes)) if len(shapes) == 1 else None
 
 
 def check_model_sizes(specs: SpecMap, described: Described, findings: Findings) -> None:
@@ -61,9 +68,9 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _sizes(specs: SpecMap, described: Described) -> _Sizes:
+    model = describe_model(specs)
     shapes: dict[str, tuple[int, int]] = {name: module.shape for name, module in described.modules.items()}
     embedding, norm, layers = None, None, 0
-    by_leaf: dict[str, Counter[tuple[int, int]]] = {}
     for name, spec in specs.items():
         module, _, local = name.rpartition(".")
         if local == "weight" and len(spec.shape) == 2 and module not in described.stored:
@@ -73,17 +80,13 @@ def _sizes(specs: SpecMap, described: Described) -> _Sizes:
         found = _LAYER.fullmatch(module)
         if found is not None:
             layers = max(layers, int(found.group(1)) + 1)
+    linears: dict[tuple[Role, str], set[tuple[int, int]]] = {}
     for module, shape in shapes.items():
         if _EMBEDDING.fullmatch(module):
             embedding = shape
-        found = _LAYER.fullmatch(module)
-        if found is None:
-            continue
-        tail = found.group(2)
-        expert, dense = _EXPERT.fullmatch(tail), _DENSE.fullmatch(tail)
-        leaf = f"expert.{expert.group(1)}" if expert else f"dense.{dense.group(1)}" if dense else tail
-        by_leaf.setdefault(leaf, Counter())[shape] += 1
-    return _Sizes(embedding, norm, layers, by_leaf)
+        elif _LAYER.fullmatch(module) and (role := model.module_use(module).role) is not None:
+            linears.setdefault((role, module.rpartition(".")[2]), set()).add(shape)
+    return _Sizes(embedding, norm, layers, {key: frozenset(found) for key, found in linears.items()})
 
 
 def _contradictions(config: Mapping[str, Any], sizes: _Sizes) -> Iterator[tuple[str, int, int | str, str]]:
@@ -114,7 +117,7 @@ def _attention(config: Mapping[str, Any], sizes: _Sizes, hidden: int | None) -> 
     size = _integer(config, "head_dim") or (hidden // heads if hidden and heads else None)
     if not size or not heads:
         return
-    queries, keys = _only(sizes, "self_attn.q_proj"), _only(sizes, "self_attn.k_proj")
+    queries, keys = sizes.only(Role.ATTENTION, "q_proj"), sizes.only(Role.ATTENTION, "k_proj")
     # A gate of the output may lie beside the queries.
     if queries is not None and queries[0] not in (heads * size, 2 * heads * size):
         yield "num_attention_heads", heads, f"{queries[0]} outputs, which are no heads of {size}", "q_proj"
@@ -124,24 +127,18 @@ def _attention(config: Mapping[str, Any], sizes: _Sizes, hidden: int | None) -> 
 
 def _feed_forward(config: Mapping[str, Any], sizes: _Sizes) -> Iterator[tuple[str, int, int | str, str]]:
     width = _integer(config, "intermediate_size")
-    found = _only(sizes, "dense.up_proj")
+    found = sizes.only(Role.MLP, "up_proj")
     if width is not None and found is not None and found[0] not in (width, 2 * width):
         yield "intermediate_size", width, found[0], "mlp.up_proj"
     key = "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"
     width = _integer(config, key)
-    found = _only(sizes, "expert.up_proj") or _only(sizes, "expert.w3")
+    found = sizes.only(Role.EXPERT, "up_proj", "w3")
     if width is not None and found is not None and found[0] != width and "expert_ffn_hidden_size" not in config:
-        yield key, width, found[0], "experts.*.up_proj"
+        yield key, width, found[0], "up_proj of the experts"
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-        count, router = _integer(config, key), _only(sizes, "mlp.gate") or _only(sizes, "block_sparse_moe.gate")
+        count, router = _integer(config, key), sizes.only(Role.ROUTER)
         if count is not None and router is not None and count != router[0] and "zero_expert_num" not in config:
             yield key, count, router[0], "the router"
-
-
-def _only(sizes: _Sizes, leaf: str) -> tuple[int, int] | None:
-    """The shape of these linears where all have one."""
-    shapes = sizes.by_leaf.get(leaf)
-    return next(iter(shapes)) if shapes is not None and len(shapes) == 1 else None
 
 
 def _integer(config: Mapping[str, Any], key: str) -> int | None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from tensorsurgeon.verifying.reading import Reader
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.tensors.spec import TensorSpec
 from tensorsurgeon.verifying.described import Described, check_described
 from tensorsurgeon.verifying.dialects import read_claims
@@ -171,7 +171,7 @@ def described_in(folder: Path) -> Described:
     """What is quantized in a good checkpoint."""
     checkpoint = open_checkpoint(folder)
     findings = Findings()
-    with Reader(checkpoint) as reader:
+    with TensorReader(checkpoint) as reader:
         return check_described(reader, read_claims(checkpoint.specs, findings), findings, known_method=True)
 
 
