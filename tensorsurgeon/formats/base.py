@@ -115,6 +115,13 @@ class Format(Protocol):
         """Whether rows of the weight are rows of every tensor written, so that a large weight can go piece by piece."""
         ...
 
+    def rows_together(self, scheme: Scheme) -> int:
+        """How many rows of a stored weight have to be read together: those that share a row of scales.
+
+        0 where rows of the weight are no rows of what is stored.
+        """
+        return 1 if self.can_chunk_rows(scheme) else 0
+
     def pack(self, quantized: Quantized, scheme: Scheme) -> tuple[np.ndarray, ...]:
         """Arrays in the order and with the dtypes of ``tensors``, for a resolved scheme.
 

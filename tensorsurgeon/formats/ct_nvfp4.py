@@ -73,6 +73,10 @@ class CtNvfp4(Format):
         """No: the global scale is that of the whole weight."""
         return False
 
+    def rows_together(self, scheme: Scheme) -> int:
+        """One: to read, the global scale is known."""
+        return 1
+
     def pack(self, quantized: Quantized, scheme: Scheme) -> tuple[np.ndarray, ...]:
         """Two codes per byte."""
         if quantized.global_scale is None:

@@ -72,6 +72,10 @@ class PlainCodes(Format):
         """A row has its codes and its scale, but one row of block scales belongs to many rows."""
         return scheme.block is None
 
+    def rows_together(self, scheme: Scheme) -> int:
+        """The height of a block: its rows share a scale."""
+        return 1 if scheme.block is None else scheme.block[0]
+
     def pack(self, quantized: Quantized, scheme: Scheme) -> tuple[np.ndarray, ...]:
         """The codes as they are."""
         shape = (len(quantized.codes),) if self.vector else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from tensorsurgeon.tensors.spec import Region, SpecMap
 _CHUNK_BYTES = 16 << 20
 # Checking a conversion takes temporaries of eight bytes an element: they stay small.
 _BLOCK_ELEMENTS = 1 << 16
+_BLOCK_BYTES_PER_ELEMENT = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,10 @@ class Cast:
                 stop = min(start + step, spec.rows)
                 rewrites.append(Rewrite((Region(spec, start, stop),), (Region(made, start, stop),)))
         return tuple(rewrites)
+
+    def scratch_bytes(self, rewrite: Rewrite) -> int:
+        """A block in F64, rounded and back, and what tells exact values from others."""
+        return _BLOCK_BYTES_PER_ELEMENT * min(prod(rewrite.outputs[0].shape), _BLOCK_ELEMENTS)
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         (array,) = inputs

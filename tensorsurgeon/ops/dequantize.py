@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -12,9 +13,11 @@ from tensorsurgeon.errors import NumericError, SurgeonError
 from tensorsurgeon.formats.coding import stored_in
 from tensorsurgeon.formats.registry import quantization_config
 from tensorsurgeon.formats.scales import INPUT_SCALES, KV_SCALES
+from tensorsurgeon.ops.row_blocks import block_scratch, codes_scratch, row_blocks, stored_pieces, stored_specs
 from tensorsurgeon.ops.stored_modules import cache_scales, stored_modules, unpack
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.quant.rtn.backend import choose_backend
+from tensorsurgeon.tensors.arrays import empty
 from tensorsurgeon.tensors.dtypes import DTYPES
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
@@ -39,9 +42,15 @@ class Dequantize:
         rewrites = []
         for module in stored_modules(specs, may_drop=(*INPUT_SCALES, *KV_SCALES)):
             target = TensorSpec(f"{module.name}.weight", DTYPES[self.dtype], module.shape)
-            inputs = tuple(Region(specs[f"{module.name}.{local}"]) for local in module.tensors)
-            rewrites.append(Rewrite(inputs, (Region(target),), detail=module.stored))
+            for inputs, start, stop in stored_pieces(module, target, specs):
+                made = Region(target) if stop - start == target.shape[0] else Region(target, start, stop)
+                rewrites.append(Rewrite(inputs, (made,), detail=module.stored))
         return (*rewrites, *cache_scales(specs))
+
+    def scratch_bytes(self, rewrite: Rewrite) -> int:
+        """The codes, a byte each, scales in F32, and the values of a few rows."""
+        elements = prod(rewrite.outputs[0].shape)
+        return codes_scratch(elements, stored_specs(rewrite.inputs), 2) + block_scratch(elements)
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         target = rewrite.outputs[0].spec
@@ -50,20 +59,26 @@ class Dequantize:
         try:
             # How scales are stored matters to those who choose codes.
             backend = choose_backend(self.backend, replace(stored.scheme, scale_dtype=None), target.dtype)
+            weight = empty(rewrite.outputs[0].shape, np.dtype(target.dtype.numpy))
+            first = rewrite.outputs[0].start or 0
             with np.errstate(over="ignore", invalid="ignore"):
-                weight = backend.dequantize(unpack(stored, inputs), stored.scheme, target.dtype)
-            _refuse_nonfinite(weight)
+                for start, stop, rows in row_blocks(unpack(stored, inputs), stored.scheme):
+                    weight[start:stop] = backend.dequantize(rows, stored.scheme, target.dtype)
+                    _refuse_nonfinite(weight[start:stop], first + start)
             return (weight,)
         except SurgeonError as error:
             raise NumericError(f"{target.module}: {error.message}") from error
 
 
-def _refuse_nonfinite(weight: Array) -> None:
-    """NumericError for infinities and NaNs: codes or scales that are none, or a product that the dtype cannot hold."""
+def _refuse_nonfinite(weight: Array, first: int) -> None:
+    """NumericError for infinities and NaNs: codes or scales that are none, or a product that the dtype cannot hold.
+
+    ``first`` is the number of the first row.
+    """
     wrong = ~np.isfinite(weight)
     if wrong.any():
         row, column = (int(i) for i in np.argwhere(wrong)[0])
         raise NumericError(
-            f"{int(wrong.sum())} of {weight.size} weights are not finite, the first at row {row}, column {column} "
+            f"{int(wrong.sum())} of {weight.size} weights are not finite, the first at row {first + row}, column {column} "
             f"({float(weight[row, column])}): its code or scale is none, or {weight.dtype} cannot hold their product"
         )

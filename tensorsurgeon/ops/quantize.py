@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.coding import Written, written_by
 from tensorsurgeon.formats.registry import format_named
 from tensorsurgeon.models.selecting import refuse_stacked_experts, selected_linears
+from tensorsurgeon.ops.row_blocks import CHUNK_ROWS, chunk_rows, codes_scratch, is_large, stored_specs, written_rows
 from tensorsurgeon.ops.siblings import sibling_groups
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.quant.rtn.backend import choose_backend
@@ -21,9 +23,8 @@ from tensorsurgeon.quant.scheme import RULES, Quantized, Rule, Scheme
 from tensorsurgeon.tensors.dtypes import DTYPES, WEIGHT_DTYPES, DType, dtype_named
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
-# A large weight goes piece by piece where the format allows it; fixed, so that no machine changes a unit.
-_CHUNK_BYTES = 16 << 20
-_CHUNK_ROWS = 128
+# What torch holds for each element while it rounds, and while it searches for clipped ranges.
+_TORCH_BYTES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ class Quantize:
                     local[weight[1:]] = self._local_tensors(weight, ways[weight.dtype].scheme)
             written = ways[weights[0].dtype]
             outputs = [spec for weight in weights for spec in _outputs(weight, local[weight[1:]])]
-            if len(weights) == 1 and weights[0].nbytes > _CHUNK_BYTES and self.layout.can_chunk_rows(written.scheme):
+            if len(weights) == 1 and is_large(weights[0]) and self.layout.can_chunk_rows(written.scheme):
                 rewrites.extend(_chunks(weights[0], outputs, written))
             else:
                 rewrites.append(Rewrite(tuple(map(Region, weights)), tuple(map(Region, outputs)), False, written))
@@ -125,6 +126,13 @@ class Quantize:
         # A rule that no backend knows is told now, not after an hour.
         choose_backend(self.backend, replace(scheme, clip_search=False), weight.dtype)
         return self.layout.tensors(weight, scheme)
+
+    def scratch_bytes(self, rewrite: Rewrite) -> int:
+        """The codes, a byte each, where they are packed, and scales in F32; what torch holds where it computes."""
+        elements = sum(prod(region.shape) for region in rewrite.inputs)
+        in_torch = self.clip_search or self.backend == "torch"
+        each = codes_scratch(elements, stored_specs(rewrite.outputs), 2)
+        return each + (_TORCH_BYTES * elements if in_torch else 0)
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         """Codes by rounding to nearest, whatever the method: those of calibration come from the executor."""
@@ -157,14 +165,13 @@ def _outputs(weight: TensorSpec, local: Iterable[TensorSpec]) -> list[TensorSpec
 
 def _chunks(weight: TensorSpec, outputs: Sequence[TensorSpec], written: Written) -> Iterator[Rewrite]:
     """A large weight row block by row block, where rows of the weight are rows of every output."""
-    rows = weight.shape[0]
-    step = max(_CHUNK_ROWS, _CHUNK_BYTES // weight.row_bytes // _CHUNK_ROWS * _CHUNK_ROWS)
+    rows, step = weight.shape[0], chunk_rows(weight)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        parts = tuple(Region(o, start * o.rows // rows, stop * o.rows // rows) for o in outputs)
-        yield Rewrite((Region(weight, start, stop),), parts, detail=written)
+        yield Rewrite((Region(weight, start, stop),), written_rows(outputs, start, stop, rows), detail=written)
 
 
 def largest_magnitude(weights: Sequence[Array]) -> float:
     """The largest absolute value over several weights: what a shared global scale is made from."""
-    return max((float(np.abs(weight.astype(np.float32)).max(initial=0.0)) for weight in weights), default=0.0)
+    blocks = (weight[start : start + CHUNK_ROWS] for weight in weights for start in range(0, len(weight), CHUNK_ROWS))
+    return max((float(np.abs(block.astype(np.float32)).max(initial=0.0)) for block in blocks), default=0.0)

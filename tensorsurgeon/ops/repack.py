@@ -14,6 +14,7 @@ from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.coding import Repacked, Stored, Written, stored_in, written_by
 from tensorsurgeon.formats.registry import format_named
 from tensorsurgeon.formats.scales import KV_SCALES
+from tensorsurgeon.ops.row_blocks import codes_scratch, stored_pieces, stored_specs, written_rows
 from tensorsurgeon.ops.stored_modules import cache_scales, model_dtype, stored_modules, unpack
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.quant.scheme import Quantized, Scheme
@@ -56,8 +57,12 @@ class Repack:
             scheme = repacked.written.scheme
             self.layout.check(weight, scheme)
             outputs = [spec._replace(name=f"{module.name}.{spec.name}") for spec in self.layout.tensors(weight, scheme)]
-            inputs = tuple(Region(specs[f"{module.name}.{local}"]) for local in module.tensors)
-            rewrites.append(Rewrite(inputs, tuple(map(Region, outputs)), detail=repacked))
+            if not self.layout.can_chunk_rows(scheme):
+                inputs = tuple(Region(specs[f"{module.name}.{local}"]) for local in module.tensors)
+                rewrites.append(Rewrite(inputs, tuple(map(Region, outputs)), detail=repacked))
+                continue
+            for inputs, start, stop in stored_pieces(module, weight, specs):
+                rewrites.append(Rewrite(inputs, written_rows(outputs, start, stop, weight.shape[0]), detail=repacked))
         return (*rewrites, *cache_scales(specs))
 
     def _target_scheme(self, stored: Scheme, weight: TensorSpec) -> Scheme:
@@ -75,6 +80,14 @@ class Repack:
         except SpecError:
             return scheme
         return kept
+
+    def scratch_bytes(self, rewrite: Rewrite) -> int:
+        """The codes, a byte each, as they were stored and as they will be, and scales in F32."""
+        read, made = stored_specs(rewrite.inputs), stored_specs(rewrite.outputs)
+        stored = stored_in(rewrite.detail)
+        assert stored is not None  # plan put it there
+        elements = max(spec.nbytes * 8 for spec in read) // stored.scheme.num_bits
+        return codes_scratch(elements, read, 2) + codes_scratch(elements, made, 2)
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         stored, written = stored_in(rewrite.detail), written_by(rewrite.detail)

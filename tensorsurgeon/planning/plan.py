@@ -21,7 +21,7 @@ from tensorsurgeon.errors import BudgetError, CheckpointError, RecipeError
 from tensorsurgeon.formats.coding import Written
 from tensorsurgeon.planning.output_files import OutputFiles, output_files, written_modules
 from tensorsurgeon.planning.resolving import Resolved, Task, resolve, units_of
-from tensorsurgeon.planning.rewriting import AnyTransform, Rewrite, Transform, steps_of
+from tensorsurgeon.planning.rewriting import AnyTransform, Rewrite, Transform, scratch_bytes, steps_of
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.names import canonical_order
 from tensorsurgeon.tensors.spec import SpecMap
@@ -105,7 +105,7 @@ class Plan:
     def units(self) -> tuple[Unit, ...]:
         """All the work, in the order of the source; made when it is first asked for, since looking at a plan does not."""
         with _no_collector():
-            return _plan_units(self.resolved, self.source, self.layout)
+            return _plan_units(self.resolved, self.source, self.layout, self.steps)
 
     @property
     def output_bytes(self) -> int:
@@ -128,7 +128,7 @@ class Plan:
         """What the largest unit holds; a memory cap below this cannot work."""
         tasks = self.resolved.tasks
         groups = units_of(tasks, self.resolved.made)
-        return max((sum(_held_bytes(tasks[number]) for number in group) for group in groups), default=0)
+        return max((_peak_bytes([tasks[number] for number in group], self.steps) for group in groups), default=0)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -215,7 +215,7 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _plan_units(resolved: Resolved, source: Checkpoint, layout: Layout) -> tuple[Unit, ...]:
+def _plan_units(resolved: Resolved, source: Checkpoint, layout: Layout, steps: Sequence[Transform]) -> tuple[Unit, ...]:
     writes: list[list[Write]] = [[] for _ in resolved.tasks]
     copies: list[Copy] = []
     locations = source.locations
@@ -229,22 +229,27 @@ def _plan_units(resolved: Resolved, source: Checkpoint, layout: Layout) -> tuple
                 where = locations[origin]
                 copies.append(Copy(where.shard, where.offset + start, nbytes, shard, position))
             position += nbytes
-    keyed = [(_read_position(unit, locations), unit) for unit in _computing_units(resolved, writes)]
+    keyed = [(_read_position(unit, locations), unit) for unit in _computing_units(resolved, writes, steps)]
     keyed += [((unit.copies[0].source_shard, unit.copies[0].source_offset), unit) for unit in _copy_units(copies)]
     # In the order of the source, so that a cold disk is read from front to back.
     keyed.sort(key=lambda pair: pair[0])
     return tuple(unit for _, unit in keyed)
 
 
-def _computing_units(resolved: Resolved, writes: list[list[Write]]) -> Iterator[Unit]:
+def _computing_units(resolved: Resolved, writes: list[list[Write]], steps: Sequence[Transform]) -> Iterator[Unit]:
     tasks = resolved.tasks
     for numbers in units_of(tasks, resolved.made):
         if len(numbers) == 1:
             (number,) = numbers
-            yield Unit((tasks[number],), tuple(writes[number]), (), _held_bytes(tasks[number]))
+            yield Unit((tasks[number],), tuple(writes[number]), (), _peak_bytes([tasks[number]], steps))
         else:
             members = tuple(tasks[n] for n in numbers)
-            yield Unit(members, tuple(w for n in numbers for w in writes[n]), (), sum(map(_held_bytes, members)))
+            yield Unit(members, tuple(w for n in numbers for w in writes[n]), (), _peak_bytes(members, steps))
+
+
+def _peak_bytes(tasks: Sequence[Task], steps: Sequence[Transform]) -> int:
+    """What a unit of these tasks holds: every array to its end, and the scratch of one task at a time."""
+    return sum(map(_held_bytes, tasks)) + max(scratch_bytes(steps[task.step], task.rewrite) for task in tasks)
 
 
 def _held_bytes(task: Task) -> int:

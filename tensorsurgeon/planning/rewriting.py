@@ -50,6 +50,12 @@ def is_reversible(step: Transform) -> bool:
     return bool(getattr(type(step), "reversible", False))
 
 
+def scratch_bytes(step: Transform, rewrite: Rewrite) -> int:
+    """What ``apply`` holds at its fullest beside the rewrite's inputs and outputs, as the step's class says; 0 if it does not."""
+    stated = getattr(type(step), "scratch_bytes", None)
+    return 0 if stated is None else int(stated(step, rewrite))
+
+
 class Chain:
     """Transforms in order; what a list of transforms and a named transform are."""
 

@@ -18,7 +18,7 @@ from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.running.journal import Journal
 from tensorsurgeon.running.unit import CodesProvider, run_unit
 from tensorsurgeon.running.work_queue import WorkQueue, warming_up
-from tensorsurgeon.tensors.arrays import workspace_of_thread
+from tensorsurgeon.tensors.arrays import Workspace, workspace_of_thread
 
 # Data is made durable and journalled in batches, for a sync per unit would cost more than the unit; in small ones, so
 # that the disk is busy from the start. What is finished during a sync goes with the next.
@@ -125,18 +125,18 @@ class _Run:
             raise Interrupted(f"stopped after {len(self.digests)} of {count} units; what is done is kept")
 
     def _work(self, queue: WorkQueue) -> None:
+        held = 0
         with workspace_of_thread() as workspace:
-            while (number := self._admit(queue)) is not None:
+            while (number := self._admit(queue, workspace, held)) is not None:
                 unit = self.plan.units[number]
+                # Given back when the next unit is asked for: until then the workspace keeps its buffers.
+                held = unit.peak_bytes
                 try:
-                    try:
-                        digests = run_unit(unit, self.plan.steps, self.source, self.sink, workspace, self.codes)
-                    finally:
-                        with self._admission:
-                            self._in_flight -= unit.peak_bytes
-                            self._admission.notify_all()
+                    digests = run_unit(unit, self.plan.steps, self.source, self.sink, workspace, self.codes)
                     self._finish(UnitResult(number, digests, unit.written_bytes))
                 except BaseException:
+                    with self._admission:
+                        self._in_flight -= held
                     self._fail()
                     raise
 
@@ -145,16 +145,23 @@ class _Run:
         with self._admission:
             self._admission.notify_all()
 
-    def _admit(self, queue: WorkQueue) -> int | None:
-        """The next unit, as soon as it fits the budget beside those under way; None when there is no more to do."""
+    def _admit(self, queue: WorkQueue, workspace: Workspace, held: int) -> int | None:
+        """The next unit, as soon as it fits the budget beside those under way; None when there is no more to do.
+
+        ``held`` is what the worker had for its unit before. While it waits, and when it is done, it keeps nothing.
+        """
         with self._admission:
+            self._in_flight -= held
+            self._admission.notify_all()
             while not (self._failed.is_set() or self.stop.is_set()) and (number := queue.peek()) is not None:
                 peak = self.plan.units[number].peak_bytes
                 if not self._in_flight or self._in_flight + peak <= self.budget:
                     queue.take()
                     self._in_flight += peak
                     return number
+                workspace.clear()
                 self._admission.wait()
+            workspace.clear()
             self._admission.notify_all()
             return None
 

@@ -47,7 +47,7 @@ def run_unit(
 
     ``codes`` hands over what calibration chose for the rewrites whose method asks for it.
     """
-    workspace.reset()
+    workspace.reset(unit.peak_bytes)
     made: dict[int, Array] = {}
     for task in unit.tasks:
         arrays = _apply(task, steps, source, made, codes)

@@ -131,7 +131,7 @@ def test_a_large_weight_goes_in_pieces_to_the_same_bytes(tmp_path, monkeypatch):
     weight = np.random.default_rng(0).normal(0, 1, (1000, 64)).astype(BF16)
     source = write_checkpoint(tmp_path / "s", {"a.weight": weight}, config=CONFIG)
     apply(int8("a.weight"), source, tmp_path / "whole")
-    monkeypatch.setattr("tensorsurgeon.ops.quantize._CHUNK_BYTES", 20_000)
+    monkeypatch.setattr("tensorsurgeon.ops.row_blocks.CHUNK_BYTES", 20_000)
     plan = make_plan(int8("a.weight"), open_checkpoint(source))
     assert len(plan.units) == 8
     apply(int8("a.weight"), source, tmp_path / "pieces", workers=3)
