@@ -1,17 +1,22 @@
-"""How long a conversion takes beside copying the source, and beside its peers, in one run on one machine.
+"""How long a conversion takes beside copying the source, beside an older checkout of this project, and beside its peers.
 
-    python benchmarks/bench_apply.py [--pairs 5] [--peers] [--model FOLDER]
+    python benchmarks/bench_apply.py [--pairs 5] [--layers 4] [--shards 6 1] [--before CHECKOUT] [--peers] [--place FOLDER]
 
-Each pair times, in turn, ``cp -r MODEL COPY && sync`` and the whole process ``surgeon apply``, which is durable when it
-returns. Prints the median ratio of the pairs, the spread, and the peak resident memory of the process. The model is
-``make_bench_model.py``'s (2.8 GB), in six shards and in one. ``--peers`` adds llm-compressor's ``model_free_ptq`` and
-AutoRound's model-free mode where their environments exist (``make bench`` makes them): one run each.
+Each round times, in turn, ``cp -r MODEL COPY && sync`` and the whole process ``surgeon apply``, which is durable when it
+returns. Prints the median ratio of the rounds, the spread, processor seconds (which other work on the machine disturbs
+least), and the peak resident memory of the process. The model is
+``make_bench_model.py``'s: 2.8 GB with 4 layers, 11 GB with 22. ``--before`` times the sources of another checkout in every
+round too, with this interpreter and in alternating order, and prints how much longer ours takes. ``--peers`` adds
+llm-compressor's ``model_free_ptq`` and AutoRound's model-free mode where their environments exist (``make bench`` makes
+them): one run each.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import resource
 import shutil
 import statistics
 import sys
@@ -43,12 +48,38 @@ IGNORE = (
 )
 
 
-def timed(command: list[str]) -> tuple[float, int, int]:
-    """Wall seconds, peak resident bytes and exit status of a whole process."""
+class Side:
+    """One checkout's conversions of one case."""
+
+    def __init__(self, name: str, checkout: Path) -> None:
+        self.name = name
+        self.checkout = checkout
+        self.first = 0.0
+        self.seconds: list[float] = []
+        self.processor: list[float] = []
+        self.memory: list[int] = []
+
+    def convert(self, arguments: list[str], model: Path, place: Path) -> None:
+        """Time a whole ``surgeon apply`` with this checkout's sources."""
+        shutil.rmtree(place / "out", ignore_errors=True)
+        os.sync()
+        command = [SURGEON, "apply", arguments[0], str(model), str(place / "out"), *arguments[1:], "--workers", "2"]
+        seconds, usage, status = timed(command, self.checkout)
+        if status:
+            raise SystemExit(f"{' '.join(command)} with the sources of {self.checkout} ended with {status}")
+        shutil.rmtree(place / "out")
+        self.seconds.append(seconds)
+        self.processor.append(usage.ru_utime + usage.ru_stime)
+        self.memory.append(usage.ru_maxrss * 1024)
+
+
+def timed(command: list[str], checkout: Path = ROOT) -> tuple[float, resource.struct_rusage, int]:
+    """Wall seconds, what was used, and exit status of a whole process that imports a checkout's sources."""
+    environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": str(checkout)}
     start = time.monotonic()
-    pid = os.posix_spawn(command[0], command, dict(os.environ, TQDM_DISABLE="1"), file_actions=_quiet())
+    pid = os.posix_spawn(command[0], command, environment, file_actions=_quiet())
     _, status, usage = os.wait4(pid, 0)
-    return time.monotonic() - start, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status)
+    return time.monotonic() - start, usage, os.waitstatus_to_exitcode(status)
 
 
 def _quiet() -> list[tuple[int, int, str, int, int]]:
@@ -66,36 +97,41 @@ def copy_and_sync(model: Path, place: Path) -> float:
     return seconds
 
 
-def convert(arguments: list[str], model: Path, place: Path) -> tuple[float, int]:
-    """Seconds and peak memory of a whole ``surgeon apply``."""
-    shutil.rmtree(place / "out", ignore_errors=True)
-    os.sync()
-    command = [SURGEON, "apply", arguments[0], str(model), str(place / "out"), *arguments[1:], "--workers", "2"]
-    seconds, memory, status = timed(command)
-    if status:
-        raise SystemExit(f"{' '.join(command)} ended with {status}")
-    shutil.rmtree(place / "out")
-    return seconds, memory
-
-
-def bench_case(name: str, arguments: list[str], model: Path, place: Path, pairs: int) -> None:
+def bench_case(name: str, arguments: list[str], model: Path, place: Path, pairs: int, before: Path | None) -> None:
     shards = len(list(model.glob("*.safetensors")))
-    first, _ = convert(arguments, model, place)
+    now, *others = sides = [Side("now", ROOT), *([] if before is None else [Side("before", before)])]
+    for side in sides:
+        side.convert(arguments, model, place)
+        side.first = side.seconds.pop()
+        side.processor.clear()
+        side.memory.clear()
     copy_and_sync(model, place)
-    ratios, copies, runs, peaks = [], [], [], []
-    for _ in range(pairs):
-        copied = copy_and_sync(model, place)
-        seconds, memory = convert(arguments, model, place)
-        copies.append(copied)
-        runs.append(seconds)
-        ratios.append(seconds / copied)
-        peaks.append(memory)
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    print(
-        f"{name:18} {shards} shards  {statistics.median(runs):6.2f} s  cp+sync {statistics.median(copies):6.2f} s  "
-        f"ratio {statistics.median(ratios):.2f} ({spread}, {pairs} pairs)  {max(peaks) / 1e6:.0f} MB  first run {first:.2f} s",
-        flush=True,
-    )
+    copies = []
+    for number in range(pairs):
+        copies.append(copy_and_sync(model, place))
+        for side in sides if number % 2 else reversed(sides):
+            side.convert(arguments, model, place)
+    for side in sides:
+        ratio, spread = _median_of_ratios(side.seconds, copies)
+        print(
+            f"{name:16} {side.name:6} {shards} shards  {statistics.median(side.seconds):6.2f} s  cp+sync "
+            f"{statistics.median(copies):6.2f} s  ratio {ratio:.2f} ({spread}, {pairs} pairs)  "
+            f"processor {statistics.median(side.processor):.2f} s  {max(side.memory) / 1e6:.0f} MB  first run {side.first:.2f} s",
+            flush=True,
+        )
+    for side in others:
+        ratio, spread = _median_of_ratios(now.seconds, side.seconds)
+        least = min(now.seconds) / min(side.seconds)
+        work = statistics.median(now.processor) / statistics.median(side.processor)
+        print(
+            f"{name:16} now takes {ratio:.3f} of {side.name} ({spread}); fastest runs {least:.3f}, processor {work:.3f}",
+            flush=True,
+        )
+
+
+def _median_of_ratios(ours: list[float], theirs: list[float]) -> tuple[float, str]:
+    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    return statistics.median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
 def bench_peer(name: str, model: Path, place: Path) -> None:
@@ -106,26 +142,33 @@ def bench_peer(name: str, model: Path, place: Path) -> None:
         return
     shutil.rmtree(place / "out", ignore_errors=True)
     code = f"{IMPORTS[environment]}; {call.format(model=model, out=place / 'out', ignore=IGNORE)}"
-    seconds, memory, status = timed([str(python), "-c", code])
+    seconds, usage, status = timed([str(python), "-c", code])
     shutil.rmtree(place / "out", ignore_errors=True)
-    print(f"{name:24} {seconds:6.1f} s  {memory / 1e6:.0f} MB" if not status else f"{name:24} failed with {status}", flush=True)
+    print(
+        f"{name:24} {seconds:6.1f} s  {usage.ru_maxrss * 1024 / 1e6:.0f} MB" if not status else f"{name:24} failed with {status}",
+        flush=True,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--layers", type=int, nargs="+", default=[4], help="of the model: 4 are 2.8 GB, 22 are 11 GB")
+    parser.add_argument("--shards", type=int, nargs="+", default=[6, 1])
+    parser.add_argument("--before", type=Path, help="another checkout of this project, to be timed in turn")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--place", type=Path, help="where to write; a temporary folder by default")
     options = parser.parse_args()
+    before = None if options.before is None else options.before.resolve(strict=True)
     place = Path(tempfile.mkdtemp(prefix="surgeon-bench-", dir=options.place))
     try:
-        for shards in (6, 1):
-            model = place / f"model-{shards}"
-            size = write_bench_model(model, shards=shards)
+        for layers, shards in itertools.product(options.layers, options.shards):
+            model = place / f"model-{layers}-{shards}"
+            size = write_bench_model(model, layers=layers, shards=shards)
             print(f"model: {size / 1e9:.2f} GB BF16 in {shards} shards, {len(os.sched_getaffinity(0))} cores", flush=True)
             for name, arguments in CASES.items():
-                bench_case(name, arguments, model, place, options.pairs)
-            if options.peers and shards == 6:
+                bench_case(name, arguments, model, place, options.pairs, before)
+            if options.peers and shards == options.shards[0]:
                 for name in PEERS:
                     bench_peer(name, model, place)
             shutil.rmtree(model)

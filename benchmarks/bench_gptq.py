@@ -118,9 +118,28 @@ class Peer:
         self._process.wait()
 
 
+def _sharing(stack: Tensor, hessian: Tensor, scale: Tensor, options: Any, grid: dict[str, Any], threads: int) -> Tensor:
+    """Matrices with one Hessian as calibration takes them: one factor, rows side by side, a thread per stack of rows."""
+    from tensorsurgeon.quant.gptq.gptq import STACK_ROWS, gptq
+    from tensorsurgeon.quant.gptq.hessian import damp_for_tokens, flipped_cholesky
+    from tensorsurgeon.quant.threads import one_torch_thread, torch_pool
+
+    factor = flipped_cholesky(hessian, damp_for_tokens(options.damp_percent, grid["tokens"], stack.shape[2]), options.act_order)
+    together = max(1, STACK_ROWS // stack.shape[1])
+
+    def quantize(first: int) -> Tensor:
+        part = slice(first, first + together)
+        weight, base = stack[part].flatten(0, 1), scale[part].flatten(0, 1)
+        return gptq(weight, hessian, scale=base, options=options, factor=factor, **grid).dequantize()
+
+    with one_torch_thread(), torch_pool(threads) as pool:
+        pieces = list(pool.map(quantize, range(0, len(stack), together)))
+    return pieces[0][: stack.shape[1]]
+
+
 def compare(peer: Peer | None, shape: tuple[int, int], seed: int, threads: int, runs: int) -> None:
     """Print one table: every variant of ours, and llm-compressor between them in each round."""
-    from tensorsurgeon.quant.gptq.gptq import GptqOptions, gptq, gptq_stack
+    from tensorsurgeon.quant.gptq.gptq import GptqOptions, gptq
     from tensorsurgeon.quant.gptq.polish import Polish
 
     torch.set_num_threads(threads)
@@ -142,9 +161,7 @@ def compare(peer: Peer | None, shape: tuple[int, int], seed: int, threads: int, 
         "ours": lambda: gptq(matrix, hessian, scale=scale, options=plain, **grid).dequantize(),
         "ours, searched scales": lambda: gptq(matrix, hessian, scale=scale, options=searched, **grid).dequantize(),
         "ours, searched and polished": lambda: gptq(matrix, hessian, scale=scale, options=polished, **grid).dequantize(),
-        f"ours, {EXPERTS} sharing H, each": lambda: gptq_stack(
-            stack, hessian, scale=stack_scale, options=plain, workers=threads, **grid
-        )[0].dequantize(),
+        f"ours, {EXPERTS} sharing H, each": lambda: _sharing(stack, hessian, stack_scale, plain, grid, threads),
     }  # fmt: skip
     times: dict[str, list[float]] = {name: [] for name in ("llm-compressor", *variants)}
     results: dict[str, Tensor] = {}

@@ -3,7 +3,8 @@
     python benchmarks/bench_kernels.py [--threads 1 2] [--rows 512] [--columns 2048] [--seconds 0.5] [--torch]
 
 Each thread works on its own matrix with its own workspace, as the executor's workers do; a figure is the best of many
-calls, because other processes can only make one slower. Start-up is a process of its own, without compiled code and with it.
+calls, because other processes can only make one slower. Start-up is a process of its own, which compiles the
+loops it needs or finds them kept.
 """
 
 from __future__ import annotations
@@ -139,8 +140,8 @@ def main() -> None:
         figures = (gigabytes_per_second(work, weights[:count], arguments.seconds) for count in arguments.threads)
         print("".join(f"{figure:12.1f}" for figure in figures), f" {name}", flush=True)
     with tempfile.TemporaryDirectory() as cache:
-        for what in ("code made", "code loaded"):
-            environment = {**os.environ, "TENSORSURGEON_CACHE": cache}
+        for what in ("loops compiled", "loops kept"):
+            environment = {**os.environ, "NUMBA_CACHE_DIR": cache}
             done = subprocess.run([sys.executable, "-c", STARTUP], env=environment, capture_output=True, text=True, check=True)
             print(f"start-up, {what}: {done.stdout.strip()}")
 

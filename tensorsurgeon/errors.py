@@ -5,7 +5,7 @@ SurgeonError
 ├─ CheckpointError    the source is wrong; nothing was written
 │  ├─ HeaderError, IndexMismatchError, MissingTensorError, ConfigError
 ├─ PlanError          the two do not fit; nothing was written
-│  ├─ NoMatchError, NameCollisionError, SpecError, BudgetError, TargetError, NotReversibleError, EngineError
+│  ├─ NoMatchError, NameCollisionError, SpecError, BudgetError, TargetError, EngineError
 ├─ ExecutionError     the run stopped; what is on disk can be resumed
 │  ├─ PlanViolationError, NumericError, SinkError, SourceError, Interrupted
 ├─ JournalError       the journal of a stopped run cannot be continued
@@ -17,21 +17,37 @@ SurgeonError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
 
 
 class SurgeonError(Exception):
-    """Base of all deliberate errors: a message for a stranger, and where it happened."""
+    """Base of all deliberate errors: a message for a stranger, where it happened, and what would help.
+
+    ``remedy`` ends the message. It names options of a run in braces (``; continue it with {resume}``): whoever called by
+    function reads their names there, and the command line puts its flags in.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, where: str | None = None) -> None:
+    def __init__(self, message: str, *, where: str | None = None, remedy: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.where = where
+        self.remedy = remedy
+
+    def told(self, options: Mapping[str, str]) -> str:
+        """The whole message, with options spelled as the caller knows them."""
+        text = self.message + self.remedy.format_map(options)
+        return f"{self.where}: {text}" if self.where else text
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.message}" if self.where else self.message
+        return self.told(_InPython())
+
+
+class _InPython(dict[str, str]):
+    def __missing__(self, option: str) -> str:
+        return f"{option}=True" if option in ("resume", "overwrite") else option
 
 
 class RecipeError(SurgeonError):
@@ -106,12 +122,6 @@ class TargetError(PlanError):
     exit_code = 35
 
 
-class NotReversibleError(PlanError):
-    """A step loses information and cannot be undone."""
-
-    exit_code = 36
-
-
 class EngineError(PlanError):
     """An engine that was asked for would not load the result."""
 
@@ -119,15 +129,22 @@ class EngineError(PlanError):
 
 
 class ExecutionError(SurgeonError):
-    """The run stopped; what is done is kept and can be resumed."""
+    """The run stopped; what is done is kept and can be resumed, unless ``can_resume`` says otherwise."""
 
     exit_code = 40
 
+    def __init__(self, message: str, *, where: str | None = None, remedy: str = "", can_resume: bool = True) -> None:
+        super().__init__(message, where=where, remedy=remedy)
+        self.can_resume = can_resume
+
 
 class PlanViolationError(ExecutionError):
-    """A step made something else than it planned: a bug."""
+    """A step made something else than it planned: a bug of this package or of a step that somebody added."""
 
     exit_code = 41
+
+    def __init__(self, message: str, *, where: str | None = None) -> None:
+        super().__init__(message, where=where, remedy="; " + our_fault().replace("{", "{{").replace("}", "}}"), can_resume=False)
 
 
 class NumericError(ExecutionError):
@@ -164,6 +181,16 @@ class VerifyError(SurgeonError):
     """A finished checkpoint is not what it says it is."""
 
     exit_code = 60
+
+
+def our_fault() -> str:
+    """What to do about a fault that is nobody's but this package's; with the address, where the package was given one."""
+    try:
+        urls = metadata.metadata("tensorsurgeon").get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:
+        urls = []
+    places = [place for name, _, place in (url.partition(", ") for url in urls) if name == "Issues"]
+    return "this is a fault of surgeon's own, please report it" + (f" at {places[0]}" if places else "")
 
 
 def near_matches(word: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "tensorsurgeon"
 ROOMS = (
     "errors",
     "version",
+    "machine",
     "tensors",
     "quant",
     "models",
@@ -37,13 +38,14 @@ ROOMS = (
     "look",
     "api",
     "cli",
+    "__main__",
 )
 FLOOR = {room: number for number, room in enumerate(ROOMS)}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def room_of(module: str) -> str:
-    """``tensorsurgeon.quant.scheme`` is in the room ``quant``; everything called ``cli_...`` in ``cli``."""
+    """``tensorsurgeon.quant.scheme`` is in the room ``quant``."""
     room = module.split(".")[1]
     return "cli" if room.startswith("cli") else room
 
@@ -113,7 +115,7 @@ def test_the_ground_floor_of_math_knows_neither_formats_nor_files():
 
 
 def test_compiled_code_depends_on_its_own_room_only():
-    """``loops.identity`` digests the modules of that folder, so whatever came from elsewhere would go stale unseen."""
+    """``loops.kept`` digests the modules of that folder, so whatever came from elsewhere would go stale unseen."""
     for path in (PACKAGE / "quant" / "loops").rglob("*.py"):
         assert all(name.startswith("tensorsurgeon.quant.loops") for _, name in imports(path)), path
 
@@ -142,6 +144,22 @@ def test_on_disk_names_are_written_in_formats_only(path):
     if room in MAY_NAME_THEM:
         return
     found = [f"{name_of(path)}:{line}: {text[:60]!r}" for line, text in strings(path) if ON_DISK.search(text)]
+    assert not found
+
+
+# What families call their experts, MTP heads, routers and gates. Elsewhere they are roles (``models/roles.py``).
+OF_FAMILIES = re.compile(
+    r"\.experts\.|\bmtp\.|\b(shared_expert_gate|block_sparse_moe|in_proj_(a|b|ba))\b|\.(gate|router)\b|^(gate|router)$"
+)
+ROLE = re.compile(r"role:[\w.-]+")
+MAY_NAME_FAMILIES = {"models"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_what_families_call_things_is_written_in_models_only(path):
+    if path.relative_to(PACKAGE).parts[0] in MAY_NAME_FAMILIES:
+        return
+    found = [f"{name_of(path)}:{line}: {text[:60]!r}" for line, text in strings(path) if OF_FAMILIES.search(ROLE.sub("", text))]
     assert not found
 
 

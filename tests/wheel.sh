@@ -9,6 +9,8 @@ python3 -m venv "$work/venv"
 "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check ${PIP_FLAGS:-} -c "$root/constraints.txt" "$wheel"
 cd "$work"
 venv/bin/surgeon --version
+venv/bin/python -m tensorsurgeon --version
+venv/bin/python -c 'import pathlib, tensorsurgeon; assert (pathlib.Path(tensorsurgeon.__file__).parent / "py.typed").exists()'
 venv/bin/surgeon transforms --json >transforms.json
 for file in "$root"/transforms/*.yaml; do
     name=$(basename "$file" .yaml)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -49,6 +48,11 @@ class LogRow(NamedTuple):
         )  # fmt: skip
 
 
+def rounded_row(layer: int | None, module: str, why: str) -> LogRow:
+    """The row of a module that is rounded to nearest because no statistics can be had for it."""
+    return LogRow(layer, module, None, "rtn", 0, None, None, None, 0.0, why)
+
+
 def _number(cell: str) -> float | None:
     return float(cell) if cell else None
 
@@ -71,16 +75,6 @@ def read_log(path: Path) -> list[LogRow]:
     with open(path, newline="") as file:
         lines = list(csv.reader(file))
     return [LogRow.parse(cells) for cells in lines[1:]]
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """A small file that is whole or absent, also after the machine died."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def summarize(rows: Sequence[LogRow], *, worst: int = 5) -> dict[str, Any]:

@@ -6,31 +6,31 @@ A checkpoint is a folder with or without an index, a single ``.safetensors`` fil
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
+
+import xxhash
 
 from tensorsurgeon.checkpoint.header import ShardHeader, read_header
-from tensorsurgeon.checkpoint.layout import INDEX_NAME
-from tensorsurgeon.errors import CheckpointError, ConfigError, IndexMismatchError, MissingTensorError, did_you_mean
+from tensorsurgeon.checkpoint.index import Index, compare_index, read_index
+from tensorsurgeon.checkpoint.layout import STEMS
+from tensorsurgeon.checkpoint.quantization import with_quantization_beside
+from tensorsurgeon.checkpoint.side_files import SideFiles, side_files
+from tensorsurgeon.checkpoint.small_files import MAX_CONFIG_BYTES, Stamp, parse_json, read_small
+from tensorsurgeon.checkpoint.weight_files import shards_without_index
+from tensorsurgeon.errors import CheckpointError, ConfigError, IndexMismatchError, MissingTensorError, SourceError, did_you_mean
 from tensorsurgeon.tensors.names import canonical_order, natural_key
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 RECORD_NAME = "surgeon.json"
 STATE_FOLDER = ".surgeon"
-# Weights in other containers beside the checkpoint would be stale copies of what was changed here.
-_OTHER_WEIGHTS = re.compile(
-    r".*\.(safetensors|gguf|partial|safetensors\.index\.json)"
-    r"|(pytorch_model|model|consolidated|tf_model|flax_model)[^/]*\.(bin|pt|pth|h5|msgpack|onnx|ckpt)"
-    r"|(pytorch_model|consolidated)[^/]*\.index\.json"
-)
-_HIDDEN = {".git", ".cache", STATE_FOLDER}
+CONFIG_NAME: Final = "config.json"
+_INDEX_NAMES: Final = tuple(f"{stem}.safetensors.index.json" for stem in STEMS)
 
 
 class Location(NamedTuple):
@@ -41,12 +41,26 @@ class Location(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Oddity:
+    """A fault that does not stop a reader: of which kind, at which tensor or file, the sentence, and the value that is odd."""
+
+    kind: Literal["total-size", "index", "missing-shard", "file"]
+    where: str
+    text: str
+    value: Any = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """Everything that can be known without reading weights.
 
     ``specs`` are in natural order of names, whatever shard each lies in, and carry the model's config.
     ``locations`` has one entry per spec, in that order. ``oddities`` are faults that do not stop a reader.
     ``side_files`` are paths relative to ``root``; ``left_behind`` are files that a conversion does not take along.
+    ``stamps`` are what the file system said of each file that was looked at, by relative path.
     """
 
     root: Path
@@ -57,14 +71,23 @@ class Checkpoint:
     config_text: bytes | None
     side_files: tuple[str, ...]
     left_behind: tuple[str, ...]
-    oddities: tuple[str, ...]
+    oddities: tuple[Oddity, ...]
     has_index: bool
     # A single file was named: its folder is not the checkpoint.
     is_single_file: bool = False
+    stamps: Mapping[str, Stamp] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> Mapping[str, Any]:
         return self.specs.config
+
+    @property
+    def stem(self) -> str:
+        """What the weight files are called, as libraries look for them: ``model``, unless all bear the name of another."""
+        for stem in STEMS[1:]:
+            if all(re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.safetensors", shard.path.name) for shard in self.shards):
+                return stem
+        return STEMS[0]
 
     @property
     def weight_bytes(self) -> int:
@@ -75,17 +98,41 @@ class Checkpoint:
         return self.locations[list(self.specs).index(name)]
 
     def fingerprint(self) -> str:
-        """Changes when a header, a size, a time stamp, the config or a side file changes."""
+        """Changes when a header, the config or a side file changes, and with no time: the same source has one, wherever.
+
+        Bytes of weights are not read for it; ``refuse_changes`` notices when they are written.
+        """
         digest = hashlib.sha256()
         for shard in self.shards:
-            info = os.stat(shard.path)
-            digest.update(f"{shard.path.name} {info.st_size} {info.st_mtime_ns}\n".encode())
+            digest.update(f"{shard.path.name} {shard.file_bytes}\n".encode())
             digest.update(shard.raw)
         digest.update(self.config_text or b"")
         for name in self.side_files:
-            info = os.stat(self.root / name)
-            digest.update(f"{name} {info.st_size} {info.st_mtime_ns}\n".encode())
+            content = xxhash.xxh3_128()
+            with open(self.root / name, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    content.update(chunk)
+            digest.update(f"{name} {content.hexdigest()}\n".encode())
         return digest.hexdigest()
+
+    def refuse_changes(self) -> None:
+        """Raise SourceError if any file was written, replaced or removed since the checkpoint was opened."""
+        for name, stamp in self.stamps.items():
+            path = self.root / name
+            try:
+                found = Stamp.of(os.stat(path))
+            except OSError as error:
+                raise SourceError(
+                    f"is gone since the plan was made: {error.strerror}", where=str(path), can_resume=False
+                ) from error
+            if found != stamp:
+                what = "was replaced by another file" if found.inode != stamp.inode else "was written"
+                raise SourceError(
+                    f"the source changed: this file {what} after the plan was made, so what was read of it may be of two kinds; "
+                    "make the plan again, and write it to a new folder",
+                    where=str(path),
+                    can_resume=False,
+                )
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, tolerant: bool = False) -> Checkpoint:
@@ -100,17 +147,24 @@ def open_checkpoint(path: str | os.PathLike[str], *, tolerant: bool = False) -> 
             return _open_folder(path, tolerant)
         if path.suffix == ".safetensors" and path.exists():
             if (path.parent / STATE_FOLDER / "run.json").exists() and not tolerant:
-                raise CheckpointError(_unfinished_message(), where=str(path.parent))
+                raise _unfinished(path.parent)
             return _assemble(path.parent, [path], [], None, tolerant, single=path)
-    except PermissionError as error:
+    except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(error.filename or path)) from error
+    except ValueError as error:
+        # A path with a null byte, say.
+        raise CheckpointError(f"is no path of a checkpoint: {error}", where=ascii(str(path))) from error
     if not path.exists():
         raise CheckpointError(_missing_message(path))
     raise CheckpointError("is neither a folder nor a .safetensors file", where=str(path))
 
 
-def _unfinished_message() -> str:
-    return f"holds an unfinished run of surgeon (see {STATE_FOLDER}/); finish it with --resume before using it"
+def _unfinished(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"holds an unfinished run of surgeon (see {STATE_FOLDER}/)",
+        where=str(folder),
+        remedy="; finish it with {resume} before using it",
+    )
 
 
 def _missing_message(path: Path) -> str:
@@ -124,12 +178,11 @@ def _missing_message(path: Path) -> str:
 
 def _open_folder(folder: Path, tolerant: bool) -> Checkpoint:
     if (folder / STATE_FOLDER / "run.json").exists() and not tolerant:
-        raise CheckpointError(_unfinished_message(), where=str(folder))
-    present = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
-    index_path = folder / INDEX_NAME
-    if index_path.exists():
-        weight_map, index_notes = _read_index(index_path)
-        wanted = sorted(set(weight_map.values()), key=natural_key)
+        raise _unfinished(folder)
+    index_path = next((folder / name for name in _INDEX_NAMES if os.path.lexists(folder / name)), None)
+    if index_path is not None:
+        index = read_index(index_path)
+        wanted = sorted(set(index.weight_map.values()), key=natural_key)
         if not wanted and not tolerant:
             raise IndexMismatchError("names no tensor at all; the index is stale", where=str(index_path))
         missing = [name for name in wanted if not (folder / name).exists()]
@@ -138,56 +191,17 @@ def _open_folder(folder: Path, tolerant: bool) -> Checkpoint:
             raise MissingTensorError(
                 f"the index names {len(wanted)} shards, but {named} missing; download the rest", where=str(folder)
             )
-        notes = [f"the index names {name}, which is missing" for name in missing] + index_notes
+        notes = [Oddity("missing-shard", name, f"the index names {name}, which is missing") for name in missing]
         paths = [folder / name for name in wanted if name not in set(missing)]
-        return _assemble(folder, paths, notes, weight_map, tolerant)
-    if not present:
-        others = sorted(p.name for p in folder.iterdir())[:8]
-        raise CheckpointError(f"holds no .safetensors file (found: {', '.join(others) or 'nothing'})", where=str(folder))
-    _refuse_incomplete(folder, present)
-    return _assemble(folder, [folder / name for name in sorted(present, key=natural_key)], [], None, tolerant)
-
-
-def _refuse_incomplete(folder: Path, present: list[str]) -> None:
-    """Without an index only the names can tell that shards are missing: ``model-00002-of-00005``."""
-    for name in present:
-        found = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.safetensors", name)
-        if found is None:
-            continue
-        stem, _, count = found.groups()
-        wanted = [f"{stem}-{i:05d}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
-        missing = [w for w in wanted if w not in present]
-        if missing:
-            raise MissingTensorError(
-                f"{name} belongs to {int(count)} shards, of which {len(missing)} are missing, first {missing[0]}",
-                where=str(folder),
-            )
-
-
-def _read_index(path: Path) -> tuple[dict[str, str], list[str]]:
-    try:
-        document = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise IndexMismatchError(f"is not valid JSON: {error}", where=str(path)) from error
-    weight_map = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise IndexMismatchError("has no weight_map from tensor names to file names", where=str(path))
-    for name, file in weight_map.items():
-        if not file or file in (".", "..") or "/" in file or "\\" in file or "\0" in file:
-            raise IndexMismatchError(
-                f"{name}: the index points to {file!r}, outside the folder; shards must lie beside the index",
-                where=str(path),
-            )
-    metadata = document.get("metadata")
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return weight_map, [] if total is None else [f"total_size:{total}"]
+        return _assemble(folder, paths, notes, index, tolerant)
+    return _assemble(folder, [folder / name for name in shards_without_index(folder)], [], None, tolerant)
 
 
 def _assemble(
     root: Path,
-    paths: list[Path],
-    notes: list[str],
-    weight_map: dict[str, str] | None,
+    paths: Sequence[Path],
+    notes: list[Oddity],
+    index: Index | None,
     tolerant: bool,
     single: Path | None = None,
 ) -> Checkpoint:
@@ -207,24 +221,17 @@ def _assemble(
             owner[name] = number
             places[name] = entry.spec, Location(number, entry.offset)
     found = [places[name] for name in canonical_order(places)]
-    total = sum(spec.nbytes for spec, _ in found)
-    oddities = []
-    for note in notes:
-        if note.startswith("total_size:"):
-            if note != f"total_size:{total}":
-                oddities.append(f"the index says total_size {note[11:]}, but the tensors have {total} bytes")
-        else:
-            oddities.append(note)
-    if weight_map is not None:
-        faults = _compare_index(weight_map, owner, shards)
-        if faults and not tolerant:
-            more = f" ({len(faults)} such tensors)" if len(faults) > 1 else ""
-            raise IndexMismatchError(f"{faults[0]}{more}; the index is stale", where=str(root / INDEX_NAME))
-        oddities += faults
-    config_text, config = _read_config(root if single is None or (root / "config.json").exists() else None)
+    oddities = [*notes, *(_index_oddities(index, sum(spec.nbytes for spec, _ in found), owner, shards) if index else [])]
+    faults = [oddity for oddity in oddities if oddity.kind == "index"]
+    if faults and not tolerant:
+        more = f" ({len(faults)} such tensors)" if len(faults) > 1 else ""
+        raise IndexMismatchError(f"{faults[0]}{more}; the index is stale", where=str(index.path if index else root))
+    config_text, config, stamps = _read_config(root)
+    config = config if single else with_quantization_beside(config, root, (spec for spec, _ in found))
     # Of the folder of a single file only the config belongs to it for certain.
-    side_files, left_behind, strange = _other_files(root, {p.name for p in paths}) if single is None else ((), (), [])
-    oddities += strange
+    own = {*(p.name for p in paths), *_INDEX_NAMES, CONFIG_NAME, RECORD_NAME}
+    others = side_files(root, own) if single is None else SideFiles({}, (), ())
+    stamps |= {shard.path.name: shard.stamp for shard in shards} | others.kept | ({index.path.name: index.stamp} if index else {})
     return Checkpoint(
         root=root,
         shards=shards,
@@ -232,67 +239,37 @@ def _assemble(
         locations=tuple(location for _, location in found),
         metadata=metadata or {"format": "pt"},
         config_text=config_text,
-        side_files=side_files,
-        left_behind=left_behind,
-        oddities=tuple(oddities),
-        has_index=weight_map is not None,
+        side_files=tuple(others.kept),
+        left_behind=others.left_behind,
+        oddities=(*oddities, *(Oddity("file", text.split(" is ")[0], text) for text in others.strange)),
+        has_index=index is not None,
         is_single_file=single is not None,
+        stamps=stamps,
     )
 
 
-def _compare_index(weight_map: dict[str, str], owner: dict[str, int], shards: tuple[ShardHeader, ...]) -> list[str]:
-    faults = []
-    for name, file in weight_map.items():
-        number = owner.get(name)
-        if number is None:
-            faults.append(f"{name}: the index says it lies in {file}, but no shard has it")
-        elif shards[number].path.name != file:
-            faults.append(f"{name}: the index says it lies in {file}, but it is in {shards[number].path.name}")
-    for name, number in owner.items():
-        if name not in weight_map:
-            faults.append(f"{name}: lies in {shards[number].path.name}, but the index does not name it")
-    return faults
+def _index_oddities(index: Index, total: int, owner: dict[str, int], shards: Sequence[ShardHeader]) -> list[Oddity]:
+    said = index.total_size
+    text = f"the index says total_size {said}, but the tensors have {total} bytes"
+    sizes = [] if said is None or said == total else [Oddity("total-size", index.path.name, text, said)]
+    faults = compare_index(index.weight_map, owner, shards)
+    return [*sizes, *(Oddity("index", fault.partition(": the index ")[0].partition(": lies in ")[0], fault) for fault in faults)]
 
 
-def _read_config(root: Path | None) -> tuple[bytes | None, dict[str, Any]]:
-    if root is None or not (root / "config.json").exists():
-        return None, {}
-    path = root / "config.json"
-    text = path.read_bytes()
+def _read_config(root: Path) -> tuple[bytes | None, dict[str, Any], dict[str, Stamp]]:
+    path = root / CONFIG_NAME
+    if not os.path.lexists(path):
+        return None, {}, {}
     try:
-        config = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        text, stamp = read_small(path, MAX_CONFIG_BYTES)
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    try:
+        config = parse_json(text)
+    except ValueError as error:
         raise ConfigError(f"is not valid JSON: {error}", where=str(path)) from error
     if not isinstance(config, dict):
         raise ConfigError(f"must hold a JSON object, found {type(config).__name__}", where=str(path))
-    return text, config
-
-
-def _other_files(root: Path, shard_names: set[str]) -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
-    """Files that are not weights of this checkpoint: those that travel along, those that stay behind, and oddities."""
-    own = shard_names | {INDEX_NAME, "config.json", RECORD_NAME}
-    kept, left, strange = [], [], []
-    for folder, folders, files in os.walk(root, followlinks=False, onerror=_raise):
-        relative = os.path.relpath(folder, root)
-        prefix = "" if relative == "." else f"{relative}/"
-        folders[:] = sorted(f for f in folders if f not in _HIDDEN)
-        links = [f for f in folders if os.path.islink(os.path.join(folder, f))]
-        strange += [f"{prefix}{f}/ is a link to a folder and stays behind" for f in links]
-        for file in sorted(files):
-            name = prefix + file
-            if name in own:
-                continue
-            if _OTHER_WEIGHTS.fullmatch(file):
-                left.append(name)
-            elif os.path.isfile(path := os.path.join(folder, file)):
-                if not os.access(path, os.R_OK):
-                    # Now, and not after an hour, when it is to be copied.
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-                kept.append(name)
-            else:
-                strange.append(f"{name} is a broken link or no regular file and stays behind")
-    return tuple(kept), tuple(left), strange
-
-
-def _raise(error: OSError) -> None:
-    raise error
+    return text, config, {CONFIG_NAME: stamp}

@@ -7,20 +7,24 @@ itself demands.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import stat
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tensorsurgeon.checkpoint.small_files import Stamp, is_lfs_pointer, open_regular
 from tensorsurgeon.errors import HeaderError
 from tensorsurgeon.tensors.dtypes import DTYPES, DType
 from tensorsurgeon.tensors.spec import TensorSpec
 
 # The bound of the safetensors library; a larger header is refused by every reader.
 MAX_HEADER_BYTES = 100_000_000
+# The longest names in use have 200 letters in 15 parts.
+_MAX_NAME = 10_000
+_MAX_NAME_PARTS = 200
 _METADATA = "__metadata__"
 _KEYS = {"dtype", "shape", "data_offsets"}
 
@@ -41,23 +45,24 @@ class ShardHeader(NamedTuple):
     file_bytes: int
     # The raw JSON, so that a fingerprint can notice any change.
     raw: bytes
+    # Of the file when it was read; only headers made in memory have none.
+    stamp: Stamp = Stamp(0, 0, 0, 0)
 
 
 def read_header(path: Path) -> ShardHeader:
     """The checked header of ``path``; HeaderError says what is wrong with the file and what was expected."""
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = open_regular(path)
     except OSError as error:
-        raise HeaderError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        what = "not a regular file" if error.errno == errno.EINVAL else f"cannot be read: {error.strerror}"
+        raise HeaderError(what, where=str(path)) from error
     try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise HeaderError("not a regular file", where=str(path))
-        raw = _read_json_bytes(fd, info.st_size, path)
+        stamp = Stamp.of(os.fstat(fd))
+        raw = _read_json_bytes(fd, stamp.nbytes, path)
     finally:
         os.close(fd)
     try:
-        return parse_header(raw, info.st_size, path)
+        return parse_header(raw, stamp.nbytes, path)._replace(stamp=stamp)
     except HeaderError as error:
         raise HeaderError(error.message, where=str(path)) from error.__cause__
 
@@ -65,7 +70,10 @@ def read_header(path: Path) -> ShardHeader:
 def _read_json_bytes(fd: int, file_bytes: int, path: Path) -> bytes:
     if file_bytes < 8:
         raise HeaderError(f"{file_bytes} bytes is too short for a safetensors file; download it again", where=str(path))
-    length = int.from_bytes(os.pread(fd, 8, 0), "little")
+    head = os.pread(fd, 8, 0)
+    if head == b"version " and is_lfs_pointer(os.pread(fd, 64, 0)):
+        raise HeaderError("is a Git LFS pointer and not the file itself; run git lfs pull", where=str(path))
+    length = int.from_bytes(head, "little")
     if length > MAX_HEADER_BYTES:
         raise HeaderError(
             f"the header claims {length} bytes, more than the {MAX_HEADER_BYTES} that safetensors allows; "
@@ -138,7 +146,13 @@ def _no_constant(word: str) -> None:
 
 
 def _check_text(names: Iterable[str], metadata: Mapping[str, str]) -> None:
-    """Escapes such as ``\\ud800`` are half a character: no reader takes them, and no file can be written with them."""
+    """Escapes such as ``\\ud800`` are half a character: no reader takes them, and no file can be written with them.
+
+    A name of megabytes, or of thousands of parts, is no name: whoever keeps all that it may stand for runs out of memory.
+    """
+    for name in names:
+        if len(name) > _MAX_NAME or name.count(".") > _MAX_NAME_PARTS:
+            raise HeaderError(f"a name has {len(name)} letters in {name.count('.') + 1} parts, it begins {name[:40]!r}")
     try:
         "".join(names).encode()
         "".join(part for pair in metadata.items() for part in pair).encode()
@@ -224,7 +238,7 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> tu
         raise HeaderError(f"a tensor name contains half a character ({error.object[error.start]!r})") from error
     raw += b" " * (-len(raw) % 8)
     if len(raw) > MAX_HEADER_BYTES:
-        raise HeaderError(f"a header of {len(raw)} bytes is more than readers accept; use a smaller --max-shard-size")
+        raise HeaderError(f"a header of {len(raw)} bytes is more than readers accept", remedy="; use a smaller {max_shard_size}")
     data_start = 8 + len(raw)
     return len(raw).to_bytes(8, "little") + raw, [data_start + b for b in begins], data_start + position
 

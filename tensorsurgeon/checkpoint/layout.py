@@ -10,7 +10,9 @@ from tensorsurgeon.checkpoint.header import alignment_rank, build_header
 from tensorsurgeon.tensors.spec import TensorSpec
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
-INDEX_NAME = "model.safetensors.index.json"
+# What transformers and diffusers call the weights of a model.
+STEMS = ("model", "diffusion_pytorch_model")
+INDEX_NAME = f"{STEMS[0]}.safetensors.index.json"
 
 
 class Placement(NamedTuple):
@@ -37,10 +39,13 @@ class Layout(NamedTuple):
     # None when there is a single shard, which needs no index.
     index_json: bytes | None
     total_bytes: int
+    index_name: str = INDEX_NAME
 
 
-def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str], max_shard_bytes: int) -> Layout:
+def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str], max_shard_bytes: int, stem: str = STEMS[0]) -> Layout:
     """Cut tensors into shards of at most ``max_shard_bytes`` of data, in order, with the Hub's file names.
+
+    Files are called ``stem``, one of ``STEMS``, for libraries find a model by the name of its files.
 
     A tensor larger than the limit gets a shard of its own. Within a shard wide elements come first (see
     ``alignment_rank``), otherwise the order is kept.
@@ -55,7 +60,7 @@ def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str], max_shard_
         groups[-1].append(spec)
         filled += nbytes
         total += nbytes
-    names = [_shard_name(number, len(groups)) for number in range(len(groups))]
+    names = [_shard_name(stem, number, len(groups)) for number in range(len(groups))]
     index = _index(groups, names, total) if len(groups) > 1 else None
     shards = []
     placements: dict[str, Placement] = {}
@@ -65,7 +70,7 @@ def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str], max_shard_
         for spec, offset in zip(group, offsets, strict=True):
             placements[spec[0]] = Placement(number, offset)
         shards.append(OutputShard(names[number], header, file_bytes, tuple(group)))
-    return Layout(tuple(shards), placements, index, total)
+    return Layout(tuple(shards), placements, index, total, f"{stem}.safetensors.index.json")
 
 
 def _alignment(spec: TensorSpec) -> int:
@@ -79,5 +84,5 @@ def _index(groups: Sequence[Sequence[TensorSpec]], names: Sequence[str], total: 
     return f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{\n{rows}\n  }}\n}}\n'.encode()
 
 
-def _shard_name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+def _shard_name(stem: str, number: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number + 1:05d}-of-{count:05d}.safetensors"

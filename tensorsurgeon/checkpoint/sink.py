@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from tensorsurgeon.checkpoint.layout import Layout
+from tensorsurgeon.checkpoint.small_files import open_regular
 from tensorsurgeon.errors import SinkError
+from tensorsurgeon.machine.files import make_durable, make_folder_durable, reserve
 
 
 class Sink:
@@ -33,8 +36,7 @@ class Sink:
             with sink_errors(path, "be created"):
                 if final.exists() and not path.exists():
                     os.replace(final, path)
-                # A link in the target could lead to anything, the source included.
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+                fd = _open_own(path)
                 self._fds.append(fd)
                 if os.fstat(fd).st_size > shard.file_bytes:
                     os.ftruncate(fd, shard.file_bytes)
@@ -60,7 +62,7 @@ class Sink:
             if self._is_dirty[shard]:
                 self._is_dirty[shard] = False
                 with sink_errors(self._paths[shard], "be made durable"):
-                    os.fdatasync(fd)
+                    make_durable(fd)
 
     def publish_shards(self) -> None:
         """Give every shard its final name; call when all bytes are durable."""
@@ -68,7 +70,7 @@ class Sink:
         for path, shard in zip(self._paths, self._layout.shards, strict=True):
             with sink_errors(path, "be published"):
                 os.replace(path, self.target / shard.name)
-        sync_folder(self.target)
+        make_folder_durable(self.target)
 
     def close(self) -> None:
         for fd in self._fds:
@@ -76,54 +78,61 @@ class Sink:
         self._fds = []
 
 
-def reserve(fd: int, nbytes: int) -> None:
-    """Grow a file to its final size and take the disk space now, where the file system can."""
-    try:
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        os.ftruncate(fd, nbytes)
+def _open_own(path: Path) -> int:
+    """A descriptor of a file that leads nowhere else: a link could lead to anything, and a hard link be the source itself.
 
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
+    Where a file has other names, its bytes are not ours to change: it is left to them, and a new one takes its place.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = os.open(path, flags, 0o644)
+    if os.fstat(fd).st_nlink > 1:
         os.close(fd)
+        path.unlink()
+        fd = os.open(path, flags | os.O_EXCL, 0o644)
+    return fd
+
+
+def refuse_links_below(target: Path, names: Iterable[str]) -> None:
+    """Raise SinkError if a folder on the way to one of these files is a link: what it leads to is not the target."""
+    for folder in sorted({parent for name in names for parent in Path(name).parents if parent.name}):
+        if (target / folder).is_symlink():
+            raise SinkError("is a link to another folder, which is not written through; remove it", where=str(target / folder))
 
 
 def publish_bytes(path: Path, content: bytes) -> None:
     """Write a small file so that it is either whole or absent."""
 
-    def fill(partial: Path) -> None:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-
-    _publish(path, fill)
+    _publish(path, lambda file: file.write(content))
 
 
 def publish_copy(source: Path, path: Path) -> None:
-    """Copy a side file with its time stamps, so that it is either whole or absent."""
+    """Copy a side file with its time stamps, so that it is either whole or absent.
 
-    def fill(partial: Path) -> None:
-        shutil.copy2(source, partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
+    Owner and mode are those of any new file: a stranger's setuid bit must not become ours.
+    """
+    info = os.stat(source)
+
+    def fill(file: BinaryIO) -> None:
+        with open(open_regular(source), "rb") as original:
+            shutil.copyfileobj(original, file, 1 << 20)
+        file.flush()
+        os.utime(file.fileno(), ns=(info.st_atime_ns, info.st_mtime_ns))
 
     _publish(path, fill)
 
 
-def _publish(path: Path, fill: Callable[[Path], None]) -> None:
+def _publish(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     partial = path.with_name(path.name + ".partial")
     with sink_errors(path, "be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fill(partial)
+            # What lies there is a leftover of ours, or a link of somebody's; neither is written through.
+            partial.unlink(missing_ok=True)
+            fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            with open(fd, "wb") as file:
+                fill(file)
+                file.flush()
+                make_durable(file.fileno())
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -138,8 +147,10 @@ def sink_errors(path: Path, what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise SinkError(
-                "the disk is full; free some space and run the same command with --resume", where=str(path)
+                "the disk is full", where=str(path), remedy="; free some space and run the same command with {resume}"
             ) from error
         raise SinkError(
-            f"cannot {what}: {error.strerror}; when that is mended, run the same command with --resume", where=str(path)
+            f"cannot {what}: {error.strerror}",
+            where=str(path),
+            remedy="; when that is mended, run the same command with {resume}",
         ) from error

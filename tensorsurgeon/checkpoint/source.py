@@ -20,6 +20,7 @@ class Source:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._paths: Sequence[str] = [str(shard.path) for shard in checkpoint.shards]
+        self._locations = checkpoint.locations
         self._fds: list[int] = []
         try:
             for path in self._paths:
@@ -45,8 +46,10 @@ class Source:
                 )
             done += count
 
-    def path(self, shard: int) -> str:
-        return self._paths[shard]
+    def read_tensor_into(self, tensor: int, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from byte ``start`` of a tensor, by its number in the checkpoint's order."""
+        where = self._locations[tensor]
+        self.read_into(where.shard, where.offset + start, buffer)
 
     def close(self) -> None:
         for fd in self._fds:

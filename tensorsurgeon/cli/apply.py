@@ -9,8 +9,8 @@ import click
 
 from tensorsurgeon.cli.calibrate import calibration_options, run_with_calibration, settings_for
 from tensorsurgeon.cli.plan import plan_named, transform_options
-from tensorsurgeon.cli.terminal import emit, json_option, note, progress_bar, stop_on_signals
-from tensorsurgeon.errors import NumericError, PlanViolationError, SurgeonError
+from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, stop_on_signals
+from tensorsurgeon.errors import ExecutionError, NumericError, SurgeonError
 from tensorsurgeon.tensors.sizes import parse_size, show_size
 
 
@@ -69,16 +69,7 @@ def apply(
                 overwrite=overwrite, stop=stop, progress=lambda p: advance(p.nbytes),
             )  # fmt: skip
         except SurgeonError as error:
-            if isinstance(error, NumericError):
-                changed = (
-                    "the source, the transform or the calibration" if "sources" in calibration else "the source or the transform"
-                )
-                error.message += f"; --resume would stop here again: change {changed} and use --overwrite"
-            elif isinstance(error, PlanViolationError):
-                error.message += "; this is a fault of surgeon's own, please report it"
-            elif 40 <= error.exit_code < 50 or error.exit_code == 130:
-                error.message += f"; continue with: surgeon apply ... {target} --resume"
-            raise
+            raise Stop(error, _how_to_go_on(error, target, "sources" in calibration)) from error
     data = {
         "target": target,
         "tensors": len(made.specs),
@@ -95,3 +86,14 @@ def apply(
         + (" (was complete already)" if result.was_complete else "")
     )
     emit(data, text, as_json)
+
+
+def _how_to_go_on(error: SurgeonError, target: str, is_calibrated: bool) -> str:
+    """What a run that was stopped needs; nothing for errors that stopped it before it began."""
+    match error:
+        case NumericError():
+            changed = "the source, the transform or the calibration" if is_calibrated else "the source or the transform"
+            return f"; --resume would stop here again: change {changed} and use --overwrite"
+        case ExecutionError(can_resume=True):
+            return f"; continue with: surgeon apply ... {target} --resume"
+    return ""

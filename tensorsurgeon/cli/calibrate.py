@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -78,10 +77,9 @@ def run_with_calibration(
     ``note`` is told of each layer and of the summary, which is the second result. Raises RecipeError where data is given
     that no step wants, and where it is wanted and not given.
     """
-    from tensorsurgeon.calibrate import needs_calibration
     from tensorsurgeon.running.run import run_plan
 
-    if not needs_calibration(plan.steps):
+    if not plan.needs_codes:
         if calibration:
             named = ", ".join(f"--{'calibration' if name == 'sources' else name.replace('_', '-')}" for name in calibration)
             raise RecipeError(f"no step of this transform asks for statistics; leave {named} away")
@@ -94,9 +92,6 @@ def run_with_calibration(
     from tensorsurgeon.calibrate.run import run_calibrated
 
     options, device = options_from(calibration)
-    # The command turned the collector off. The plan stays to the end and holds no cycles; what a calibration builds may.
-    gc.freeze()
-    gc.enable()
     with _noting(note):
         result = run_calibrated(plan, target, options, device=device, **running)
     return result.run, result.summary

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import sys
+import traceback
 from typing import Any
 
 import click
@@ -12,7 +11,9 @@ import click
 from tensorsurgeon.cli.apply import apply
 from tensorsurgeon.cli.plan import plan, transforms
 from tensorsurgeon.cli.read import diff, inspect, verify
-from tensorsurgeon.errors import SurgeonError, did_you_mean
+from tensorsurgeon.cli.terminal import Stop, note, one_line, told
+from tensorsurgeon.errors import SurgeonError, did_you_mean, our_fault
+from tensorsurgeon.machine.limits import raise_open_files_limit
 from tensorsurgeon.version import __version__
 
 
@@ -28,8 +29,8 @@ class _Surgeon(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except SurgeonError as error:
-            click.echo(f"surgeon: {error}", err=True)
+        except (SurgeonError, Stop) as error:
+            note(one_line(f"surgeon: {told(error) if isinstance(error, SurgeonError) else error}"))
             ctx.exit(error.exit_code)
         except BrokenPipeError:
             # The reader of our output went away; that is its right.
@@ -42,13 +43,22 @@ class _Surgeon(click.Group):
             click.echo("surgeon: out of memory; give a smaller --max-ram or fewer --workers", err=True)
             ctx.exit(40)
         except OSError as error:
-            click.echo(f"surgeon: {error.filename or 'a file'}: {error.strerror}", err=True)
+            note(one_line(f"surgeon: {error.filename or 'a file'}: {error.strerror}"))
             ctx.exit(40)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:  # noqa: BLE001  # the last place where a fault of ours can be told as one
+            if ctx.params.get("verbose", 0) > 1:
+                traceback.print_exc()
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            note(f"surgeon: {one_line(said[:300])}; {our_fault()} (surgeon -vv shows where it happened)")
+            ctx.exit(70)
 
 
 @click.group(cls=_Surgeon, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--verbose", "-v", count=True, help="Twice (-vv): show where in the code a fault of surgeon's own happened.")
 @click.version_option(__version__, prog_name="surgeon")
-def main() -> None:
+def main(verbose: int) -> None:
     """Take safetensors checkpoints apart and put them together in the layout a serving engine wants.
 
     \b
@@ -56,8 +66,7 @@ def main() -> None:
     surgeon apply quark-w8a8-int8 Qwen3.6-35B-A3B Qwen3.6-35B-A3B-INT8
     surgeon verify Qwen3.6-35B-A3B-INT8 --against Qwen3.6-35B-A3B
     """
-    # A plan is hundreds of thousands of small objects and no cycles: walking them again and again helps nobody.
-    gc.disable()
+    raise_open_files_limit()
 
 
 for _command in (inspect, plan, apply, verify, diff, transforms):
@@ -65,11 +74,5 @@ for _command in (inspect, plan, apply, verify, diff, transforms):
 
 
 def run() -> None:
-    """The console script: the command, and then the end of the process without taking every plan apart again."""
-    try:
-        main()
-    except SystemExit as end:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Freeing a plan of the 67 GB model tensor by tensor takes a tenth of a second, for nobody.
-        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+    """The console script."""
+    main()

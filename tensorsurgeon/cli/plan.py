@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tensorsurgeon.cli.terminal import emit, json_option
+from tensorsurgeon.cli.terminal import Stop, emit, json_option
 from tensorsurgeon.errors import NoMatchError, RecipeError, did_you_mean
 from tensorsurgeon.tensors.sizes import parse_size
 
@@ -63,8 +63,7 @@ def plan_named(
     try:
         return make_plan(chain, open_checkpoint(source), max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"))
     except NoMatchError as error:
-        error.message += f"; what can be set: surgeon transforms {transform}"
-        raise
+        raise Stop(error, f"; what can be set: surgeon transforms {transform}") from error
 
 
 @click.command()

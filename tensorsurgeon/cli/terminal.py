@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import threading
@@ -12,6 +13,8 @@ from typing import Any
 
 import click
 
+from tensorsurgeon.errors import SurgeonError
+
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--json`` to a command."""
@@ -20,12 +23,51 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def emit(data: Any, text: str, as_json: bool) -> None:
     """Print a result: JSON for machines, text for people."""
-    click.echo(json.dumps(data, indent=2) if as_json else text)
+    click.echo(json.dumps(data, indent=2) if as_json else printable(text))
+
+
+# Control characters (a terminal acts on them), marks that turn the direction of writing, and halves of characters, which
+# no stream takes. Lines and tabs are ours; what a stranger's name has of them is escaped where names are put into tables.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text of a stranger so that it only shows: what a terminal would act on is written as an escape, ``\\x1b``."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def one_line(text: str) -> str:
+    """The same for a message, which is one line whatever name is in it."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+class Stop(Exception):  # noqa: N818  # how a command ends, no fault of the command's
+    """A deliberate error with advice that only this command can give: what is told, and the exit code."""
+
+    def __init__(self, error: SurgeonError, advice: str) -> None:
+        super().__init__(f"{told(error)}{advice}")
+        self.exit_code = error.exit_code
+
+
+class _Flags(dict[str, str]):
+    """Options of a run as a command line spells them."""
+
+    def __missing__(self, option: str) -> str:
+        return f"--{option.replace('_', '-')}"
+
+
+# A parameter of the repack transform, no option of the command.
+_FLAGS = _Flags(inexact_scales="--set inexact_scales")
+
+
+def told(error: SurgeonError) -> str:
+    """An error's message with the command line's flags."""
+    return error.told(_FLAGS)
 
 
 def note(text: str) -> None:
     """A message to the person at the terminal."""
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)
 
 
 @contextmanager

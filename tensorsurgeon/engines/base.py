@@ -63,6 +63,9 @@ class Finding(NamedTuple):
     source: Source = "read"
 
 
+METHODS: Final = frozenset({"auto-round", "awq", "compressed-tensors", "fp8", "gptq", "quark"})
+"""The ``quant_method`` values that the three loaders know and that rules here were read for."""
+
 Rule = Callable[[Facts, Target], Iterator[Finding]]
 
 
@@ -83,6 +86,9 @@ class Engine:
     def judge(self, facts: Facts, target: Target) -> list[Advice]:
         """All advice for one target, the worst first; a single ``loads`` if nothing stands against it."""
         findings = list(dict.fromkeys(finding for rule in self.rules for finding in rule(facts, target)))
+        if facts.format is not None and facts.format.quant_method not in METHODS:
+            reason = f"quant_method {facts.format.quant_method!r} ({facts.layout}) is none that {self.name} is known to read"
+            findings.append(Finding("refuses", "checkpoint", reason))
         if facts.unreadable is None and not any(f.severity in ("refuses", "silent-garbage") for f in findings):
             findings.append(self.verdict(facts, target))
         findings.sort(key=lambda f: -SEVERITIES.index(f.severity))

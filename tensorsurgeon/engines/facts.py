@@ -7,23 +7,22 @@ shape, same scheme. Modules are put together here once, and every rule judges fo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from tensorsurgeon.engines.sharding import Experts, Heads, Linear
 from tensorsurgeon.errors import ConfigError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.registry import detect, quantization_config
-from tensorsurgeon.models.fused import EXPERTS, FUSED, FUSED_NAME, describe
+from tensorsurgeon.models.describe import Model, describe_model, masked
+from tensorsurgeon.models.experts import GATED, is_expert_list, numbered
+from tensorsurgeon.models.fused import FUSED, FUSED_NAME, describe
+from tensorsurgeon.models.roles import Role
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.scheme import Scheme
-from tensorsurgeon.tensors.dtypes import BF16, WEIGHT_DTYPES
-from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
-
-MTP: Final = "mtp."
-GATED: Final = (frozenset(("gate_proj", "up_proj", "down_proj")), frozenset(("w1", "w2", "w3")))
+from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
+from tensorsurgeon.tensors.spec import SpecMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class Facts:
     ``settings``: its ``quantization_config``. ``quantized``: every quantized linear and expert list by name.
     ``float_experts``: expert lists left unquantized, ``stacked`` and ``split`` those of them stored as one tensor or
     one by one (a list may be both); ``stacked_quantized``: stacked experts in another dtype than a float.
-    ``float_mtp``: the unquantized modules of the multi-token-prediction head.
+    ``float_mtp``: the unquantized modules of the multi-token-prediction head. ``model``: what tensors are for.
     """
 
     config: Mapping[str, Any]
@@ -49,6 +48,7 @@ class Facts:
     stacked_quantized: tuple[str, ...]
     float_mtp: tuple[str, ...]
     heads: Heads
+    model: Model
 
     @property
     def layout(self) -> str:
@@ -69,7 +69,7 @@ class Facts:
     @property
     def quantized_experts(self) -> tuple[str, ...]:
         """Expert lists that are quantized, by name."""
-        return tuple(name for name in self.quantized if name.endswith(".experts"))
+        return tuple(name for name in self.quantized if is_expert_list(name))
 
     @property
     def has_quantized_mtp(self) -> bool:
@@ -77,8 +77,9 @@ class Facts:
 
     def stored_both_ways(self) -> tuple[str, str] | None:
         """A stacked expert list of the main model and one that is stored one by one, if it has both."""
-        stacked = next((m for m in self.stacked if not m.startswith(MTP)), None)
-        split = next((m for m in (*self.split, *self.quantized_experts) if not m.startswith(MTP)), None)
+        is_mtp = self.model.is_mtp
+        stacked = next((m for m in self.stacked if not is_mtp(m)), None)
+        split = next((m for m in (*self.split, *self.quantized_experts) if not is_mtp(m)), None)
         return None if stacked is None or split is None else (stacked, split)
 
     def names_in_engines(self) -> tuple[str, ...]:
@@ -121,21 +122,23 @@ def facts_of(plan: Plan) -> Facts:
                 stored = tuple(_forms(modules, specs, format_))
         except ConfigError as error:
             format_, unreadable = None, str(error)
-    stacked, split, stacked_quantized, float_mtp = _unquantized(specs, modules)
+    model = describe_model(specs)
+    stacked, split, stacked_quantized, float_mtp = _unquantized(specs, modules, model)
     singles, experts = [s for s in stored if not s.leaf], [s for s in stored if s.leaf]
     return Facts(
         config=config,
         settings=settings or {},
         format=format_,
         unreadable=unreadable,
-        linears=tuple(_linears(singles)),
-        experts=tuple(_experts(experts)),
+        linears=tuple(_linears(singles, model)),
+        experts=tuple(_experts(experts, model, split)),
         quantized=tuple(dict.fromkeys(s.module for s in stored)),
         stacked=stacked,
         split=split,
         stacked_quantized=stacked_quantized,
         float_mtp=float_mtp,
         heads=_heads(specs),
+        model=model,
     )
 
 
@@ -144,7 +147,6 @@ def _forms(modules: Mapping[str, Scheme], specs: SpecMap, format_: Format) -> It
     names: dict[int, tuple[str, ...]] = {}
     counts: dict[tuple[str, str, tuple[int, ...], int], list[Any]] = {}
     ids: dict[Scheme, int] = {}
-    length = len(EXPERTS)
     known: Scheme | None = None
     local: tuple[str, ...] = ()
     number = 0
@@ -154,19 +156,14 @@ def _forms(modules: Mapping[str, Scheme], specs: SpecMap, format_: Format) -> It
             known = scheme
             number = ids.setdefault(scheme, id(scheme))
             if number not in names:
-                # The names that a scheme writes are the same for every shape; a multiple of all groups stands for it.
-                made = format_.tensors(TensorSpec("weight", BF16, (4096, 4096)), scheme)
-                names[number] = tuple("." + spec.name for spec in made)
+                names[number] = tuple("." + name for name in format_.local_names(scheme))
             local = names[number]
-        at = module.find(EXPERTS)
         spec = specs.get(module + local[0])
         if spec is None or len(spec[2]) != 2:
             raise ConfigError(f"{module}: quantized, but there is no matrix {module}{local[0]}")
         shape = spec[2]
-        if at >= 0 and module[at + length].isdigit():
-            key = module[: at + length - 1], module[module.rfind(".") + 1 :], shape, number
-        else:
-            key = module, "", shape, number
+        expert = numbered(module)
+        key = (module, "", shape, number) if expert is None else (expert.experts, expert.leaf, shape, number)
         entry = counts.get(key)
         if entry is None:
             counts[key] = [module, scheme, 1]
@@ -177,7 +174,7 @@ def _forms(modules: Mapping[str, Scheme], specs: SpecMap, format_: Format) -> It
         yield _Stored(module, leaf, format_.weight_shape(tensors, scheme), scheme, count)
 
 
-def _unquantized(specs: SpecMap, modules: Mapping[str, Scheme]) -> tuple[tuple[str, ...], ...]:
+def _unquantized(specs: SpecMap, modules: Mapping[str, Scheme], model: Model) -> tuple[tuple[str, ...], ...]:
     stacked: dict[str, None] = {}
     split: dict[str, None] = {}
     stacked_quantized: dict[str, None] = {}
@@ -186,27 +183,27 @@ def _unquantized(specs: SpecMap, modules: Mapping[str, Scheme]) -> tuple[tuple[s
     found = [s for s in specs.values() if len(s[2]) == 3 or (s[1].bits > 8 and s[0].endswith(".weight") and len(s[2]) == 2)]
     for name, dtype, _ in (spec for spec in found if len(spec.shape) == 3):
         module = name[: name.rfind(".")]
-        if not module.endswith(".experts"):
+        if not is_expert_list(module):
             continue
         if dtype not in WEIGHT_DTYPES:
             stacked_quantized[module] = None
             continue
         stacked[module] = None
-        if name.startswith(MTP):
+        if model.is_mtp(module):
             float_mtp[module] = None
     for name, dtype, _ in (spec for spec in found if len(spec.shape) == 2):
         module = name[:-7]
         if module in modules or dtype not in WEIGHT_DTYPES:
             continue
-        at = name.find(EXPERTS)
-        if at >= 0 and name[at + len(EXPERTS)].isdigit():
-            split[name[: at + len(EXPERTS) - 1]] = None
-        if name.startswith(MTP):
+        expert = numbered(module)
+        if expert is not None:
+            split[expert.experts] = None
+        if model.is_mtp(module):
             float_mtp[module] = None
     return tuple(stacked), tuple(split), tuple(stacked_quantized), tuple(float_mtp)
 
 
-def _linears(stored: Iterable[_Stored]) -> Iterable[Linear]:
+def _linears(stored: Iterable[_Stored], model: Model) -> Iterable[Linear]:
     """Linears as engines fuse them, those of one form put together."""
     fused: dict[tuple[str, str], list[_Stored]] = {}
     for entry in stored:
@@ -215,7 +212,8 @@ def _linears(stored: Iterable[_Stored]) -> Iterable[Linear]:
     forms: dict[tuple[Any, ...], list[Any]] = {}
     for (parent, leaf), members in fused.items():
         if leaf in FUSED:
-            order = FUSED[leaf]
+            # A linear that is stored under the fused name is the only member.
+            order = (leaf, *FUSED[leaf])
             members.sort(key=lambda entry: order.index(entry.module.rpartition(".")[2]))
         parts = tuple((entry.module.rpartition(".")[2], entry.shape[0]) for entry in members)
         subject = masked(f"{parent}.{leaf}" if parent else leaf)
@@ -223,28 +221,30 @@ def _linears(stored: Iterable[_Stored]) -> Iterable[Linear]:
         form = forms.setdefault(key, [leaf, members[0], 0])
         form[2] += 1
     for (subject, parts, columns, _), (leaf, member, count) in forms.items():
-        yield Linear(subject, leaf, parts, columns, member.scheme, count, member.module.startswith(MTP))
+        use = model.module_use(member.module)
+        yield Linear(subject, leaf, parts, columns, member.scheme, count, use.role is Role.MTP, use.kind)
 
 
-def _experts(stored: Iterable[_Stored]) -> Iterable[Experts]:
+def _experts(stored: Iterable[_Stored], model: Model, floats: Container[str]) -> Iterable[Experts]:
     layers: dict[str, list[_Stored]] = {}
     for entry in stored:
         layers.setdefault(entry.module, []).append(entry)
     forms: dict[tuple[Any, ...], list[Any]] = {}
     for prefix, entries in layers.items():
-        mixed = _mixed(entries)
+        mixed = _mixed(entries, prefix in floats)
         leaves = {e.leaf: (*e.shape, e.scheme) for e in entries}
         key = masked(prefix), tuple((e.leaf, e.shape, e.scheme) for e in entries), mixed
         form = forms.setdefault(key, [leaves, prefix, 0])
         form[2] += 1
     for (subject, _, mixed), (leaves, prefix, count) in forms.items():
-        yield Experts(subject, leaves, count, mixed, prefix.startswith(MTP))
+        yield Experts(subject, leaves, count, mixed, model.is_mtp(prefix))
 
 
-def _mixed(entries: list[_Stored]) -> str | None:
+def _mixed(entries: list[_Stored], has_floats: bool = True) -> str | None:
     leaves = {entry.leaf for entry in entries}
     for names in GATED:
-        if leaves < names:
+        # Experts without a gate have two linears, and nothing is left out.
+        if leaves < names and has_floats:
             return f"{' and '.join(sorted(leaves))} quantized, {' and '.join(sorted(names - leaves))} not"
     if len({entry.scheme for entry in entries}) > 1:
         return "several schemes"
@@ -267,9 +267,3 @@ def _heads(specs: SpecMap) -> Heads:
         linear_keys=number("linear_num_key_heads") * number("linear_key_head_dim"),
         linear_values=number("linear_num_value_heads") * number("linear_value_head_dim"),
     )
-
-
-@cache
-def masked(module: str) -> str:
-    """A name with ``*`` for its numbers."""
-    return ".".join("*" if part.isdigit() else part for part in module.split("."))

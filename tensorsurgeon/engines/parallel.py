@@ -9,21 +9,22 @@ from tensorsurgeon.engines.base import Finding, Target
 from tensorsurgeon.engines.facts import Facts
 from tensorsurgeon.engines.sharding import Linear
 from tensorsurgeon.models.fused import describe
+from tensorsurgeon.models.roles import WITHOUT_CONFIG, Role
 
-WORDS: Final = {"ct_packed", "gptq", "autoround", "awq", "quark_int4"}
+WORDS: Final = {"ct-packed", "gptq", "autoround", "awq", "quark-int4"}
 """Layouts of integers packed into words, read with BF16 activations (WNA16)."""
 
-GROUPED: Final = WORDS | {"ct_nvfp4", "ct_mxfp4"}
+GROUPED: Final = WORDS | {"ct-nvfp4", "ct-mxfp4"}
 MARLIN_GROUPS: Final = (-1, 32, 64, 128)
 
 
 def ranks_of(linear: Linear, facts: Facts, target: Target) -> int:
     """Among how many ranks an engine cuts a linear.
 
-    vLLM keeps ``in_proj_ba`` whole on every NVIDIA rank under GPTQ, AWQ and AutoRound, for it is narrower than Marlin's tile
-    (qwen_gdn_linear_attn.py, maybe_disable_tp), and cuts it under every other layout.
+    vLLM keeps the gates of linear attention whole on every NVIDIA rank under GPTQ, AWQ and AutoRound, for they are narrower
+    than Marlin's tile (qwen_gdn_linear_attn.py, maybe_disable_tp), and cuts them under every other layout.
     """
-    whole = linear.leaf == "in_proj_ba" and facts.layout in ("gptq", "awq", "autoround")
+    whole = linear.kind is Role.LINEAR_ATTENTION_GATE and facts.layout in ("gptq", "awq", "autoround")
     return 1 if whole and target.engine == "vllm" and target.device == "gpu" else target.tp
 
 
@@ -79,8 +80,8 @@ def words_among_ranks(facts: Facts, target: Target) -> Iterator[Finding]:
     """A word holds several codes and cannot be divided between ranks."""
     if facts.layout not in WORDS:
         return
-    along_outputs = facts.layout in ("awq", "quark_int4") or str(facts.settings.get("packing_format", "")).endswith("awq")
-    has_zero_words = facts.layout in ("gptq", "autoround", "awq", "quark_int4")
+    along_outputs = facts.layout in ("awq", "quark-int4") or str(facts.settings.get("packing_format", "")).endswith("awq")
+    has_zero_words = facts.layout in ("gptq", "autoround", "awq", "quark-int4")
     for linear in facts.linears:
         bits, tp = linear.scheme.num_bits, ranks_of(linear, facts, target)
         if not along_outputs and linear.cut == "inputs" and tp > 1 and linear.inputs(tp) * bits % 32:
@@ -118,7 +119,7 @@ def stacked_experts(facts: Facts, target: Target) -> Iterator[Finding]:
 def gates_without_config(facts: Facts, target: Target) -> Iterator[Finding]:
     """Routers and shared-expert gates are built without a quantization config, so their scales have no place."""
     for linear in facts.linears:
-        if linear.subject.endswith((".mlp.gate", ".shared_expert_gate", ".router", ".block_sparse_moe.gate")):
+        if linear.kind in WITHOUT_CONFIG:
             yield Finding(
                 "refuses",
                 linear.subject,
@@ -128,7 +129,7 @@ def gates_without_config(facts: Facts, target: Target) -> Iterator[Finding]:
 
 def fp8_blocks(facts: Facts, target: Target) -> Iterator[Finding]:
     """Blocks of FP8 lie on one rank, and in one of the linears that are stacked (``validate_fp8_block_shape``)."""
-    if facts.layout not in ("hf_fp8", "ct_float"):
+    if facts.layout not in ("hf-fp8", "ct-float"):
         return
     tp = target.tp
     for linear in facts.linears:

@@ -10,23 +10,24 @@ from collections.abc import Iterator
 from typing import Final
 
 from tensorsurgeon.engines.base import Engine, Finding, Target
-from tensorsurgeon.engines.facts import MTP, Facts
+from tensorsurgeon.engines.facts import Facts
 from tensorsurgeon.engines.parallel import MARLIN_GROUPS, RULES, WORDS
 from tensorsurgeon.engines.vllm import TILE_INPUTS, TILE_OUTPUTS
 from tensorsurgeon.models.fused import describe
+from tensorsurgeon.models.mtp import named_apart
 
 PACKINGS: Final = ("auto_round:auto_gptq", "auto_round:auto_awq")
 
 
 def quark_kinds(facts: Facts, target: Target) -> Iterator[Finding]:
     """Of Quark's schemes it has FP8 and MXFP4 only."""
-    if facts.layout in ("quark_int8", "quark_int4"):
+    if facts.layout in ("quark-int8", "quark-int4"):
         yield Finding("refuses", "checkpoint", f"no scheme for {facts.described()}: of AMD Quark it reads FP8 and MXFP4 only")
 
 
 def compressed_kinds(facts: Facts, target: Target) -> Iterator[Finding]:
     """Packed integers of 4 and 8 bits; experts symmetric, their groups whole on a rank."""
-    if facts.layout != "ct_packed":
+    if facts.layout != "ct-packed":
         return
     for form in facts.forms:
         if form.scheme.num_bits not in (4, 8):
@@ -60,11 +61,11 @@ def gptq_kinds(facts: Facts, target: Target) -> Iterator[Finding]:
     for form in facts.linears:
         if form.scheme.num_bits not in (2, 3, 4, 8):
             yield Finding("refuses", form.subject, f"{describe(form.scheme)}; GPTQ is read with 2, 3, 4 or 8 bits")
-    main = [module for module in facts.float_experts if not module.startswith(MTP)]
+    main = [module for module in facts.float_experts if not facts.model.is_mtp(module)]
     if main:
         reason = "experts ignore the rules in dynamic: these are built quantized, and their BF16 tensors skipped"
         yield Finding("silent-garbage", main[0], reason)
-    elif any(module.startswith(MTP) for module in facts.float_experts):
+    elif any(facts.model.is_mtp(module) for module in facts.float_experts):
         reason = "the MTP head's experts ignore dynamic and are built quantized: its BF16 experts may be skipped, drafts fail"
         yield Finding("warns", "mtp", reason)
 
@@ -97,7 +98,7 @@ def marlin_tiles(facts: Facts, target: Target) -> Iterator[Finding]:
 
     The loader computes whether a shape suits and does not look at the answer, so that the kernel decides.
     """
-    if facts.layout not in WORDS - {"quark_int4"}:
+    if facts.layout not in WORDS - {"quark-int4"}:
         return
     for linear in facts.linears:
         outputs, inputs = sum(linear.outputs(target.tp, facts.heads)), linear.inputs(target.tp)
@@ -129,10 +130,10 @@ def expert_blocks(facts: Facts, target: Target) -> Iterator[Finding]:
 
 def quark_mtp(facts: Facts, target: Target) -> Iterator[Finding]:
     """For Quark it looks for a plain name that starts with ``mtp.``; vLLM wants an expression: give both."""
-    if facts.layout == "quark_fp8" and facts.float_mtp:
-        named = any(entry.startswith(MTP) for entry in facts.settings.get("exclude") or ())
+    if facts.layout == "quark-fp8" and facts.float_mtp:
+        named = any(named_apart(entry) for entry in facts.settings.get("exclude") or ())
         if not named:
-            reason = "exclude has no plain name under 'mtp.': the MTP head is built quantized and does not load"
+            reason = "exclude has no plain name of the MTP head's: it is built quantized and does not load"
             yield Finding("warns", "mtp", reason)
 
 

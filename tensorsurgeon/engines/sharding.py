@@ -6,23 +6,13 @@ together along its inputs, and the heads of keys and values are repeated where t
 
 from __future__ import annotations
 
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
+from tensorsurgeon.models.cuts import Cut, cut_of
+from tensorsurgeon.models.roles import Role
 from tensorsurgeon.quant.scheme import Scheme
 
-Cut = Literal["outputs", "inputs", "unknown"]
-
-_BY_OUTPUTS: Final = {
-    "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a",
-    "gate_up_proj", "qkv", "qkv_proj", "linear_fc1", "fc", "fc1", "lm_head", "w1", "w3",
-}  # fmt: skip
-_BY_INPUTS: Final = {"o_proj", "out_proj", "down_proj", "linear_fc2", "fc2", "proj", "w2"}
 _KEYS_AND_VALUES: Final = {"k_proj", "v_proj"}
-
-
-def cut_of(leaf: str) -> Cut:
-    """Along which axis engines cut a linear, by the last part of its name."""
-    return "outputs" if leaf in _BY_OUTPUTS else "inputs" if leaf in _BY_INPUTS else "unknown"
 
 
 class Heads(NamedTuple):
@@ -42,7 +32,8 @@ class Linear(NamedTuple):
     """A linear as an engine holds it, standing for all of the same form.
 
     ``subject``: the name with numbers masked. ``leaf``: the last part of the fused name. ``parts``: leaf and
-    out_features of each stored part, in the order in which they are stacked. ``number``: how many there are.
+    out_features of each stored part, in the order in which they are stacked. ``number``: how many there are. ``kind``:
+    what it is for, within its part of the model.
     """
 
     subject: str
@@ -52,6 +43,7 @@ class Linear(NamedTuple):
     scheme: Scheme
     number: int
     is_mtp: bool
+    kind: Role | None = None
 
     @property
     def cut(self) -> Cut:

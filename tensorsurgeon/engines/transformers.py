@@ -25,7 +25,7 @@ LIBRARIES: Final = {
 """What must be installed besides, or loading is an ImportError."""
 
 # Loaded with the right perplexity while experts were stored one by one (engines.md).
-_SEEN: Final = {"ct_packed", "ct_float", "ct_mxfp4", "autoround", "hf_fp8"}
+_SEEN: Final = {"ct-packed", "ct-float", "ct-mxfp4", "autoround", "hf-fp8"}
 
 
 def split_experts(facts: Facts, target: Target) -> Iterator[Finding]:
@@ -34,31 +34,31 @@ def split_experts(facts: Facts, target: Target) -> Iterator[Finding]:
         return
     experts = facts.experts[0]
     subject, layout = experts.subject, facts.layout
-    if layout == "ct_nvfp4":
+    if layout == "ct-nvfp4":
         reason = "experts load without their global scales: every weight is wrong by orders of magnitude"
         yield Finding("silent-garbage", subject, reason, "tested")
-    elif layout == "quark_int8":
+    elif layout == "quark-int8":
         reason = "experts load as raw INT8 codes without their scales"
         yield Finding("silent-garbage", subject, reason, "tested")
     elif layout in ("gptq", "awq"):
         reason = "only nn.Linear is replaced, and this architecture's experts are one tensor: their words have no place"
         yield Finding("silent-garbage", subject, reason)
-    elif layout == "quark_int4":
+    elif layout == "quark-int4":
         yield Finding("refuses", subject, "packed experts do not fit the stacked tensor (mismatched sizes)", "tested")
-    elif layout == "ct_packed" and not experts.scheme.symmetric:
+    elif layout == "ct-packed" and not experts.scheme.symmetric:
         yield Finding("refuses", subject, "experts with zero points cannot be gathered (conversion error)", "tested")
-    elif layout == "ct_float" and any(f.scheme.block for f in facts.experts):
+    elif layout == "ct-float" and any(f.scheme.block for f in facts.experts):
         rows, columns = experts.scheme.block or (0, 0)
         if any(n > rows or k > columns for n, k, _ in experts.leaves.values()):
             yield Finding("refuses", subject, "the scales of FP8 blocks are not expanded while experts are gathered", "tested")
-    elif layout not in _SEEN and layout != "ct_int":
+    elif layout not in _SEEN and layout != "ct-int":
         yield Finding("warns", subject, "not known whether experts of this layout are gathered right; compare a few logits")
 
 
 def int8_beside_split_experts(facts: Facts, target: Target) -> Iterator[Finding]:
     """INT8 of compressed-tensors fails as soon as any expert is stored one by one, even in BF16."""
-    experts = next((m for m in (*facts.quantized_experts, *facts.split) if not m.startswith("mtp.")), None)
-    if facts.layout == "ct_int" and experts is not None:
+    experts = next((m for m in (*facts.quantized_experts, *facts.split) if not facts.model.is_mtp(m)), None)
+    if facts.layout == "ct-int" and experts is not None:
         reason = "INT8 does not load where experts are stored one by one, quantized or not (conversion error)"
         yield Finding("refuses", experts, reason, "tested")
 

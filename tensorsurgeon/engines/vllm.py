@@ -24,7 +24,7 @@ SMALLEST_GROUP: Final = 32
 PADS_SINCE: Final = (0, 32)
 PACKINGS: Final = ("auto_round:auto_gptq", "auto_round:auto_awq")
 # Served on the CPU with the tiny model: tests/engines/vllm_score.py and engines.md.
-SERVED: Final = {"quark_int8", "ct_int", "gptq"}
+SERVED: Final = {"quark-int8", "ct-int", "gptq"}
 
 
 def activation_order(facts: Facts, target: Target) -> Iterator[Finding]:
@@ -56,7 +56,7 @@ def integer_kinds(facts: Facts, target: Target) -> Iterator[Finding]:
             yield Finding("refuses", subject, f"{kind}; linears of auto_round:auto_gptq are read symmetric only")
         elif is_gptq and bits in (4, 8) and size not in MARLIN_GROUPS and not is_experts:
             yield Finding("refuses", subject, f"group_size {size}; Marlin takes {', '.join(map(str, MARLIN_GROUPS))}")
-        elif layout == "quark_int4" and size == -1:
+        elif layout == "quark-int4" and size == -1:
             yield Finding("refuses", subject, f"{kind}; Quark int4 is read in groups only, with a positive group_size")
         elif bits not in (4, 8):
             yield Finding("warns", subject, f"{bits} bits: no kernel but humming's takes them, on NVIDIA, where it is installed")
@@ -64,7 +64,7 @@ def integer_kinds(facts: Facts, target: Target) -> Iterator[Finding]:
             yield Finding("warns", subject, "8 bits with zero points: Machete (Hopper) or humming only")
         elif size not in MARLIN_GROUPS and not is_experts:
             yield Finding("warns", subject, f"group_size {size} is none of Marlin's: a slower kernel, or none")
-    if layout in ("ct_int", "quark_int8"):
+    if layout in ("ct-int", "quark-int8"):
         for subject, scheme, _ in forms:
             if not scheme.symmetric or scheme.group_size != -1:
                 yield Finding("refuses", subject, f"{describe(scheme)}; W8A8 is read symmetric with one scale per output only")
@@ -96,16 +96,16 @@ def packed_experts(facts: Facts, target: Target) -> Iterator[Finding]:
     for experts in facts.experts:
         inner, size = experts.intermediate // target.tp, experts.scheme.group_size
         share = f"{experts.intermediate} features / {target.tp} ranks = {inner}"
-        if facts.layout == "ct_packed":
+        if facts.layout == "ct-packed":
             yield from _compressed_experts(experts, target, inner, share)
             continue
         # AutoRound's own check leaves out the padding that the others ask for.
         narrowest = max(64, size) if facts.layout == "autoround" else max(1, size)
         fits = not experts.hidden % TILE_INPUTS and not inner % narrowest and size in MARLIN_GROUPS
-        if fits and facts.layout != "quark_int4":
+        if fits and facts.layout != "quark-int4":
             continue
         if size == -1:
-            if facts.layout != "quark_int4":
+            if facts.layout != "quark-int4":
                 yield Finding("refuses", experts.subject, f"{share}: no Marlin tile fits, and moe_wna16 takes no channel scales")
             continue
         smaller = size
@@ -115,7 +115,7 @@ def packed_experts(facts: Facts, target: Target) -> Iterator[Finding]:
             yield Finding(
                 "refuses", experts.subject, f"{share}: no group_size of {SMALLEST_GROUP} or more that divides {size} divides it"
             )
-        elif facts.layout != "quark_int4" or smaller < size:
+        elif facts.layout != "quark-int4" or smaller < size:
             scales = f", each scale repeated for groups of {smaller}" if smaller < size else ""
             yield Finding("warns", experts.subject, f"{share} suits no Marlin tile: falls back to moe_wna16 kernels{scales}")
 
@@ -146,18 +146,18 @@ def _compressed_experts(experts: Experts, target: Target, inner: int, share: str
 
 def float_experts(facts: Facts, target: Target) -> Iterator[Finding]:
     """FP8 experts: blocks that one rank can hold, and activations that the kernels quantize."""
-    if facts.layout == "ct_float":
+    if facts.layout == "ct-float":
         groups = (facts.settings.get("config_groups") or {}).values()
         if facts.experts and any(group.get("input_activations") is None for group in groups):
             yield Finding("refuses", facts.experts[0].subject, "FP8 experts need quantized activations; say activations: dynamic")
-    for experts in facts.experts if facts.layout in ("ct_float", "hf_fp8") else ():
+    for experts in facts.experts if facts.layout in ("ct-float", "hf-fp8") else ():
         block = experts.scheme.block
         inner = experts.intermediate // target.tp
         if block is None or not (inner % block[0] or (target.tp > 1 and inner % block[1])):
             continue
         share = f"{experts.intermediate} features / {target.tp} ranks = {inner}"
         finer = gcd(*block, inner, experts.hidden)
-        if facts.layout == "hf_fp8" and finer >= SMALLEST_GROUP and not target.is_before(*PADS_SINCE):
+        if facts.layout == "hf-fp8" and finer >= SMALLEST_GROUP and not target.is_before(*PADS_SINCE):
             reason = f"{share} cuts blocks of {block[0]}: scales repeated for blocks of {finer}, Triton only"
             yield Finding("warns", experts.subject, reason)
         else:
@@ -194,15 +194,15 @@ def cpu_kernels(facts: Facts, target: Target) -> Iterator[Finding]:
         yield Finding("refuses", eight, "no kernel on CPUs but for packed integers of 4 bits; GPUs have one", "tested")
     if layout == "autoround" and experts:
         yield Finding("refuses", experts[0].subject, "no AutoRound experts on CPUs; GPUs have them", "tested")
-    if layout in ("quark_int4", "awq") and experts:
+    if layout in ("quark-int4", "awq") and experts:
         yield Finding("refuses", experts[0].subject, "no WNA16 experts of this layout on CPUs; GPUs have them", "tested")
-    if layout in ("ct_packed", "gptq") and experts and (experts[0].scheme.group_size == -1 or not experts[0].scheme.symmetric):
+    if layout in ("ct-packed", "gptq") and experts and (experts[0].scheme.group_size == -1 or not experts[0].scheme.symmetric):
         yield Finding("refuses", experts[0].subject, "experts on CPUs must be symmetric and in groups")
     if any(f.scheme.block for f in facts.forms):
         yield Finding("refuses", "checkpoint", "FP8 blocks need AMX tiles on a CPU (Sapphire Rapids or newer)", "tested")
-    if layout == "ct_nvfp4":
+    if layout == "ct-nvfp4":
         yield Finding("refuses", "checkpoint", "no NVFP4 kernel with BF16 activations on CPUs; GPUs have it", "tested")
-    if layout in ("ct_mxfp4", "ct_float", "quark_fp8") and not any(f.scheme.block for f in facts.linears):
+    if layout in ("ct-mxfp4", "ct-float", "quark-fp8") and not any(f.scheme.block for f in facts.linears):
         yield Finding("warns", "checkpoint", "not known whether CPUs have a kernel for this layout")
 
 
@@ -215,7 +215,7 @@ def mtp_head(facts: Facts, target: Target) -> Iterator[Finding]:
 
 def verdict(facts: Facts, target: Target) -> Finding:
     """It loads: seen on the CPU for the layouts in SERVED, read otherwise."""
-    int4 = facts.layout == "ct_packed" and all(f.scheme.num_bits == 4 and f.scheme.symmetric for f in facts.linears)
+    int4 = facts.layout == "ct-packed" and all(f.scheme.num_bits == 4 and f.scheme.symmetric for f in facts.linears)
     tested = target.tp == 1 and (not facts.layout or facts.layout in SERVED or int4)
     return Finding("loads", "checkpoint", facts.described(), "tested" if tested else "read")
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, Self
 
 import numpy as np
 
 from tensorsurgeon.errors import ConfigError, SpecError
 from tensorsurgeon.formats.awq_words import awq_tensors, awq_weight_shape, pack_awq, unpack_awq
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel, Word
 from tensorsurgeon.formats.config_reading import TOP, boolean, integer, modules_with, one_of, schemes_of, strings
 from tensorsurgeon.formats.coverage import Coverage, activations_of, cover
 from tensorsurgeon.formats.gptq_dynamic import base_scheme
@@ -28,9 +28,11 @@ from tensorsurgeon.formats.gptq_words import (
 )
 from tensorsurgeon.formats.scales import with_scale_dtype
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_multiple, check_scheme
+from tensorsurgeon.models.experts import expert_list
 from tensorsurgeon.models.fused import fused_name
 from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import F16, I32, DType
+from tensorsurgeon.tensors.expressions import Expression
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 from tensorsurgeon.version import __version__
 
@@ -44,7 +46,7 @@ _REGEX_CHARACTERS: Final = frozenset(r"*+?^$()[]{}|\\")
 
 
 @dataclass(frozen=True, slots=True)
-class AutoRound:
+class AutoRound(Format):
     """W2A16 to W8A16 (4 bits for AWQ's words)."""
 
     packing_format: Literal["auto_round:auto_gptq", "auto_round:auto_awq", "auto_round", "auto_round:gptqmodel"] = (
@@ -53,7 +55,18 @@ class AutoRound:
 
     name: ClassVar[str] = "autoround"
     quant_method: ClassVar[str] = "auto-round"
+    words: ClassVar[tuple[str, ...]] = PACKINGS
     activations: ClassVar[tuple[str, ...]] = ("none",)
+
+    @staticmethod
+    def word_in(config: Mapping[str, Any], specs: SpecMap) -> Word:
+        """``packing_format``; without it, GPTQ v1."""
+        return Word(f"{TOP}.packing_format", (config.get("packing_format") or GPTQ_V1,))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], specs: SpecMap) -> Self:
+        """With the packing that the config names."""
+        return cls(one_of(config, "packing_format", PACKINGS, default=GPTQ_V1))
 
     def default_scheme(self) -> Scheme:
         """W4A16 in groups of 128, scales signed."""
@@ -73,12 +86,16 @@ class AutoRound:
         if not scheme.symmetric and self.packing_format == GPTQ_V1:
             raise SpecError(
                 f"{weight.name}: {GPTQ_V1} stores zero points minus one and so has no room for 0; write asymmetric "
-                f"weights with packing_format {AWQ}"
+                "weights in the format autoround-awq"
             )
 
     def tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
         """``qweight``, ``qzeros`` and ``scales``; no ``g_idx``."""
         return awq_tensors(weight, scheme) if self.packing_format == AWQ else gptq_tensors(weight, scheme)
+
+    def local_names(self, scheme: Scheme) -> tuple[str, ...]:
+        """As ``tensors`` has them."""
+        return "qweight", "qzeros", "scales"
 
     def can_chunk_rows(self, scheme: Scheme) -> bool:
         """No: rows of the weight are columns here."""
@@ -200,7 +217,7 @@ class _Reader:
         if not isinstance(extra, Mapping):
             raise ConfigError(f"{TOP}.extra_config: expected a mapping, found {extra!r}")
         self.exact = {key: self._scheme(key, values) for key, values in extra.items()}
-        self.expressions = [(re.compile(key), scheme) for key, scheme in self.exact.items() if set(key) & _REGEX_CHARACTERS]
+        self.expressions = [(Expression(key), scheme) for key, scheme in self.exact.items() if set(key) & _REGEX_CHARACTERS]
 
     def _scheme(self, key: str, values: Mapping[str, Any]) -> Scheme | None:
         path = f"{TOP}.extra_config.{key}"
@@ -223,7 +240,7 @@ class _Reader:
         for pattern, scheme in self.expressions:
             if pattern.search(module):
                 return scheme
-        at = module.find(".experts.")
-        if at >= 0 and (prefix := module[: at + len(".experts")]) in self.exact:
-            return self.exact[prefix]
+        experts = expert_list(module)
+        if experts in self.exact:
+            return self.exact[experts]
         return self.base if not self.blocks or module.startswith(self.blocks) else None

@@ -15,24 +15,31 @@ import numpy as np
 
 from tensorsurgeon.errors import SpecError
 from tensorsurgeon.formats.awq_words import awq_tensors, awq_weight_shape, pack_awq, unpack_awq
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
-from tensorsurgeon.formats.config_reading import boolean, integer, modules_with, one_of, schemes_of, strings
+from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel, Word
+from tensorsurgeon.formats.config_reading import TOP, boolean, integer, modules_with, one_of, schemes_of, strings
 from tensorsurgeon.formats.coverage import Coverage, activations_of, cover
 from tensorsurgeon.formats.scales import with_scale_dtype
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_multiple, check_scheme
 from tensorsurgeon.models.fused import fused_name
+from tensorsurgeon.models.mtp import MTP_WORD
 from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import F16, I32, DType
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Awq:
+class Awq(Format):
     """W4A16 in groups or per channel."""
 
     name: ClassVar[str] = "awq"
     quant_method: ClassVar[str] = "awq"
+    words: ClassVar[tuple[str, ...]] = ("gemm", "GEMM")
     activations: ClassVar[tuple[str, ...]] = ("none",)
+
+    @staticmethod
+    def word_in(config: Mapping[str, Any], specs: SpecMap) -> Word:
+        """``version``; without it, GEMM."""
+        return Word(f"{TOP}.version", (config.get("version") or "gemm",))
 
     def default_scheme(self) -> Scheme:
         """Asymmetric, in groups of 128, as AutoAWQ does it."""
@@ -52,6 +59,10 @@ class Awq:
     def tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
         """``qweight``, ``qzeros`` and ``scales``."""
         return awq_tensors(weight, scheme)
+
+    def local_names(self, scheme: Scheme) -> tuple[str, ...]:
+        """As ``tensors`` has them."""
+        return "qweight", "qzeros", "scales"
 
     def can_chunk_rows(self, scheme: Scheme) -> bool:
         """No: rows of the weight are columns here."""
@@ -125,7 +136,7 @@ def modules_to_not_convert(coverage: Coverage) -> list[str]:
 
     found = dict.fromkeys(_first_unused(_candidates(module), hit, module) for module in left)
     if coverage.float_mtp:
-        found[_first_unused(("mtp",), hit, coverage.float_mtp[0])] = None
+        found[_first_unused((MTP_WORD,), hit, coverage.float_mtp[0])] = None
     return [text for text in found if not any(other != text and other in text for other in found)]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from tensorsurgeon.formats.gptq_words import require_symmetric
 from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale
+from tensorsurgeon.formats.stored_checks import axes
 from tensorsurgeon.quant.bitpack import AWQ_ORDER, pack_transposed, unpack_transposed
 from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import F16, I32
@@ -45,7 +46,7 @@ def pack_awq(quantized: Quantized, scheme: Scheme) -> tuple[np.ndarray, ...]:
 
 def awq_weight_shape(tensors: Mapping[str, TensorSpec]) -> tuple[int, int]:
     """[N, K]: an output per scale of a group, an input per row of words."""
-    return tensors["scales"].shape[1], tensors["qweight"].shape[0]
+    return axes(tensors, "scales")[1], axes(tensors, "qweight")[0]
 
 
 def unpack_awq(arrays: Mapping[str, np.ndarray], scheme: Scheme) -> Quantized:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -47,13 +47,39 @@ class ConfigFiles:
     extra_files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-class Format(Protocol):
-    """One on-disk layout of quantized linears."""
+class Word(NamedTuple):
+    """The value in a ``quantization_config`` that tells one layout of a dialect from the others, and where it stands.
 
+    Several ``values`` where a checkpoint has several layouts side by side.
+    """
+
+    path: str
+    values: tuple[object, ...]
+
+
+class Format(Protocol):
+    """One on-disk layout of quantized linears; classes inherit what most of them share."""
+
+    __slots__ = ()
     name: ClassVar[str]
+    """As users write it (``ct-int``); variants of one class (``gptq-v2``) share it."""
     quant_method: ClassVar[str]
+    words: ClassVar[tuple[str, ...]]
+    """What ``word_in`` finds in the config of a checkpoint that is stored in this layout."""
     activations: ClassVar[tuple[str, ...]]
     """What its config can tell engines to do with inputs (``dynamic``, ``none``), the default first."""
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """Local names that a stored module may lack."""
+
+    @staticmethod
+    def word_in(config: Mapping[str, Any], specs: SpecMap) -> Word:
+        """Which layout of its dialect (``quant_method``) a ``quantization_config`` says it is; ConfigError if it says none."""
+        ...
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], specs: SpecMap) -> Self:
+        """The format with the settings that a checkpoint in it was stored with; most have none."""
+        return cls()
 
     def default_scheme(self) -> Scheme:
         """What ``quantize`` uses where the transform says nothing."""
@@ -74,9 +100,27 @@ class Format(Protocol):
         """Local specs (``weight``, ``weight_scale``) written for a weight [N, K]."""
         ...
 
+    def local_names(self, scheme: Scheme) -> tuple[str, ...]:
+        """The names of ``tensors``, the codes first: they are the same for every weight under one scheme."""
+        ...
+
+    def also_reads(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
+        """Other dtypes and shapes in which tools publish the tensors of this layout and which ``unpack`` takes.
+
+        Axes of 1 that are missing or too many need not be named.
+        """
+        return ()
+
     def can_chunk_rows(self, scheme: Scheme) -> bool:
         """Whether rows of the weight are rows of every tensor written, so that a large weight can go piece by piece."""
         ...
+
+    def rows_together(self, scheme: Scheme) -> int:
+        """How many rows of a stored weight have to be read together: those that share a row of scales.
+
+        0 where rows of the weight are no rows of what is stored.
+        """
+        return 1 if self.can_chunk_rows(scheme) else 0
 
     def pack(self, quantized: Quantized, scheme: Scheme) -> tuple[np.ndarray, ...]:
         """Arrays in the order and with the dtypes of ``tensors``, for a resolved scheme.
@@ -87,7 +131,10 @@ class Format(Protocol):
         ...
 
     def weight_shape(self, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
-        """[N, K] of the weight whose tensors these are (by local name), from headers alone."""
+        """[N, K] of the weight whose tensors these are (by local name), from headers alone.
+
+        ConfigError where they have other axes than this layout's.
+        """
         ...
 
     def unpack(self, arrays: Mapping[str, np.ndarray], scheme: Scheme) -> Quantized:

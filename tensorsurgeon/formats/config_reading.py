@@ -11,8 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from tensorsurgeon.errors import ConfigError, did_you_mean
-from tensorsurgeon.formats.coverage import float_matrices
-from tensorsurgeon.models.patterns import MTP
+from tensorsurgeon.models.describe import describe_model
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.dtypes import DType
 from tensorsurgeon.tensors.spec import SpecMap
@@ -121,9 +120,10 @@ def schemes_of(
         schemes[module] = with_dtype[key]
     if not schemes:
         raise ConfigError(f"{TOP}: no module of the checkpoint has the tensors that this config describes")
-    for module in () if float_by_tensors else float_matrices(specs):
+    model = describe_model(specs)
+    for module in () if float_by_tensors else model.linears_with_config():
         # Tools that load through transformers never see an MTP head, so their configs say nothing about it.
-        if not module.startswith(MTP) and module not in schemes and scheme_for(module) is not None:
+        if not model.is_mtp(module) and module not in schemes and scheme_for(module) is not None:
             found = specs[module + ".weight"]
             raise ConfigError(f"{TOP}.{unquantized_key}: nothing keeps {module} out, but it is stored unquantized ({found})")
     return schemes

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from tensorsurgeon.errors import RecipeError, SpecError, did_you_mean
 from tensorsurgeon.formats.base import QuantizedModel
-from tensorsurgeon.models.fused import check_siblings, describe, experts_of
-from tensorsurgeon.models.patterns import MTP
+from tensorsurgeon.models.describe import describe_model
+from tensorsurgeon.models.experts import experts_of, is_expert_list, stacked_experts
+from tensorsurgeon.models.fused import check_siblings, describe
 from tensorsurgeon.quant.scheme import Scheme
-from tensorsurgeon.tensors.spec import SpecMap
 
 
 class Coverage(NamedTuple):
@@ -82,12 +82,13 @@ def cover(model: QuantizedModel) -> Coverage:
     linears, experts, leaves = _fold_quantized(model)
     float_linears, float_experts = _fold_unquantized(model, experts)
     check_siblings(linears, float_linears)
-    mtp_quantized = any(name.startswith(MTP) for part in (linears, experts) for name in part)
+    is_mtp = describe_model(model.specs).is_mtp
+    mtp_quantized = any(is_mtp(name) for part in (linears, experts) for name in part)
     float_mtp: list[str] = []
     if not mtp_quantized:
-        float_mtp = [name for name in (*float_linears, *float_experts) if name.startswith(MTP)]
-        float_linears = [name for name in float_linears if not name.startswith(MTP)]
-        float_experts = [name for name in float_experts if not name.startswith(MTP)]
+        float_mtp = [name for name in (*float_linears, *float_experts) if is_mtp(name)]
+        float_linears = [name for name in float_linears if not is_mtp(name)]
+        float_experts = [name for name in float_experts if not is_mtp(name)]
     return Coverage(
         linears, experts, tuple(leaves), tuple(float_linears), tuple(float_experts), tuple(float_mtp),
         "lm_head.weight" not in model.specs and "lm_head" not in linears,
@@ -135,16 +136,14 @@ def _fold_unquantized(model: QuantizedModel, experts: dict[str, Scheme]) -> tupl
     linears: list[str] = []
     lists: dict[str, str] = {}
     for module in model.unquantized:
-        prefix = module if module.endswith(".experts") else experts_of(module)
+        prefix = module if is_expert_list(module) else experts_of(module)
         if prefix is None:
             linears.append(module)
         else:
             lists.setdefault(prefix, module)
     # Fused experts are parameters of their layer, which engines ask for all the same.
-    for name in [spec.name for spec in model.specs.values() if len(spec.shape) == 3]:
-        prefix = fused_experts(name)
-        if prefix is not None:
-            lists.setdefault(prefix, name)
+    for prefix, spec in stacked_experts(model.specs.values()).items():
+        lists.setdefault(prefix, spec.name)
     for prefix, name in lists.items():
         if prefix in experts:
             raise SpecError(
@@ -152,30 +151,3 @@ def _fold_unquantized(model: QuantizedModel, experts: dict[str, Scheme]) -> tupl
                 "one kernel: quantize all of them or none"
             )
     return linears, list(lists)
-
-
-def fused_experts(name: str) -> str | None:
-    """``x.mlp.experts`` for the 3-D tensor ``x.mlp.experts.gate_up_proj``; None for other names."""
-    parent = name.removesuffix(".weight").rpartition(".")[0]
-    return parent if parent.endswith(".experts") else None
-
-
-def float_matrices(specs: SpecMap) -> list[str]:
-    """Modules with an unquantized 2-D weight that an engine may take for a quantized linear.
-
-    Not among them: embeddings, norms, routers and shared-expert gates, which no engine hands its quantization
-    config to (formats.md section 7), and the output head, which "all linears" means to some readers only.
-    """
-    names = []
-    for name, spec in specs.items():
-        if len(spec.shape) != 2 or not spec.dtype.is_float or spec.dtype.bits < 16 or not name.endswith(".weight"):
-            continue
-        module = name[: -len(".weight")]
-        leaf = module[module.rfind(".") + 1 :]
-        if "embed" in leaf or "norm" in leaf or leaf in _NEVER_QUANTIZED:
-            continue
-        names.append(module)
-    return names
-
-
-_NEVER_QUANTIZED = frozenset({"gate", "router", "shared_expert_gate", "lm_head", "wte", "wpe"})

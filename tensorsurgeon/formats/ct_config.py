@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from tensorsurgeon.errors import ConfigError
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel, Word
 from tensorsurgeon.formats.config_reading import TOP, only_keys, schemes_of, section, strings
 from tensorsurgeon.formats.coverage import cover
 from tensorsurgeon.formats.ct_targets import Matcher, ignore_list, target_lists
@@ -20,11 +20,18 @@ from tensorsurgeon.tensors.spec import SpecMap
 DIALECT: Final = "0.15.0"
 """The compressed-tensors version whose keys are written: vLLM 0.21 pins 0.15, later readers accept it."""
 
+MIXED: Final = "mixed-precision"
+"""The ``format`` of a config whose groups have several; never that of a group."""
+
 _ARGS_KEYS: Final = (
     "num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder", "observer",
     "observer_kwargs", "scale_dtype", "zp_dtype",
 )  # fmt: skip
 _GROUP_KEYS: Final = ("targets", "weights", "input_activations", "output_activations", "format")
+
+
+ELSEWHERE: Final = Scheme(num_bits=0)
+"""Stands for the scheme of a group in another layout, which that layout's format reads."""
 
 
 class WeightArgs(NamedTuple):
@@ -54,6 +61,30 @@ def args(num_bits: int, kind: str, strategy: str, **changed: Any) -> dict[str, A
 def dynamic_args(num_bits: int, kind: str, strategy: str = "token", **changed: Any) -> dict[str, Any]:
     """``QuantizationArgs`` of activations that are quantized while running, which nothing observes."""
     return args(num_bits, kind, strategy, dynamic=True, observer=None, **changed)
+
+
+def word_in(config: Mapping[str, Any], specs: SpecMap) -> Word:
+    """The layout of each group (``format``), or what its arguments make it; one for each that there is."""
+    return Word(f"{TOP}.format", _layouts(config) or (config.get("format"),))
+
+
+def _layouts(config: Mapping[str, Any]) -> tuple[str | None, ...]:
+    groups = config.get("config_groups")
+    listed = groups.values() if isinstance(groups, Mapping) else ()
+    return tuple(dict.fromkeys(layout_of_group(group, config) for group in listed if isinstance(group, Mapping)))
+
+
+def layout_of_group(group: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    """``format`` of the group or else of the config; where that is ``mixed-precision``, what the arguments say."""
+    said = group.get("format") or config.get("format")
+    weights = group.get("weights")
+    if said != MIXED or not isinstance(weights, Mapping):
+        return said if isinstance(said, str) else None
+    if weights.get("type") == "float" and weights.get("num_bits") == 4:
+        return "nvfp4-pack-quantized" if weights.get("strategy") == "tensor_group" else "mxfp4-pack-quantized"
+    if weights.get("type") == "float":
+        return "float-quantized"
+    return "int-quantized" if group.get("input_activations") and weights.get("num_bits") == 8 else "pack-quantized"
 
 
 def write_config(
@@ -97,10 +128,10 @@ def read_config(
     stored: list[str],
     scheme_of: Callable[[WeightArgs], Scheme],
 ) -> dict[str, Scheme]:
-    """Module -> scheme; ``stored`` are the modules that own this layout's tensors."""
+    """Module -> scheme of what is in this layout; ``stored`` are the modules that own its tensors."""
     for key in ("sparsity_config", "transform_config"):
         value = config.get(key)
-        if value and not (key == "sparsity_config" and value.get("format") == "dense"):
+        if value and not (key == "sparsity_config" and isinstance(value, Mapping) and value.get("format") == "dense"):
             raise ConfigError(f"{TOP}.{key}: sparse or transformed weights cannot be read, found {value!r}")
     groups = read_groups(config, layout, scheme_of)
     ignore = Matcher(strings(config, "ignore"))
@@ -113,23 +144,32 @@ def read_config(
             return by_name[0]
         return next((scheme for targets, scheme in groups if targets.takes_all_linears), None)
 
-    return schemes_of(stored, specs, scheme_for, scale_name="weight_scale", unquantized_key="ignore or config_groups")
+    own = [module for module in stored if scheme_for(module) is not ELSEWHERE]
+    return schemes_of(own, specs, scheme_for, scale_name="weight_scale", unquantized_key="ignore or config_groups")
 
 
 def read_groups(
     config: Mapping[str, Any], layout: str, scheme_of: Callable[[WeightArgs], Scheme]
 ) -> list[tuple[Matcher, Scheme]]:
-    """Targets and scheme of each group; ConfigError naming the key for what cannot be read."""
+    """Targets and scheme of each group, ``ELSEWHERE`` for another layout's.
+
+    ConfigError, which names the key, for what cannot be read.
+    """
     found = []
-    general = config.get("format")
+    general, is_mixed = config.get("format"), len(_layouts(config)) > 1
     for name, group in section(config, "config_groups").items():
         path = f"{TOP}.config_groups.{name}"
         if not isinstance(group, Mapping):
             raise ConfigError(f"{path}: expected a mapping, found {group!r}")
         only_keys(group, _GROUP_KEYS, path)
-        if (group.get("format") or general) != layout:
-            where = f"{path}.format" if group.get("format") else f"{TOP}.format"
-            raise ConfigError(f"{where}: found {group.get('format') or general!r}, expected {layout!r}")
+        targets = Matcher(strings(group, "targets", path))
+        said = layout_of_group(group, config)
+        if said != layout:
+            if not is_mixed:
+                where = f"{path}.format" if group.get("format") else f"{TOP}.format"
+                raise ConfigError(f"{where}: found {group.get('format') or general!r}, expected {layout!r}")
+            found.append((targets, ELSEWHERE))
+            continue
         weights = section(group, "weights", path)
         only_keys(weights, _ARGS_KEYS, f"{path}.weights")
         if weights.get("dynamic"):
@@ -137,7 +177,7 @@ def read_groups(
         # "group" and "dynamic" once reordered columns behind a weight_g_idx; no current reader takes it.
         if weights.get("actorder") in ("group", "dynamic", True):
             raise ConfigError(f"{path}.weights.actorder: found {weights['actorder']!r}, can read 'weight' or 'static'")
-        found.append((Matcher(strings(group, "targets", path)), scheme_of(WeightArgs(weights, f"{path}.weights"))))
+        found.append((targets, scheme_of(WeightArgs(weights, f"{path}.weights"))))
     if not found:
         raise ConfigError(f"{TOP}.config_groups: has no group")
     return found

@@ -7,74 +7,37 @@ off at the lower and right edge. ``w = weight * weight_scale``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
-
-import numpy as np
 
 from tensorsurgeon.formats import ct_config
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
 from tensorsurgeon.formats.config_reading import block_size, integer, modules_with, one_of
 from tensorsurgeon.formats.coverage import activations_of
-from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
-from tensorsurgeon.formats.weight_checks import BLOCK, blocks_of, check_group_size, check_matrix, check_scheme
-from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.formats.plain import PlainCodes
+from tensorsurgeon.formats.weight_checks import BLOCK
+from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.dtypes import F8_E4M3, DType
-from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
+from tensorsurgeon.tensors.spec import SpecMap
 
 LAYOUT = "float-quantized"
 
 
-@dataclass(frozen=True, slots=True)
-class CtFloat:
+class CtFloat(PlainCodes):
     """FP8 W8A8, activations quantized while running: per token beside channels, per 128 inputs beside blocks.
 
-    With ``activations: none`` the config asks for W8A16.
+    With ``activations: none`` the config asks for W8A16. Scales are in the weight's dtype, as llm-compressor stores
+    them.
     """
 
-    name: ClassVar[str] = "ct_float"
+    __slots__ = ()
+    name: ClassVar[str] = "ct-float"
     quant_method: ClassVar[str] = "compressed-tensors"
+    words: ClassVar[tuple[str, ...]] = (LAYOUT,)
     activations: ClassVar[tuple[str, ...]] = ("dynamic", "none")
-
-    def default_scheme(self) -> Scheme:
-        """One scale per channel."""
-        return Scheme(type="fp8", num_bits=8, rule="compressed-tensors")
-
-    def resolve_scheme(self, scheme: Scheme, weight_dtype: DType) -> Scheme:
-        """Scales are stored in the weight's dtype, as llm-compressor does."""
-        return with_scale_dtype(scheme, weight_dtype)
-
-    def check(self, weight: TensorSpec, scheme: Scheme) -> None:
-        """E4M3 with one scale per row or per block of 128 x 128."""
-        check_matrix(weight, self.name)
-        check_scheme(weight, scheme, self.name, kind="fp8", blocks=(None, BLOCK))
-        check_group_size(weight, scheme, self.name, allowed=(-1,))
-
-    def tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
-        """``weight`` and ``weight_scale``."""
-        rows, columns = weight.shape
-        shape = (rows, 1) if scheme.block is None else blocks_of(rows, columns, scheme.block)
-        return (
-            TensorSpec("weight", F8_E4M3, (rows, columns)),
-            TensorSpec("weight_scale", scheme.scale_dtype or weight.dtype, shape),
-        )
-
-    def can_chunk_rows(self, scheme: Scheme) -> bool:
-        """Yes per channel; a row of block scales belongs to 128 rows."""
-        return scheme.block is None
-
-    def pack(self, quantized: Quantized, scheme: Scheme) -> tuple[np.ndarray, ...]:
-        """The codes as they are."""
-        return quantized.codes, stored_scale(quantized.scale, scale_dtype_of(scheme))
-
-    def weight_shape(self, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
-        """That of ``weight``."""
-        rows, columns = tensors["weight"].shape
-        return rows, columns
-
-    def unpack(self, arrays: Mapping[str, np.ndarray], scheme: Scheme) -> Quantized:
-        """The codes as they are."""
-        return Quantized(arrays["weight"], loaded_scale(arrays["weight_scale"]))
+    codes: ClassVar[DType] = F8_E4M3
+    default: ClassVar[Scheme] = Scheme(type="fp8", num_bits=8, rule="compressed-tensors")
+    blocks: ClassVar[tuple[tuple[int, int] | None, ...]] = (None, BLOCK)
+    word_in = staticmethod(ct_config.word_in)
 
     def config_files(self, model: QuantizedModel) -> ConfigFiles:
         """One group for channels, one for blocks."""
@@ -83,8 +46,7 @@ class CtFloat:
 
     def read_config(self, config: Mapping[str, Any], specs: SpecMap) -> dict[str, Scheme]:
         """Modules with an FP8 ``weight``."""
-        stored = modules_with(specs, "weight", (F8_E4M3,))
-        return ct_config.read_config(config, specs, LAYOUT, stored, _scheme_of)
+        return ct_config.read_config(config, specs, LAYOUT, modules_with(specs, "weight", (F8_E4M3,)), _scheme_of)
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
@@ -104,7 +66,9 @@ def _scheme_of(weights: ct_config.WeightArgs) -> Scheme:
     one_of(args, "type", ("float",), path)
     one_of(args, "num_bits", (8,), path, default=8)
     one_of(args, "symmetric", (True,), path, default=True)
-    strategy = one_of(args, "strategy", ("channel", "block"), path)
+    strategy = one_of(args, "strategy", ("channel", "block", "tensor"), path)
     integer(args, "group_size", path, default=-1)
     block = block_size(args, "block_structure", path) if strategy == "block" else None
-    return Scheme(type="fp8", num_bits=8, block=block, rule="compressed-tensors")
+    # One scale for the whole weight is read, never written.
+    group_size = 0 if strategy == "tensor" else -1
+    return Scheme(type="fp8", num_bits=8, group_size=group_size, block=block, rule="compressed-tensors")

@@ -7,70 +7,31 @@ does not load it where experts are stored one by one (formats.md section 1.6).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
-
-import numpy as np
 
 from tensorsurgeon.formats import ct_config
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
 from tensorsurgeon.formats.config_reading import modules_with, one_of
 from tensorsurgeon.formats.coverage import activations_of
-from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
-from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_scheme
-from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.formats.plain import PlainCodes
+from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.dtypes import I8, DType
-from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
+from tensorsurgeon.tensors.spec import SpecMap
 
 LAYOUT = "int-quantized"
 
 
-@dataclass(frozen=True, slots=True)
-class CtInt:
-    """W8A8: one symmetric scale per output channel, activations quantized per token while running."""
+class CtInt(PlainCodes):
+    """W8A8: one symmetric scale per output channel, in the weight's dtype as llm-compressor stores it."""
 
-    name: ClassVar[str] = "ct_int"
+    __slots__ = ()
+    name: ClassVar[str] = "ct-int"
     quant_method: ClassVar[str] = "compressed-tensors"
+    words: ClassVar[tuple[str, ...]] = (LAYOUT,)
     activations: ClassVar[tuple[str, ...]] = ("dynamic",)
-
-    def default_scheme(self) -> Scheme:
-        """One symmetric scale per channel."""
-        return Scheme(num_bits=8, rule="compressed-tensors")
-
-    def resolve_scheme(self, scheme: Scheme, weight_dtype: DType) -> Scheme:
-        """Scales are stored in the weight's dtype, as llm-compressor does."""
-        return with_scale_dtype(scheme, weight_dtype)
-
-    def check(self, weight: TensorSpec, scheme: Scheme) -> None:
-        """Any float matrix with one scale per row."""
-        check_matrix(weight, self.name)
-        check_scheme(weight, scheme, self.name)
-        check_group_size(weight, scheme, self.name, allowed=(-1,))
-
-    def tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
-        """``weight`` and ``weight_scale`` [N, 1]."""
-        rows, columns = weight.shape
-        return (
-            TensorSpec("weight", I8, (rows, columns)),
-            TensorSpec("weight_scale", scheme.scale_dtype or weight.dtype, (rows, 1)),
-        )
-
-    def can_chunk_rows(self, scheme: Scheme) -> bool:
-        """Yes: a row has its codes and its scale."""
-        return True
-
-    def pack(self, quantized: Quantized, scheme: Scheme) -> tuple[np.ndarray, ...]:
-        """The codes as they are."""
-        return quantized.codes, stored_scale(quantized.scale, scale_dtype_of(scheme))
-
-    def weight_shape(self, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
-        """That of ``weight``."""
-        rows, columns = tensors["weight"].shape
-        return rows, columns
-
-    def unpack(self, arrays: Mapping[str, np.ndarray], scheme: Scheme) -> Quantized:
-        """The codes as they are."""
-        return Quantized(arrays["weight"], loaded_scale(arrays["weight_scale"]))
+    codes: ClassVar[DType] = I8
+    default: ClassVar[Scheme] = Scheme(num_bits=8, rule="compressed-tensors")
+    word_in = staticmethod(ct_config.word_in)
 
     def config_files(self, model: QuantizedModel) -> ConfigFiles:
         """One group, activations per token while running."""
@@ -84,13 +45,12 @@ class CtInt:
 
     def read_config(self, config: Mapping[str, Any], specs: SpecMap) -> dict[str, Scheme]:
         """Modules with an I8 ``weight``."""
-        stored = modules_with(specs, "weight", (I8,))
+        return ct_config.read_config(config, specs, LAYOUT, modules_with(specs, "weight", (I8,)), _scheme_of)
 
-        def scheme_of(weights: ct_config.WeightArgs) -> Scheme:
-            one_of(weights.args, "num_bits", (8,), weights.path)
-            one_of(weights.args, "type", ("int",), weights.path)
-            one_of(weights.args, "strategy", ("channel",), weights.path, default="channel")
-            one_of(weights.args, "symmetric", (True,), weights.path, default=True)
-            return Scheme(num_bits=8, rule="compressed-tensors")
 
-        return ct_config.read_config(config, specs, LAYOUT, stored, scheme_of)
+def _scheme_of(weights: ct_config.WeightArgs) -> Scheme:
+    one_of(weights.args, "num_bits", (8,), weights.path)
+    one_of(weights.args, "type", ("int",), weights.path)
+    one_of(weights.args, "strategy", ("channel",), weights.path, default="channel")
+    one_of(weights.args, "symmetric", (True,), weights.path, default=True)
+    return Scheme(num_bits=8, rule="compressed-tensors")

@@ -14,26 +14,29 @@ import numpy as np
 
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.formats import ct_config
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel
 from tensorsurgeon.formats.config_reading import boolean, integer, modules_with, one_of
 from tensorsurgeon.formats.coverage import activations_of
 from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
+from tensorsurgeon.formats.stored_checks import axes
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_scheme
 from tensorsurgeon.quant.bitpack import pack_columns, pack_rows, unpack_columns, unpack_rows, words_per_row
 from tensorsurgeon.quant.scheme import Quantized, Scheme
-from tensorsurgeon.tensors.dtypes import I32, I64, DType
+from tensorsurgeon.tensors.dtypes import I8, I32, I64, DType
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 LAYOUT = "pack-quantized"
 
 
 @dataclass(frozen=True, slots=True)
-class CtPacked:
+class CtPacked(Format):
     """W2A16 to W8A16, symmetric or with zero points, per group or per channel."""
 
-    name: ClassVar[str] = "ct_packed"
+    name: ClassVar[str] = "ct-packed"
     quant_method: ClassVar[str] = "compressed-tensors"
+    words: ClassVar[tuple[str, ...]] = (LAYOUT,)
     activations: ClassVar[tuple[str, ...]] = ("none",)
+    word_in = staticmethod(ct_config.word_in)
 
     def default_scheme(self) -> Scheme:
         """W4A16 in groups of 128."""
@@ -61,6 +64,11 @@ class CtPacked:
             TensorSpec("weight_shape", I64, (2,)),
         )
 
+    def local_names(self, scheme: Scheme) -> tuple[str, ...]:
+        """As ``tensors`` has them."""
+        zero_point = () if scheme.symmetric else ("weight_zero_point",)
+        return "weight_packed", "weight_scale", *zero_point, "weight_shape"
+
     def can_chunk_rows(self, scheme: Scheme) -> bool:
         """No."""
         # weight_shape belongs to no row, and the words of a zero point hold those of several rows.
@@ -80,15 +88,21 @@ class CtPacked:
         )
 
     def weight_shape(self, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
-        """From the scales for groups; per channel the words must be full, for only ``weight_shape`` says more."""
-        rows, groups = tensors["weight_scale"].shape
-        if scheme.group_size != -1:
-            return rows, groups * scheme.group_size
-        return rows, tensors["weight_packed"].shape[1] * 32 // scheme.num_bits
+        """From the scales where groups fill the words, else from full words, for only ``weight_shape`` says more."""
+        rows, words = axes(tensors, "weight_packed")
+        if scheme.group_size > 0:
+            columns = axes(tensors, "weight_scale")[1] * scheme.group_size
+            if words_per_row(columns, scheme.num_bits) == words:
+                return rows, columns
+        return rows, words * 32 // scheme.num_bits
+
+    def also_reads(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
+        """Zero points of a byte each, as they are before they are packed."""
+        return (TensorSpec("weight_zero_point", I8, (weight.shape[0], scheme.groups(weight.shape[1]))),)
 
     def unpack(self, arrays: Mapping[str, np.ndarray], scheme: Scheme) -> Quantized:
         """CheckpointError if ``weight_shape`` does not fit the words."""
-        rows, columns = map(int, arrays["weight_shape"])
+        rows, columns = map(int, arrays["weight_shape"].reshape(-1))
         packed = arrays["weight_packed"]
         if (len(packed), packed.shape[1]) != (rows, words_per_row(columns, scheme.num_bits)):
             raise CheckpointError(
@@ -99,9 +113,11 @@ class CtPacked:
         codes = unpack_rows(packed, scheme.num_bits, columns, offset=offset)
         zero_point = None
         if not scheme.symmetric:
-            packed_zero = arrays["weight_zero_point"]
-            zero_point = np.ascontiguousarray(unpack_columns(packed_zero, scheme.num_bits, rows, offset=offset).T)
-        return Quantized(codes, loaded_scale(arrays["weight_scale"]), zero_point)
+            stored = arrays["weight_zero_point"]
+            if stored.dtype != np.int8:
+                stored = np.ascontiguousarray(unpack_columns(stored, scheme.num_bits, rows, offset=offset).T)
+            zero_point = stored.reshape(rows, -1)
+        return Quantized(codes, loaded_scale(arrays["weight_scale"], (rows, scheme.groups(columns))), zero_point)
 
     def config_files(self, model: QuantizedModel) -> ConfigFiles:
         """One group for each number of bits and group size."""

@@ -8,16 +8,16 @@ name, or the name of a class (``Linear``). vLLM matches the *fused* name first, 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Final
 
 from tensorsurgeon.formats.coverage import Coverage
+from tensorsurgeon.models.mtp import MTP_EXPRESSION
 from tensorsurgeon.models.patterns import exact_pattern, patterns_for
 from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.expressions import Expression
 
 ALL_LINEARS: Final = "Linear"
-MTP_IGNORED: Final = "re:^mtp.*"
 
 
 class Matcher:
@@ -26,7 +26,7 @@ class Matcher:
     def __init__(self, entries: Iterable[str]) -> None:
         entries = tuple(entries)
         self.exact = frozenset(e for e in entries if not e.startswith("re:"))
-        self.expressions = [re.compile(e.removeprefix("re:")) for e in entries if e.startswith("re:")]
+        self.expressions = [Expression(e.removeprefix("re:")) for e in entries if e.startswith("re:")]
 
     def matches(self, module: str) -> bool:
         """Whether an entry names this module; class names do not count."""
@@ -49,7 +49,7 @@ def ignore_list(coverage: Coverage) -> list[str]:
         *coverage.float_linears,
         *(f"re:{pattern}" for pattern in experts),
         *(["lm_head"] if coverage.tied_head else []),
-        *([MTP_IGNORED] if coverage.float_mtp else []),
+        *([MTP_EXPRESSION] if coverage.float_mtp else []),
     ]
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
 from tensorsurgeon.errors import ConfigError, SpecError
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel, Word
 from tensorsurgeon.formats.config_reading import TOP, boolean, integer, modules_with, one_of, schemes_of
 from tensorsurgeon.formats.coverage import activations_of, cover
 from tensorsurgeon.formats.gptq_dynamic import DynamicRules, base_scheme, dynamic_rules
@@ -37,15 +37,28 @@ _BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
-class Gptq:
+class Gptq(Format):
     """W2A16 to W8A16 in the words of GPTQ v1 (``gptq``: zero points minus one) or v2 (``gptq_v2``)."""
 
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
     g_idx: bool = True
 
     name: ClassVar[str] = "gptq"
+    optional: ClassVar[frozenset[str]] = frozenset({"g_idx"})
     quant_method: ClassVar[str] = "gptq"
+    words: ClassVar[tuple[str, ...]] = ("gptq", "gptq_v2")
     activations: ClassVar[tuple[str, ...]] = ("none",)
+
+    @staticmethod
+    def word_in(config: Mapping[str, Any], specs: SpecMap) -> Word:
+        """``checkpoint_format``; without it, v1."""
+        return Word(f"{TOP}.checkpoint_format", (config.get("checkpoint_format") or "gptq",))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], specs: SpecMap) -> Self:
+        """v1 or v2, with or without ``g_idx``."""
+        is_v2 = config.get("checkpoint_format") == "gptq_v2"
+        return cls("gptq_v2" if is_v2 else "gptq", g_idx=any(name.endswith(".g_idx") for name in specs))
 
     def default_scheme(self) -> Scheme:
         """W4A16 in groups of 128."""
@@ -64,13 +77,17 @@ class Gptq:
         if not scheme.symmetric and self.checkpoint_format == "gptq":
             raise SpecError(
                 f"{weight.name}: GPTQ v1 stores zero points minus one and so has no room for 0, which readers carry "
-                "into the next zero point; write asymmetric weights with checkpoint_format gptq_v2"
+                "into the next zero point; write asymmetric weights in the format gptq-v2"
             )
 
     def tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
         """``qweight``, ``qzeros``, ``scales`` and ``g_idx``."""
         index = (TensorSpec("g_idx", I32, (weight.shape[1],)),) if self.g_idx else ()
         return (*gptq_tensors(weight, scheme), *index)
+
+    def local_names(self, scheme: Scheme) -> tuple[str, ...]:
+        """As ``tensors`` has them."""
+        return "qweight", "qzeros", "scales", *(("g_idx",) if self.g_idx else ())
 
     def can_chunk_rows(self, scheme: Scheme) -> bool:
         """No: rows of the weight are columns here."""

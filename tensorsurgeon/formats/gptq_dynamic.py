@@ -11,16 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 from tensorsurgeon.errors import ConfigError, SpecError
 from tensorsurgeon.formats.config_reading import TOP, boolean, integer
 from tensorsurgeon.formats.coverage import Coverage
 from tensorsurgeon.models.fused import fused_name
-from tensorsurgeon.models.patterns import MTP, patterns_for
+from tensorsurgeon.models.mtp import MTP_RULE, MTP_WORD, named_apart
+from tensorsurgeon.models.patterns import patterns_for
 from tensorsurgeon.quant.scheme import Scheme
-
-MTP_SKIPPED: Final = "-:.*mtp.*"
+from tensorsurgeon.tensors.expressions import Expression
 
 
 def base_scheme(coverage: Coverage) -> Scheme:
@@ -38,10 +38,10 @@ def dynamic_rules(coverage: Coverage) -> dict[str, dict[str, Any]]:
         f"-:{pattern}": {} for pattern in patterns_for(dict.fromkeys(left), coverage.float_experts, quantized)
     }
     if coverage.float_mtp:
-        named = next((name for name in quantized if "mtp" in name), None)
+        named = next((name for name in quantized if MTP_WORD in name), None)
         if named is not None:
-            raise SpecError(f"{named} is quantized, but the rule {MTP_SKIPPED!r} for the MTP head would keep it out")
-        rules[MTP_SKIPPED] = {}
+            raise SpecError(f"{named} is quantized, but the rule {MTP_RULE!r} for the MTP head would keep it out")
+        rules[MTP_RULE] = {}
     base = base_scheme(coverage)
     groups = coverage.schemes()
     for scheme, modules in groups.items():
@@ -59,7 +59,7 @@ def dynamic_rules(coverage: Coverage) -> dict[str, dict[str, Any]]:
 
 
 def _fused(modules: list[str] | tuple[str, ...]) -> list[str]:
-    return [fused for module in modules if (fused := fused_name(module)) is not None and not module.startswith(MTP)]
+    return [fused for module in modules if (fused := fused_name(module)) is not None and not named_apart(module)]
 
 
 class DynamicRules:
@@ -71,11 +71,11 @@ class DynamicRules:
         if not isinstance(dynamic, Mapping):
             raise ConfigError(f"{TOP}.dynamic: expected a mapping, found {dynamic!r}")
         self.base = base
-        self.rules: list[tuple[re.Pattern[str], Scheme | None]] = []
+        self.rules: list[tuple[Expression, Scheme | None]] = []
         for key, overrides in dynamic.items():
             path = f"{TOP}.dynamic.{key}"
             try:
-                pattern = re.compile(key.removeprefix("-:").removeprefix("+:"))
+                pattern = Expression(key.removeprefix("-:").removeprefix("+:"))
             except re.error as error:
                 raise ConfigError(f"{path}: not a valid expression: {error}") from error
             self.rules.append((pattern, None if key.startswith("-:") else _overridden(base, overrides, path)))

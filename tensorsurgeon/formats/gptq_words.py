@@ -16,6 +16,7 @@ import numpy as np
 
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale
+from tensorsurgeon.formats.stored_checks import axes
 from tensorsurgeon.quant.bitpack import (
     pack_columns,
     pack_transposed,
@@ -66,25 +67,23 @@ def _ones(words: int, count: int, num_bits: int) -> np.ndarray:
 
 
 def gptq_weight_shape(tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
-    """[N, K], from the scales for groups and from full words per channel."""
-    groups, rows = tensors["scales"].shape
-    if scheme.group_size != -1:
-        return rows, groups * scheme.group_size
-    return rows, tensors["qweight"].shape[0] * 32 // scheme.num_bits
+    """[N, K] from the words, which are full: GPTQ takes multiples of 32 inputs."""
+    words, rows = axes(tensors, "qweight")
+    return rows, words * 32 // scheme.num_bits
 
 
 def unpack_gptq(arrays: Mapping[str, np.ndarray], scheme: Scheme, zeros_minus_one: bool) -> Quantized:
     """The inverse of ``pack_gptq``; CheckpointError where a symmetric scheme has other zero points than 2**(b-1)."""
     bits, half = scheme.num_bits, 1 << (scheme.num_bits - 1)
     scales = arrays["scales"]
-    groups, rows = scales.shape
-    columns = groups * scheme.group_size if scheme.group_size != -1 else arrays["qweight"].shape[0] * 32 // bits
+    rows = arrays["qweight"].shape[1]
+    columns = arrays["qweight"].shape[0] * 32 // bits
     codes = unpack_columns(arrays["qweight"], bits, columns, offset=half)
     qzeros = arrays["qzeros"]
     if zeros_minus_one:
         qzeros = (qzeros.view(np.uint32) + _ones(qzeros.shape[1], rows, bits)).view(np.int32)
     zero_point = unpack_transposed(qzeros, bits, rows, offset=half)
-    scale = np.ascontiguousarray(loaded_scale(scales).T)
+    scale = np.ascontiguousarray(loaded_scale(scales, (scheme.groups(columns), rows)).T)
     if scheme.symmetric:
         require_symmetric(zero_point, half)
         return Quantized(codes, scale)

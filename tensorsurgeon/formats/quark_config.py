@@ -8,21 +8,21 @@ takes (``*visual*``) match nothing there. So the exclusions are spelled out.
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from tensorsurgeon.errors import ConfigError
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel, Word
 from tensorsurgeon.formats.config_reading import TOP, schemes_of, section, strings
 from tensorsurgeon.formats.coverage import Coverage, cover
+from tensorsurgeon.models.experts import expert_list
+from tensorsurgeon.models.mtp import MTP_EXPRESSION
 from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.expressions import Expression
 from tensorsurgeon.tensors.spec import SpecMap
 
 DIALECT: Final = "0.13"
 """The Quark version whose config is written; its readers look at the keys, not at the number."""
-
-MTP_EXCLUDED: Final = "re:^mtp.*"
 
 
 def tensor_config(dtype: str, qscheme: str, **changed: Any) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def exclude(coverage: Coverage) -> list[str]:
     vLLM drops plain names under ``mtp.`` when it maps the main model's names, so only an expression reaches the MTP
     model; and it leaves a layer's experts alone if an entry equals or lies under ``<layer>.mlp.experts``.
     """
-    return [*coverage.left_out(), *([MTP_EXCLUDED] if coverage.float_mtp else [])]
+    return [*coverage.left_out(), *([MTP_EXPRESSION] if coverage.float_mtp else [])]
 
 
 def read_config(
@@ -124,9 +124,10 @@ def read_config(
     return schemes_of(stored, specs, scheme_for, scale_name="weight_scale", unquantized_key="exclude")
 
 
-def weight_entry(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the config says of weights in general; ConfigError if that is not one mapping."""
-    return _weight(section(config, "global_quant_config"), f"{TOP}.global_quant_config")
+def word_in(config: Mapping[str, Any], specs: SpecMap) -> Word:
+    """The ``dtype`` of weights in general; ConfigError if the config says nothing of them in one mapping."""
+    path = f"{TOP}.global_quant_config"
+    return Word(f"{path}.weight.dtype", (_weight(section(config, "global_quant_config"), path).get("dtype"),))
 
 
 def _weight(entry: Mapping[str, Any], path: str) -> Mapping[str, Any]:
@@ -153,12 +154,7 @@ class Excluded:
         self.exact = frozenset(entries)
         expressions = [e.removeprefix("re:") for e in entries if e.startswith("re:")]
         expressions += [fnmatch.translate(e) for e in entries if "*" in e and not e.startswith("re:")]
-        self.expressions = [re.compile(e) for e in expressions]
+        self.expressions = [Expression(e) for e in expressions]
 
     def __contains__(self, module: str) -> bool:
-        at = module.find(".experts.")
-        return (
-            module in self.exact
-            or (at >= 0 and module[: at + len(".experts")] in self.exact)
-            or any(e.match(module) for e in self.expressions)
-        )
+        return module in self.exact or expert_list(module) in self.exact or any(e.match(module) for e in self.expressions)

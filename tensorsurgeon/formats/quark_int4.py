@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
 from tensorsurgeon.errors import ConfigError
 from tensorsurgeon.formats import quark_config
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel
 from tensorsurgeon.formats.config_reading import TOP, integer, modules_with, one_of, section
 from tensorsurgeon.formats.coverage import activations_of
 from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
+from tensorsurgeon.formats.stored_checks import axes
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_scheme
 from tensorsurgeon.quant.bitpack import (
     AWQ_ORDER,
@@ -35,14 +36,21 @@ from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class QuarkInt4:
+class QuarkInt4(Format):
     """W4A16, symmetric (int4) or with zero points (uint4); vLLM reads it per group."""
 
     pack_method: Literal["order", "reorder"] = "reorder"
 
-    name: ClassVar[str] = "quark_int4"
+    name: ClassVar[str] = "quark-int4"
     quant_method: ClassVar[str] = "quark"
+    words: ClassVar[tuple[str, ...]] = ("int4", "uint4")
     activations: ClassVar[tuple[str, ...]] = ("none",)
+    word_in = staticmethod(quark_config.word_in)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], specs: SpecMap) -> Self:
+        """With the order of nibbles that ``pack_method`` finds."""
+        return cls(pack_method(config, specs))
 
     def default_scheme(self) -> Scheme:
         """Symmetric, in groups of 128."""
@@ -76,6 +84,15 @@ class QuarkInt4:
             *(() if scheme.symmetric else (zero_point,)),
         )
 
+    def local_names(self, scheme: Scheme) -> tuple[str, ...]:
+        """As ``tensors`` has them."""
+        return "weight", "weight_scale", *(() if scheme.symmetric else ("weight_zero_point",))
+
+    def also_reads(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
+        """The untransposed scales of Quark's file-to-file writer."""
+        rows, columns = weight.shape
+        return (TensorSpec("weight_scale", scheme.scale_dtype or F32, (rows, scheme.groups(columns))),)
+
     def can_chunk_rows(self, scheme: Scheme) -> bool:
         """Only symmetric per channel; groups are transposed and zero points share words."""
         return scheme.group_size == -1 and scheme.symmetric
@@ -97,10 +114,10 @@ class QuarkInt4:
 
     def weight_shape(self, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
         """N from the scales; K from the rows of words, which per channel must be full."""
-        scale, words = tensors["weight_scale"].shape, tensors["weight"].shape
+        words = axes(tensors, "weight")
         if scheme.group_size == -1:
             return words[0], words[1] * 8
-        columns = words[0]
+        scale, columns = axes(tensors, "weight_scale"), words[0]
         return scale[0] if _is_untransposed(scale, columns, scheme) else scale[1], columns
 
     def unpack(self, arrays: Mapping[str, np.ndarray], scheme: Scheme) -> Quantized:

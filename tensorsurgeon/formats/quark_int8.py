@@ -7,70 +7,32 @@ cannot be copied into their parameters (formats.md section 5).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
-
-import numpy as np
 
 from tensorsurgeon.formats import quark_config
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
 from tensorsurgeon.formats.config_reading import modules_with, one_of
 from tensorsurgeon.formats.coverage import activations_of
-from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
-from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_scheme
-from tensorsurgeon.quant.scheme import Quantized, Scheme
+from tensorsurgeon.formats.plain import PlainCodes
+from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.dtypes import BF16, F32, I8, DType
-from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
+from tensorsurgeon.tensors.spec import SpecMap
 
 
-@dataclass(frozen=True, slots=True)
-class QuarkInt8:
-    """W8A8: one symmetric scale per output channel, activations quantized per token while running."""
+class QuarkInt8(PlainCodes):
+    """W8A8: one symmetric scale per output channel, stored as F32 as Quark does from file to file."""
 
-    name: ClassVar[str] = "quark_int8"
+    __slots__ = ()
+    name: ClassVar[str] = "quark-int8"
     quant_method: ClassVar[str] = "quark"
+    words: ClassVar[tuple[str, ...]] = ("int8",)
     activations: ClassVar[tuple[str, ...]] = ("dynamic",)
-
-    def default_scheme(self) -> Scheme:
-        """One symmetric scale per channel, by Quark's rule."""
-        return Scheme(num_bits=8, rule="quark")
-
-    def resolve_scheme(self, scheme: Scheme, weight_dtype: DType) -> Scheme:
-        """Scales are stored as F32, as Quark does from file to file."""
-        return with_scale_dtype(scheme, F32)
-
-    def check(self, weight: TensorSpec, scheme: Scheme) -> None:
-        """Any float matrix with one scale per row."""
-        check_matrix(weight, self.name)
-        check_scheme(weight, scheme, self.name, scale_dtypes=(F32, BF16))
-        check_group_size(weight, scheme, self.name, allowed=(-1,))
-
-    def tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
-        """``weight`` and ``weight_scale`` [N]."""
-        rows, columns = weight.shape
-        return (
-            TensorSpec("weight", I8, (rows, columns)),
-            TensorSpec("weight_scale", scheme.scale_dtype or F32, (rows,)),
-        )
-
-    def can_chunk_rows(self, scheme: Scheme) -> bool:
-        """Yes: a row has its codes and its scale."""
-        return True
-
-    def pack(self, quantized: Quantized, scheme: Scheme) -> tuple[np.ndarray, ...]:
-        """The codes as they are."""
-        scale = stored_scale(quantized.scale, scale_dtype_of(scheme), (len(quantized.codes),))
-        return quantized.codes, scale
-
-    def weight_shape(self, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
-        """That of ``weight``."""
-        rows, columns = tensors["weight"].shape
-        return rows, columns
-
-    def unpack(self, arrays: Mapping[str, np.ndarray], scheme: Scheme) -> Quantized:
-        """Also from [N, 1] scales, and with the zero points of 0 that Quark's in-memory exporter adds."""
-        codes = arrays["weight"]
-        return Quantized(codes, loaded_scale(arrays["weight_scale"], (len(codes), 1)))
+    codes: ClassVar[DType] = I8
+    default: ClassVar[Scheme] = Scheme(num_bits=8, rule="quark")
+    stored_as: ClassVar[DType | None] = F32
+    scale_dtypes: ClassVar[tuple[DType, ...]] = (F32, BF16)
+    vector: ClassVar[bool] = True
+    word_in = staticmethod(quark_config.word_in)
 
     def config_files(self, model: QuantizedModel) -> ConfigFiles:
         """One scheme, activations per token while running."""
@@ -80,17 +42,16 @@ class QuarkInt8:
 
     def read_config(self, config: Mapping[str, Any], specs: SpecMap) -> dict[str, Scheme]:
         """Modules with an I8 ``weight``."""
-        stored = modules_with(specs, "weight", (I8,))
-
-        def scheme_of(weight: Mapping[str, Any], path: str) -> Scheme:
-            one_of(weight, "dtype", ("int8",), path)
-            one_of(weight, "qscheme", ("per_channel",), path)
-            one_of(weight, "symmetric", (True,), path)
-            one_of(weight, "ch_axis", (0,), path, default=0)
-            return Scheme(num_bits=8, rule="quark")
-
-        return quark_config.read_config(config, specs, stored, scheme_of)
+        return quark_config.read_config(config, specs, modules_with(specs, "weight", (I8,)), _scheme_of)
 
 
 def _weight_config(scheme: Scheme) -> dict[str, Any]:
     return quark_config.tensor_config("int8", "per_channel", ch_axis=0)
+
+
+def _scheme_of(weight: Mapping[str, Any], path: str) -> Scheme:
+    one_of(weight, "dtype", ("int8",), path)
+    one_of(weight, "qscheme", ("per_channel",), path)
+    one_of(weight, "symmetric", (True,), path)
+    one_of(weight, "ch_axis", (0,), path, default=0)
+    return Scheme(num_bits=8, rule="quark")

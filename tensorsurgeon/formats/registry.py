@@ -1,118 +1,109 @@
-"""Every format by name, and the format of a checkpoint by its ``quantization_config``."""
+"""Every format by the name that users write, and the format of a checkpoint by its ``quantization_config``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import import_module
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+from tensorsurgeon.checkpoint.quantization import quantization_config
 from tensorsurgeon.errors import ConfigError, RecipeError, did_you_mean
 from tensorsurgeon.formats.base import Format
+from tensorsurgeon.formats.config_reading import TOP
 from tensorsurgeon.tensors.spec import SpecMap
 
-FORMATS: Final[dict[str, str]] = {
-    "quark_int8": "tensorsurgeon.formats.quark_int8:QuarkInt8",
-    "quark_int4": "tensorsurgeon.formats.quark_int4:QuarkInt4",
-    "quark_fp8": "tensorsurgeon.formats.quark_fp8:QuarkFp8",
-    "ct_int": "tensorsurgeon.formats.ct_int:CtInt",
-    "ct_packed": "tensorsurgeon.formats.ct_packed:CtPacked",
-    "ct_float": "tensorsurgeon.formats.ct_float:CtFloat",
-    "ct_nvfp4": "tensorsurgeon.formats.ct_fp4:CtNvfp4",
-    "ct_mxfp4": "tensorsurgeon.formats.ct_fp4:CtMxfp4",
-    "gptq": "tensorsurgeon.formats.gptq:Gptq",
-    "autoround": "tensorsurgeon.formats.autoround:AutoRound",
-    "awq": "tensorsurgeon.formats.awq:Awq",
-    "hf_fp8": "tensorsurgeon.formats.hf_fp8:HfFp8",
+__all__ = ("FORMATS", "READ_ONLY", "Entry", "detect", "format_class", "format_named", "formats_of", "quantization_config")
+
+
+class Entry(NamedTuple):
+    """``quant_method`` of the config that the format writes, its class as ``module:Class``, and the class's settings."""
+
+    quant_method: str
+    target: str
+    settings: Mapping[str, Any] = {}
+
+
+_HERE: Final = "tensorsurgeon.formats."
+FORMATS: Final[dict[str, Entry]] = {
+    "autoround": Entry("auto-round", _HERE + "autoround:AutoRound"),
+    "autoround-awq": Entry("auto-round", _HERE + "autoround:AutoRound", {"packing_format": "auto_round:auto_awq"}),
+    "awq": Entry("awq", _HERE + "awq:Awq"),
+    "ct-float": Entry("compressed-tensors", _HERE + "ct_float:CtFloat"),
+    "ct-int": Entry("compressed-tensors", _HERE + "ct_int:CtInt"),
+    "ct-mxfp4": Entry("compressed-tensors", _HERE + "ct_mxfp4:CtMxfp4"),
+    "ct-nvfp4": Entry("compressed-tensors", _HERE + "ct_nvfp4:CtNvfp4"),
+    "ct-packed": Entry("compressed-tensors", _HERE + "ct_packed:CtPacked"),
+    "gptq": Entry("gptq", _HERE + "gptq:Gptq"),
+    "gptq-v2": Entry("gptq", _HERE + "gptq:Gptq", {"checkpoint_format": "gptq_v2"}),
+    "hf-fp8": Entry("fp8", _HERE + "hf_fp8:HfFp8"),
+    "quark-fp8": Entry("quark", _HERE + "quark_fp8:QuarkFp8"),
+    "quark-int4": Entry("quark", _HERE + "quark_int4:QuarkInt4", {"pack_method": "order"}),
+    "quark-int4-reorder": Entry("quark", _HERE + "quark_int4:QuarkInt4", {"pack_method": "reorder"}),
+    "quark-int8": Entry("quark", _HERE + "quark_int8:QuarkInt8"),
 }
 
-_COMPRESSED_TENSORS: Final = {
-    "int-quantized": "ct_int",
-    "pack-quantized": "ct_packed",
-    "float-quantized": "ct_float",
-    "nvfp4-pack-quantized": "ct_nvfp4",
-    "mxfp4-pack-quantized": "ct_mxfp4",
+READ_ONLY: Final[dict[str, Entry]] = {
+    "deepseek-fp4": Entry("fp8", _HERE + "deepseek_fp4:DeepSeekFp4"),
+    "fbgemm-fp8": Entry("fbgemm_fp8", _HERE + "hf_fp8:HfFp8"),
+    "modelopt-fp8": Entry("modelopt", _HERE + "modelopt_fp8:ModelOptFp8"),
+    "modelopt-nvfp4": Entry("modelopt", _HERE + "modelopt_nvfp4:ModelOptNvfp4"),
 }
-_QUARK: Final = {"int8": "quark_int8", "int4": "quark_int4", "uint4": "quark_int4", "fp8_e4m3": "quark_fp8"}
+"""Formats that checkpoints are published in and that nothing here writes."""
 
 
 def format_class(name: str) -> type[Format]:
-    """The class of a format; RecipeError for an unknown name."""
-    target = FORMATS.get(name)
-    if target is None:
+    """The class of a format; RecipeError with near matches for an unknown name."""
+    entry = FORMATS.get(name)
+    if entry is None:
         raise RecipeError(f"unknown format {name!r}{did_you_mean(name, list(FORMATS))}")
-    module, _, class_name = target.partition(":")
-    found: type[Format] = getattr(import_module(module), class_name)
-    return found
+    return _loaded(entry.target)
 
 
-def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The ``quantization_config`` of a ``config.json``, in any of the places where tools put it; None without one."""
-    inner = config.get("text_config")
-    for place in (config, inner if isinstance(inner, Mapping) else {}):
-        for key in ("quantization_config", "compression_config"):
-            found = place.get(key)
-            if isinstance(found, Mapping) and found:
-                return found
-    return None
+@cache
+def format_named(name: str) -> Format:
+    """The format of this name, set up; RecipeError with near matches if there is none."""
+    return format_class(name)(**FORMATS[name].settings)
 
 
-def detect(config: Mapping[str, Any], specs: SpecMap) -> Format | None:
-    """The format in which a checkpoint is stored, set up as its config says; None if it is not quantized.
+def formats_of(config: Mapping[str, Any], specs: SpecMap) -> tuple[Format, ...]:
+    """The formats in which a checkpoint is stored, set up as its config says; none if it is not quantized.
 
     ``config`` is the whole ``config.json``. ConfigError for a quantization that no format here reads.
     """
     found = quantization_config(config)
     if found is None:
-        return None
+        if isinstance(config.get("quantization"), Mapping) and "bits" in config["quantization"]:
+            raise ConfigError("config.json has a quantization as MLX writes it, which cannot be read; use the original model")
+        return ()
     method = found.get("quant_method")
-    if method == "compressed-tensors":
-        return format_class(_COMPRESSED_TENSORS[_compressed_tensors_layout(found)])()
-    if method == "quark":
-        return _detect_quark(found, specs)
-    if method == "gptq":
-        from tensorsurgeon.formats.gptq import Gptq
-
-        layout = _known(found, "checkpoint_format", ("gptq", "gptq_v2"), default="gptq")
-        return Gptq("gptq_v2" if layout == "gptq_v2" else "gptq", g_idx=any(n.endswith(".g_idx") for n in specs))
-    if method == "auto-round":
-        from tensorsurgeon.formats.autoround import PACKINGS, AutoRound
-
-        return AutoRound(_known(found, "packing_format", PACKINGS, default="auto_round:auto_gptq"))  # type: ignore[arg-type]
-    if method in ("awq", "fp8"):
-        return format_class("awq" if method == "awq" else "hf_fp8")()
-    known = ("compressed-tensors", "quark", "gptq", "auto-round", "awq", "fp8")
-    raise ConfigError(f"quantization_config.quant_method: cannot read {method!r}; known: {', '.join(known)}")
+    classes = [_loaded(target) for target in dict.fromkeys(e.target for e in _readable() if e.quant_method == method)]
+    if not classes:
+        known = sorted({entry.quant_method for entry in _readable()})
+        raise ConfigError(f"{TOP}.quant_method: cannot read {method!r}; known: {', '.join(known)}")
+    path, values = classes[0].word_in(found, specs)
+    for value in values:
+        if not any(value in candidate.words for candidate in classes):
+            words = dict.fromkeys(str(word) for candidate in classes for word in candidate.words)
+            raise ConfigError(f"{path}: cannot read {value!r}; known: {', '.join(words)}")
+    return tuple(c.from_config(found, specs) for c in classes if any(value in c.words for value in values))
 
 
-def _compressed_tensors_layout(config: Mapping[str, Any]) -> str:
-    groups = config.get("config_groups")
-    layouts = {
-        group.get("format") or config.get("format")
-        for group in (groups.values() if isinstance(groups, Mapping) else ())
-        if isinstance(group, Mapping)
-    }
-    if len(layouts) > 1:
-        named = ", ".join(sorted(map(str, layouts)))
-        raise ConfigError(f"quantization_config.config_groups: several layouts in one checkpoint ({named}) cannot be read")
-    layout = next(iter(layouts), config.get("format"))
-    return _known({"format": layout}, "format", tuple(_COMPRESSED_TENSORS))
+def detect(config: Mapping[str, Any], specs: SpecMap) -> Format | None:
+    """The one format of a checkpoint, None if it is not quantized; ConfigError if it has several."""
+    formats = formats_of(config, specs)
+    if len(formats) > 1:
+        named = ", ".join(sorted(layout.name for layout in formats))
+        raise ConfigError(f"{TOP}: several layouts in one checkpoint ({named})")
+    return formats[0] if formats else None
 
 
-def _detect_quark(config: Mapping[str, Any], specs: SpecMap) -> Format:
-    from tensorsurgeon.formats.quark_config import weight_entry
-
-    name = _QUARK[_known(weight_entry(config), "dtype", tuple(_QUARK), path="quantization_config.global_quant_config.weight")]
-    if name != "quark_int4":
-        return format_class(name)()
-    from tensorsurgeon.formats.quark_int4 import QuarkInt4, pack_method
-
-    return QuarkInt4(pack_method(config, specs))
+def _readable() -> Iterator[Entry]:
+    yield from FORMATS.values()
+    yield from READ_ONLY.values()
 
 
-def _known(
-    config: Mapping[str, Any], key: str, known: tuple[str, ...], default: str = "", path: str = "quantization_config"
-) -> str:
-    value = config.get(key) or default
-    if value not in known:
-        raise ConfigError(f"{path}.{key}: cannot read {value!r}; known: {', '.join(known)}")
-    return str(value)
+def _loaded(target: str) -> type[Format]:
+    module, _, class_name = target.partition(":")
+    found: type[Format] = getattr(import_module(module), class_name)
+    return found

@@ -18,7 +18,9 @@ from tensorsurgeon.tensors.dtypes import F32, DType
 # Quark's exporter writes zero points beside symmetric codes too; they say nothing as long as they are zero.
 ZERO_POINT: Final = "weight_zero_point"
 # What a static quantization of a module's inputs stores beside its weight.
-INPUT_SCALES: Final = ("input_scale", "input_zero_point", "input_global_scale")
+INPUT_SCALES: Final = ("input_scale", "input_zero_point", "input_global_scale", "activation_scale")
+# What a quantized KV cache stores, beside the attention's linears or beside the attention.
+KV_SCALES: Final = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "output_scale", "output_zero_point")
 
 
 def stored_scale(scale: np.ndarray, dtype: DType, shape: tuple[int, ...] | None = None) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Final
 
 from tensorsurgeon.errors import SpecError
+from tensorsurgeon.models.experts import stack_of
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES, DType
 from tensorsurgeon.tensors.spec import TensorSpec
@@ -25,7 +26,7 @@ def check_matrix(weight: TensorSpec, format_name: str) -> tuple[int, int]:
         wanted = ", ".join(d.name for d in WEIGHT_DTYPES)
         raise SpecError(f"{weight.name}: {format_name} is made from {wanted} weights, found {weight.dtype}")
     if len(weight.shape) != 2:
-        hint = "; split the experts first" if len(weight.shape) == 3 and ".experts." in weight.name else ""
+        hint = "; split the experts first" if stack_of(weight.name) is not None else ""
         raise SpecError(f"{weight.name}: {format_name} holds matrices [out, in], found shape {list(weight.shape)}{hint}")
     if 0 in weight.shape:
         raise SpecError(f"{weight.name}: {format_name} holds no empty weight, found shape {list(weight.shape)}")

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tensorsurgeon.checkpoint.folder import Checkpoint, open_checkpoint
+from tensorsurgeon.checkpoint.tensor_reader import CHUNK_BYTES, TensorReader
+from tensorsurgeon.machine.limits import usable_cores
 from tensorsurgeon.planning.report import group_specs, grouped_name, table
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.tensors.spec import TensorSpec
-from tensorsurgeon.verifying.reading import CHUNK_BYTES, Reader
 
 _MISSING = object()
 
@@ -82,9 +83,9 @@ def diff_checkpoints(
     same = [spec for name, spec in first.specs.items() if second.specs.get(name) == spec]
     other_bytes: list[OtherBytes] = []
     if not headers_only:
-        with Reader(first, progress) as one, Reader(second, progress) as two:
+        with TensorReader(first, progress=progress) as one, TensorReader(second, progress=progress) as two:
             ordered = sorted(same, key=lambda spec: one.location(spec.name))
-            with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+            with ThreadPoolExecutor(workers or usable_cores()) as pool:
                 found = pool.map(lambda spec: _compare(one, two, spec), ordered)
                 other_bytes = [difference for difference in found if difference is not None]
     order = {name: number for number, name in enumerate(first.specs)}
@@ -111,7 +112,7 @@ def bytes_to_compare(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> in
     return 2 * sum(spec.nbytes for name, spec in first.specs.items() if second.specs.get(name) == spec)
 
 
-def _compare(one: Reader, two: Reader, spec: TensorSpec) -> OtherBytes | None:
+def _compare(one: TensorReader, two: TensorReader, spec: TensorSpec) -> OtherBytes | None:
     width = max(1, spec.dtype.bits // 8)
     elements, first = 0, -1
     for start in range(0, spec.nbytes, CHUNK_BYTES):

@@ -9,7 +9,7 @@ from typing import Any
 
 from tensorsurgeon.checkpoint.folder import STATE_FOLDER, Checkpoint, open_checkpoint
 from tensorsurgeon.errors import SurgeonError
-from tensorsurgeon.planning.output_files import unquantized_linears
+from tensorsurgeon.models.describe import unquantized_linears
 from tensorsurgeon.planning.report import group_specs, grouped_name, table
 from tensorsurgeon.running.record import read_record
 from tensorsurgeon.tensors.sizes import show_size
@@ -46,7 +46,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         "side_files": list(checkpoint.side_files),
         "left_behind": list(checkpoint.left_behind),
         "unfinished": Path(path).is_dir() and (checkpoint.root / STATE_FOLDER).is_dir(),
-        "oddities": [*checkpoint.oddities, *oddities],
+        "oddities": [*map(str, checkpoint.oddities), *oddities],
     }
 
 
@@ -87,6 +87,11 @@ def _quantization(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None, list[s
     }, oddities
 
 
+def _words(value: Any) -> list[str]:
+    """The words of a list that should hold words; a config may hold anything."""
+    return [word for word in value if isinstance(word, str)] if isinstance(value, list) else []
+
+
 def _made_by(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The version and recipe of this program, if it wrote the checkpoint."""
     try:
@@ -98,7 +103,7 @@ def _made_by(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 def inspection_as_text(data: dict[str, Any]) -> str:
     """The same for a reader."""
-    names = ", ".join(data["architectures"] or []) or data["model_type"] or "no config.json"
+    names = ", ".join(_words(data["architectures"])) or str(data["model_type"] or "no config.json")
     shards = data["shards"]
     lines = [
         f"{data['path']}: {names}",

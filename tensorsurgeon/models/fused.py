@@ -19,11 +19,12 @@ FUSED: Final[dict[str, tuple[str, ...]]] = {
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "w13": ("w1", "w3"),
+    "fused_wqa_wkv": ("wq_a", "wkv"),
 }
 """The fused module's last name part and its parts', in the order in which they are stacked."""
 
 FUSED_NAME: Final = {part: fused for fused, parts in FUSED.items() for part in parts}
-EXPERTS: Final = ".experts."
 
 
 def fused_name(module: str) -> str | None:
@@ -31,15 +32,6 @@ def fused_name(module: str) -> str | None:
     parent, dot, leaf = module.rpartition(".")
     fused = FUSED_NAME.get(leaf)
     return None if fused is None else parent + dot + fused
-
-
-def experts_of(module: str) -> str | None:
-    """``x.mlp.experts`` for ``x.mlp.experts.7.up_proj``; None if the module is no numbered expert."""
-    at = module.find(EXPERTS)
-    if at < 0:
-        return None
-    stop = at + len(EXPERTS)
-    return module[: stop - 1] if module[stop : stop + 1].isdigit() else None
 
 
 def check_siblings(linears: Mapping[str, Scheme], unquantized: Iterable[str]) -> None:
@@ -69,6 +61,8 @@ def check_siblings(linears: Mapping[str, Scheme], unquantized: Iterable[str]) ->
 
 def describe(scheme: Scheme) -> str:
     """A scheme in the few words that tell it from others."""
-    shape = f"block {list(scheme.block)}" if scheme.block else f"group_size {scheme.group_size}"
+    shape = "one scale" if scheme.group_size == 0 else f"group_size {scheme.group_size}"
+    if scheme.block:
+        shape = f"block {list(scheme.block)}"
     kind = "" if scheme.symmetric else ", asymmetric"
     return f"{scheme.type} {scheme.num_bits} bits, {shape}{kind}"

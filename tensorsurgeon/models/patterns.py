@@ -12,8 +12,8 @@ from collections.abc import Container, Iterable, Sequence
 from typing import Final
 
 from tensorsurgeon.errors import SpecError
+from tensorsurgeon.models.mtp import named_apart
 
-MTP: Final = "mtp."
 _PREFIXES: Final = r"(model\.)?(language_model\.)?(model\.)?"
 # What engines put in front of a layer's name, in any of their spellings; the longest first.
 _RENAMED: Final = ("model.language_model.", "language_model.model.", "language_model.", "model.")
@@ -54,7 +54,7 @@ def exact_pattern(module: str, is_expert_list: bool = False) -> str:
     for prefix in _RENAMED:
         if module.startswith(prefix):
             return _PREFIXES + re.escape(module.removeprefix(prefix)) + end
-    return ("" if module.startswith(MTP) else _PREFIXES) + re.escape(module) + end
+    return ("" if named_apart(module) else _PREFIXES) + re.escape(module) + end
 
 
 def _hit(pattern: str, names: Sequence[str]) -> str | None:

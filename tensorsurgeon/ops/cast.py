@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
 from tensorsurgeon.errors import NumericError, RecipeError, SpecError, did_you_mean
+from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.tensors.arrays import empty
 from tensorsurgeon.tensors.dtypes import C64, DTYPES, F8_E8M0, F32, F64, DType
-from tensorsurgeon.tensors.names import Selector
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 # A large tensor goes piece by piece; fixed, so that no machine changes a unit.
 _CHUNK_BYTES = 16 << 20
 # Checking a conversion takes temporaries of eight bytes an element: they stay small.
 _BLOCK_ELEMENTS = 1 << 16
+_BLOCK_BYTES_PER_ELEMENT = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,7 @@ class Cast:
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         target: DType = DTYPES[self.dtype]
         rewrites = []
-        for name in Selector(self.where, self.exclude).names(specs):
+        for name in list(selected(specs, self.where, self.exclude)):
             spec = specs[name]
             if spec.dtype is target:
                 continue
@@ -58,6 +60,10 @@ class Cast:
                 stop = min(start + step, spec.rows)
                 rewrites.append(Rewrite((Region(spec, start, stop),), (Region(made, start, stop),)))
         return tuple(rewrites)
+
+    def scratch_bytes(self, rewrite: Rewrite) -> int:
+        """A block in F64, rounded and back, and what tells exact values from others."""
+        return _BLOCK_BYTES_PER_ELEMENT * min(prod(rewrite.outputs[0].shape), _BLOCK_ELEMENTS)
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         (array,) = inputs

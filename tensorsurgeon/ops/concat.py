@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 from tensorsurgeon.errors import RecipeError, SpecError
-from tensorsurgeon.ops.columns import join_columns, split_columns
-from tensorsurgeon.ops.grouping import check_alike, parts_by_fields
-from tensorsurgeon.planning.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
+from tensorsurgeon.ops.columns import join_columns
+from tensorsurgeon.ops.grouping import check_alike, check_pieces, parts_by_fields
+from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.tensors.names import fill
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
@@ -20,6 +21,8 @@ class Concat:
 
     The inverse of ``split``. Along every axis but the last this moves bytes only.
     """
+
+    reversible: ClassVar[bool] = True
 
     parts: tuple[str, ...]
     into: str
@@ -49,35 +52,14 @@ class Concat:
         return tuple(rewrites)
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return move_arrays(rewrite, inputs) if rewrite.moves_bytes else join_columns(rewrite, inputs)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves | _SplitColumns:
-        if all(r.moves_bytes for r in rewrites):
-            return turned_around(rewrites)
-        return _SplitColumns(rewrites, self)
-
-
-@dataclass(frozen=True, slots=True)
-class _SplitColumns:
-    """Undo a concatenation along the last axis."""
-
-    done: tuple[Rewrite, ...]
-    op: Concat
-
-    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        return tuple(Rewrite(r.outputs, r.inputs, r.moves_bytes) for r in self.done)
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return move_arrays(rewrite, inputs) if rewrite.moves_bytes else split_columns(rewrite, inputs)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Concat:
-        return self.op
+        return join_columns(rewrite, inputs)
 
 
 def _row_moves(parts: Sequence[TensorSpec], whole: TensorSpec, axis: int) -> Iterator[Rewrite]:
     """One byte move per outer index and part, in the order of the whole."""
     inner = prod(whole.shape[axis + 1 : -1]) if axis < len(whole.shape) - 1 else 1
     outer = prod(whole.shape[:axis])
+    check_pieces(whole, outer * len(parts))
     rows = whole.shape[axis] * inner
     start = 0
     for part in parts:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from math import prod
+from typing import Literal
 
-from tensorsurgeon.errors import NumericError, PlanError, SurgeonError
-from tensorsurgeon.formats.base import Format
-from tensorsurgeon.formats.scales import INPUT_SCALES
-from tensorsurgeon.ops.stored_modules import StoredModule, stored_format, stored_modules, unpack
+import numpy as np
+
+from tensorsurgeon.errors import NumericError, SurgeonError
+from tensorsurgeon.formats.coding import stored_in
+from tensorsurgeon.formats.registry import quantization_config
+from tensorsurgeon.formats.scales import INPUT_SCALES, KV_SCALES
+from tensorsurgeon.ops.row_blocks import block_scratch, codes_scratch, row_blocks, stored_pieces, stored_specs
+from tensorsurgeon.ops.stored_modules import cache_scales, stored_modules, unpack
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.quant.rtn.backend import choose_backend
+from tensorsurgeon.tensors.arrays import empty
 from tensorsurgeon.tensors.dtypes import DTYPES
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
@@ -20,52 +26,59 @@ from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 class Dequantize:
     """Replace the codes and scales of every quantized module by a ``weight`` of ``dtype``.
 
-    The format is the one that config.json names, and the quantization leaves the config. Weights are computed in F32
-    and rounded once. Static scales of a module's inputs go too: a float weight takes its inputs as they are. One-way:
-    codes cannot be told from weights.
+    The formats are those that config.json names, and the quantization leaves the config. Weights are computed in F32
+    and rounded once; what is not finite then stops the run. Static scales of a module's inputs and of a KV cache go too:
+    a float weight takes its inputs as they are. One-way: codes cannot be told from weights. ``if_quantized``: a checkpoint
+    without a quantization passes as it is.
     """
 
     dtype: Literal["BF16", "F16", "F32"] = "BF16"
+    if_quantized: bool = False
     backend: str = field(default="auto", repr=False)
-    # Filled in by plan, read by apply: which module a rewrite belongs to.
-    _modules: dict[str, StoredModule] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _layout: list[Format] = field(default_factory=list, init=False, repr=False, compare=False)
-
-    def for_one_plan(self) -> Dequantize:
-        """The same step for another source."""
-        return replace(self)
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        layout = stored_format(specs)
-        self._layout[:] = [layout]
+        if self.if_quantized and quantization_config(specs.config) is None:
+            return ()
         rewrites = []
-        for module in stored_modules(specs, layout, may_drop=INPUT_SCALES):
+        for module in stored_modules(specs, may_drop=(*INPUT_SCALES, *KV_SCALES)):
             target = TensorSpec(f"{module.name}.weight", DTYPES[self.dtype], module.shape)
-            self._modules[target.name] = module
-            inputs = tuple(Region(specs[f"{module.name}.{local}"]) for local in module.tensors)
-            rewrites.append(Rewrite(inputs, (Region(target),)))
-        if not rewrites:
-            raise PlanError("the quantization_config names no module that is quantized; there is nothing to unpack")
-        return tuple(rewrites)
+            for inputs, start, stop in stored_pieces(module, target, specs):
+                made = Region(target) if stop - start == target.shape[0] else Region(target, start, stop)
+                rewrites.append(Rewrite(inputs, (made,), detail=module.stored))
+        return (*rewrites, *cache_scales(specs))
+
+    def scratch_bytes(self, rewrite: Rewrite) -> int:
+        """The codes, a byte each, scales in F32, and the values of a few rows."""
+        elements = prod(rewrite.outputs[0].shape)
+        return codes_scratch(elements, stored_specs(rewrite.inputs), 2) + block_scratch(elements)
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         target = rewrite.outputs[0].spec
-        module = self._modules[target.name]
+        stored = stored_in(rewrite.detail)
+        assert stored is not None  # plan put it there
         try:
-            quantized = unpack(self._layout[0], module, inputs)
-            backend = choose_backend(self.backend, module.scheme, target.dtype)
-            return (backend.dequantize(quantized, module.scheme, target.dtype),)
+            # How scales are stored matters to those who choose codes.
+            backend = choose_backend(self.backend, replace(stored.scheme, scale_dtype=None), target.dtype)
+            weight = empty(rewrite.outputs[0].shape, np.dtype(target.dtype.numpy))
+            first = rewrite.outputs[0].start or 0
+            with np.errstate(over="ignore", invalid="ignore"):
+                for start, stop, rows in row_blocks(unpack(stored, inputs), stored.scheme):
+                    weight[start:stop] = backend.dequantize(rows, stored.scheme, target.dtype)
+                    _refuse_nonfinite(weight[start:stop], first + start)
+            return (weight,)
         except SurgeonError as error:
-            raise NumericError(f"{module.name}: {error.message}") from error
-
-    def edit_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The config without the quantization; the model's own ``dtype`` stays, for that is what it computes in."""
-        return config_without_quantization(config)
+            raise NumericError(f"{target.module}: {error.message}") from error
 
 
-def config_without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """A config from which every mention of the quantization is gone."""
-    edited = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
-    if isinstance(edited.get("text_config"), dict):
-        edited["text_config"] = config_without_quantization(edited["text_config"])
-    return edited
+def _refuse_nonfinite(weight: Array, first: int) -> None:
+    """NumericError for infinities and NaNs: codes or scales that are none, or a product that the dtype cannot hold.
+
+    ``first`` is the number of the first row.
+    """
+    wrong = ~np.isfinite(weight)
+    if wrong.any():
+        row, column = (int(i) for i in np.argwhere(wrong)[0])
+        raise NumericError(
+            f"{int(wrong.sum())} of {weight.size} weights are not finite, the first at row {first + row}, column {column} "
+            f"({float(weight[row, column])}): its code or scale is none, or {weight.dtype} cannot hold their product"
+        )

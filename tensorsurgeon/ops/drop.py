@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 
 from tensorsurgeon.errors import NumericError
+from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.planning.rewriting import Array, Rewrite
-from tensorsurgeon.tensors.names import Selector
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
@@ -27,7 +27,7 @@ class Drop:
     only_if: Literal["always", "zero"] = "always"
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        names = Selector(self.where, self.exclude).select(specs)
+        names = selected(specs, self.where, self.exclude)
         return tuple(Rewrite((Region(specs[name]),), (), self.only_if == "always") for name in names)
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:

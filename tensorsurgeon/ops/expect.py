@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tensorsurgeon.errors import RecipeError, SpecError
-from tensorsurgeon.planning.rewriting import Array, Moves, Rewrite
-from tensorsurgeon.tensors.names import Selector
+from tensorsurgeon.models.selecting import selected
+from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.spec import SpecMap
 
 _SIZE = re.compile(r"(?:(\d+)\s*\*\s*)?([A-Za-z_][\w|]*)|(\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Expect:
+class Expect(ByteMove):
     """Check the shape of the tensors that ``where`` selects against the model's config; changes nothing.
 
     ``shape``: one entry per axis: a number, a key of config.json (``hidden_size``; alternatives with ``|``), a
@@ -31,7 +31,7 @@ class Expect:
     exclude: tuple[str, ...] = ()
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        names = Selector(self.where, self.exclude).select(specs)
+        names = selected(specs, self.where, self.exclude)
         if not names:
             return ()
         # A multimodal model wraps the text model's config, whose model_type tells the layout.
@@ -63,12 +63,6 @@ class Expect:
         return f"{name}: expected {expected} from the config, found {list(shape)}" + (
             "; it is stored transposed, transpose it first" if turned else ""
         )
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return ()
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
-        return Moves(())
 
 
 def _fits(shape: tuple[int, ...], wanted: list[int | None]) -> bool:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from tensorsurgeon.errors import MissingTensorError, SpecError
-from tensorsurgeon.tensors.names import Selector
+from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
+
+# The largest model has some hundred experts in a tensor; a header can claim billions that take no byte.
+_MAX_PIECES: Final = 1_000_000
 
 Fields = tuple[tuple[str, str], ...]
 
@@ -18,7 +22,7 @@ def parts_by_fields(specs: SpecMap, patterns: Sequence[str]) -> dict[Fields, lis
     """
     found: dict[Fields, dict[int, TensorSpec]] = {}
     for position, pattern in enumerate(patterns):
-        for name, fields in Selector((pattern,)).select(specs).items():
+        for name, fields in selected(specs, (pattern,)).items():
             parts = found.setdefault(tuple(sorted(fields.items())), {})
             if position in parts:
                 raise SpecError(
@@ -39,7 +43,7 @@ def parts_by_fields(specs: SpecMap, patterns: Sequence[str]) -> dict[Fields, lis
 def stacks_by_fields(specs: SpecMap, where: Sequence[str], index: str = "index") -> dict[Fields, list[TensorSpec]]:
     """For each set of the other fields, the tensors numbered by field ``index``, from 0 without gaps."""
     found: dict[Fields, dict[int, TensorSpec]] = {}
-    for name, fields in Selector(tuple(where)).select(specs).items():
+    for name, fields in selected(specs, tuple(where)).items():
         if not fields.get(index, "").isdecimal() or len(fields[index]) > 18:
             raise SpecError(f"{name}: the field {{{index}}} must be a number, found {fields.get(index)!r}")
         key = tuple(sorted((k, v) for k, v in fields.items() if k != index))
@@ -71,3 +75,9 @@ def check_alike(parts: Sequence[TensorSpec], but_axis: int | None = None) -> Non
     for part in parts[1:]:
         if form(part) != form(parts[0]):
             raise SpecError(f"{part} cannot be joined with {parts[0]}: dtype and shape must agree")
+
+
+def check_pieces(spec: TensorSpec, count: int) -> None:
+    """Raise SpecError where a tensor would be cut into, or made of, more pieces than can be planned one by one."""
+    if count > _MAX_PIECES:
+        raise SpecError(f"{spec.name}: {list(spec.shape)} would be cut into {count} pieces; at most {_MAX_PIECES} can be planned")

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from tensorsurgeon.planning.rewriting import Array, Rewrite
-from tensorsurgeon.tensors.names import Selector
+from tensorsurgeon.models.selecting import selected
+from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Keep:
+class Keep(ByteMove):
     """Keep the tensors that ``where`` selects and drop every other one."""
+
+    reversible: ClassVar[bool] = False
 
     where: tuple[str, ...]
     exclude: tuple[str, ...] = ()
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        kept = Selector(self.where, self.exclude).select(specs)
+        kept = selected(specs, self.where, self.exclude)
         return tuple(Rewrite((Region(spec),), (), True) for name, spec in specs.items() if name not in kept)
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return ()

@@ -20,6 +20,7 @@ OPS: Final = {
     "repack": "tensorsurgeon.ops.repack:Repack",
     "reshape": "tensorsurgeon.ops.reshape:Reshape",
     "split": "tensorsurgeon.ops.split:Split",
+    "split_experts": "tensorsurgeon.ops.split_experts:SplitExperts",
     "squeeze": "tensorsurgeon.ops.squeeze:Squeeze",
     "stack": "tensorsurgeon.ops.stack:Stack",
     "transpose": "tensorsurgeon.ops.transpose:Transpose",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tensorsurgeon.planning.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
-from tensorsurgeon.tensors.names import Selector, fill
+from tensorsurgeon.models.selecting import selected
+from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.planning.rewriting import Rewrite
+from tensorsurgeon.tensors.names import fill
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rename:
+class Rename(ByteMove):
     """Rename every tensor that ``where`` selects to ``to``, a template over the fields of the pattern."""
 
     where: tuple[str, ...]
@@ -20,15 +21,9 @@ class Rename:
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         rewrites = []
-        for name, fields in Selector(self.where, self.exclude).select(specs).items():
+        for name, fields in selected(specs, self.where, self.exclude).items():
             spec = specs[name]
             target = spec._replace(name=fill(self.to, fields))
             if target.name != name:
                 rewrites.append(Rewrite((Region(spec),), (Region(target),), True))
         return tuple(rewrites)
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return move_arrays(rewrite, inputs)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
-        return turned_around(rewrites)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from tensorsurgeon.errors import NumericError, PlanError, SpecError, SurgeonError
+from tensorsurgeon.errors import NumericError, SpecError, SurgeonError
 from tensorsurgeon.formats.base import Format
-from tensorsurgeon.formats.layouts import layout_named
-from tensorsurgeon.ops.dequantize import config_without_quantization
-from tensorsurgeon.ops.stored_modules import StoredModule, model_dtype, stored_format, stored_modules, unpack
+from tensorsurgeon.formats.coding import Repacked, Stored, Written, stored_in, written_by
+from tensorsurgeon.formats.registry import format_named
+from tensorsurgeon.formats.scales import KV_SCALES
+from tensorsurgeon.ops.row_blocks import codes_scratch, stored_pieces, stored_specs, written_rows
+from tensorsurgeon.ops.stored_modules import cache_scales, model_dtype, stored_modules, unpack
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import DType
@@ -35,47 +37,40 @@ class Repack:
     symmetric: bool | None = None
     inexact_scales: Literal["stop", "round", "keep"] = "stop"
     activations: str | None = None
-    # Filled in by plan, read by apply: each module with the scheme it is written under, and how the source is stored.
-    _modules: dict[str, tuple[StoredModule, Scheme]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _source: list[Format] = field(default_factory=list, init=False, repr=False, compare=False)
-    _schemes: dict[tuple[Scheme, DType], Scheme] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def for_one_plan(self) -> Repack:
-        """The same step for another source."""
-        return replace(self)
 
     @cached_property
     def layout(self) -> Format:
-        return layout_named(self.to)
+        return format_named(self.to)
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        source = stored_format(specs)
-        self._source[:] = [source]
         dtype = model_dtype(specs)
+        ways: dict[tuple[Stored, DType], Repacked] = {}
         rewrites = []
-        for module in stored_modules(specs, source):
+        for module in stored_modules(specs, may_drop=KV_SCALES):
             weight = TensorSpec(f"{module.name}.weight", dtype, module.shape)
-            scheme = self._target_scheme(module, weight)
+            key = module.stored, weight.dtype
+            if key not in ways:
+                written = Written(self.layout, self._target_scheme(module.scheme, weight), self.activations)
+                ways[key] = Repacked(module.stored, written)
+            repacked = ways[key]
             _refuse_other_kind(weight, module.scheme, self.layout, self.to)
+            scheme = repacked.written.scheme
             self.layout.check(weight, scheme)
             outputs = [spec._replace(name=f"{module.name}.{spec.name}") for spec in self.layout.tensors(weight, scheme)]
-            self._modules[module.name] = module, scheme
-            inputs = tuple(Region(specs[f"{module.name}.{local}"]) for local in module.tensors)
-            rewrites.append(Rewrite(inputs, tuple(map(Region, outputs))))
-        if not rewrites:
-            raise PlanError("the quantization_config names no module that is quantized; there is nothing to repack")
-        return tuple(rewrites)
+            if not self.layout.can_chunk_rows(scheme):
+                inputs = tuple(Region(specs[f"{module.name}.{local}"]) for local in module.tensors)
+                rewrites.append(Rewrite(inputs, tuple(map(Region, outputs)), detail=repacked))
+                continue
+            for inputs, start, stop in stored_pieces(module, weight, specs):
+                rewrites.append(Rewrite(inputs, written_rows(outputs, start, stop, weight.shape[0]), detail=repacked))
+        return (*rewrites, *cache_scales(specs))
 
-    def _target_scheme(self, module: StoredModule, weight: TensorSpec) -> Scheme:
-        key = module.scheme, weight.dtype
-        if key not in self._schemes:
-            symmetric = module.scheme.symmetric if self.symmetric is None else self.symmetric
-            bare = replace(module.scheme, symmetric=symmetric, scale_dtype=None)
-            scheme = self.layout.resolve_scheme(bare, weight.dtype)
-            if self.inexact_scales == "keep" and module.scheme.scale_dtype is not None:
-                scheme = self._keeping(scheme, module.scheme.scale_dtype, weight)
-            self._schemes[key] = scheme
-        return self._schemes[key]
+    def _target_scheme(self, stored: Scheme, weight: TensorSpec) -> Scheme:
+        symmetric = stored.symmetric if self.symmetric is None else self.symmetric
+        scheme = self.layout.resolve_scheme(replace(stored, symmetric=symmetric, scale_dtype=None), weight.dtype)
+        if self.inexact_scales == "keep" and stored.scale_dtype is not None:
+            return self._keeping(scheme, stored.scale_dtype, weight)
+        return scheme
 
     def _keeping(self, scheme: Scheme, stored: DType, weight: TensorSpec) -> Scheme:
         """The scheme with scales in the dtype they have; unchanged where the layout has no room for it."""
@@ -86,18 +81,23 @@ class Repack:
             return scheme
         return kept
 
-    def scheme_of(self, rewrite: Rewrite) -> Scheme:
-        """Under which scheme a rewrite's outputs are written."""
-        return self._modules[rewrite.outputs[0].spec.module][1]
+    def scratch_bytes(self, rewrite: Rewrite) -> int:
+        """The codes, a byte each, as they were stored and as they will be, and scales in F32."""
+        read, made = stored_specs(rewrite.inputs), stored_specs(rewrite.outputs)
+        stored = stored_in(rewrite.detail)
+        assert stored is not None  # plan put it there
+        elements = max(spec.nbytes * 8 for spec in read) // stored.scheme.num_bits
+        return codes_scratch(elements, read, 2) + codes_scratch(elements, made, 2)
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        module, scheme = self._modules[rewrite.outputs[0].spec.module]
+        stored, written = stored_in(rewrite.detail), written_by(rewrite.detail)
+        assert stored is not None  # plan put both there
+        assert written is not None
         try:
-            quantized = unpack(self._source[0], module, inputs)
-            return self.layout.pack(self._converted(quantized, scheme), scheme)
+            return written.format.pack(self._converted(unpack(stored, inputs), written.scheme), written.scheme)
         except SurgeonError as error:
             hint = "; --set inexact_scales=keep stores it as it is, =round goes on" if "would be stored" in error.message else ""
-            raise NumericError(f"{module.name}: {error.message}{hint}") from error
+            raise NumericError(f"{rewrite.outputs[0].spec.module}: {error.message}{hint}") from error
 
     def _converted(self, quantized: Quantized, scheme: Scheme) -> Quantized:
         scale, zero_point = quantized.scale, quantized.zero_point
@@ -113,10 +113,6 @@ class Repack:
         if self.inexact_scales == "round" and scheme.scale_dtype is not None and scheme.scale_dtype.numpy is not None:
             scale = scale.astype(scheme.scale_dtype.numpy).astype(np.float32)
         return quantized._replace(scale=scale, zero_point=zero_point)
-
-    def edit_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The config without the old quantization; the new one is derived from what is written."""
-        return config_without_quantization(config)
 
 
 def _refuse_other_kind(weight: TensorSpec, scheme: Scheme, layout: Format, name: str) -> None:

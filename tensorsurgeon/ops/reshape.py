@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 from tensorsurgeon.errors import SpecError
-from tensorsurgeon.planning.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
-from tensorsurgeon.tensors.names import Selector
+from tensorsurgeon.models.selecting import selected
+from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reshape:
+class Reshape(ByteMove):
     """Give the tensors that ``where`` selects another ``shape``; one size may be -1."""
 
     where: tuple[str, ...]
@@ -22,17 +22,11 @@ class Reshape:
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         rewrites = []
-        for name in Selector(self.where, self.exclude).select(specs):
+        for name in selected(specs, self.where, self.exclude):
             spec = specs[name]
             target = spec._replace(shape=_resolved(name, spec.shape, self.shape))
             rewrites.append(Rewrite((Region(spec),), (Region(target),), True))
         return tuple(rewrites)
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return move_arrays(rewrite, inputs)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
-        return turned_around(rewrites)
 
 
 def _resolved(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...]:

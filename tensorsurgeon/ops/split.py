@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 from tensorsurgeon.errors import RecipeError, SpecError
-from tensorsurgeon.ops.columns import join_columns, split_columns
-from tensorsurgeon.planning.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
-from tensorsurgeon.tensors.names import Selector, fill
+from tensorsurgeon.models.selecting import selected
+from tensorsurgeon.ops.columns import split_columns
+from tensorsurgeon.ops.grouping import check_pieces
+from tensorsurgeon.planning.rewriting import Array, Rewrite
+from tensorsurgeon.tensors.names import fill
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
@@ -20,6 +23,8 @@ class Split:
     ``sizes`` gives the size of each part along the axis; without it the parts are equal. ``experts.gate_up_proj``
     [E, 2I, H] into gate and up is a split along axis 1. Along every axis but the last this moves bytes only.
     """
+
+    reversible: ClassVar[bool] = True
 
     where: tuple[str, ...]
     into: tuple[str, ...]
@@ -37,7 +42,7 @@ class Split:
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         rewrites: list[Rewrite] = []
-        for name, fields in Selector(self.where, self.exclude).select(specs).items():
+        for name, fields in selected(specs, self.where, self.exclude).items():
             spec = specs[name]
             rank = len(spec.shape)
             axis = self.axis + rank if self.axis < 0 else self.axis
@@ -58,29 +63,7 @@ class Split:
         return tuple(rewrites)
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return move_arrays(rewrite, inputs) if rewrite.moves_bytes else split_columns(rewrite, inputs)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves | _JoinColumns:
-        if all(r.moves_bytes for r in rewrites):
-            return turned_around(rewrites)
-        return _JoinColumns(rewrites, self)
-
-
-@dataclass(frozen=True, slots=True)
-class _JoinColumns:
-    """Undo a split along the last axis."""
-
-    done: tuple[Rewrite, ...]
-    op: Split
-
-    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        return tuple(Rewrite(r.outputs, r.inputs, r.moves_bytes) for r in self.done)
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return move_arrays(rewrite, inputs) if rewrite.moves_bytes else join_columns(rewrite, inputs)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Split:
-        return self.op
+        return split_columns(rewrite, inputs)
 
 
 def part_sizes(spec: TensorSpec, axis: int, count: int, sizes: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -103,6 +86,7 @@ def _row_moves(spec: TensorSpec, parts: Sequence[TensorSpec], axis: int) -> Iter
     """One byte move per outer index and part: rows of the whole become rows of the part."""
     inner = prod(spec.shape[axis + 1 : -1]) if axis < len(spec.shape) - 1 else 1
     outer = prod(spec.shape[:axis])
+    check_pieces(spec, outer * len(parts))
     rows = spec.shape[axis] * inner
     start = 0
     for part in parts:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tensorsurgeon.errors import SpecError
-from tensorsurgeon.planning.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
-from tensorsurgeon.tensors.names import Selector
+from tensorsurgeon.models.selecting import selected
+from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Squeeze:
+class Squeeze(ByteMove):
     """Remove axis ``axis`` of size one from the tensors that ``where`` selects (scales [N, 1] become [N]).
 
     ``if_unit`` leaves tensors alone that do not have such an axis, instead of refusing them.
@@ -25,7 +25,7 @@ class Squeeze:
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         rewrites = []
-        for name in Selector(self.where, self.exclude).select(specs):
+        for name in selected(specs, self.where, self.exclude):
             spec = specs[name]
             rank = len(spec.shape)
             axis = self.axis + rank if self.axis < 0 else self.axis
@@ -36,9 +36,3 @@ class Squeeze:
             target = spec._replace(shape=spec.shape[:axis] + spec.shape[axis + 1 :])
             rewrites.append(Rewrite((Region(spec),), (Region(target),), True))
         return tuple(rewrites)
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return move_arrays(rewrite, inputs)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
-        return turned_around(rewrites)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 from tensorsurgeon.errors import RecipeError, SpecError
+from tensorsurgeon.ops.byte_move import ByteMove
 from tensorsurgeon.ops.grouping import check_alike, stacks_by_fields
-from tensorsurgeon.planning.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
+from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.names import fill
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stack:
+class Stack(ByteMove):
     """Join the tensors that ``where`` selects, numbered from 0 by its field ``{index}``, into ``into``.
 
     The inverse of ``unstack``: 256 experts [H, I] become [256, H, I].
@@ -40,9 +40,3 @@ class Stack:
                 Rewrite((Region(part),), (Region(whole, i * rows, (i + 1) * rows),), True) for i, part in enumerate(parts)
             )
         return tuple(rewrites)
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return move_arrays(rewrite, inputs)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
-        return turned_around(rewrites)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tensorsurgeon.errors import NumericError, PlanError
 from tensorsurgeon.formats.base import Format
-from tensorsurgeon.formats.registry import detect, quantization_config
-from tensorsurgeon.formats.scales import ZERO_POINT
+from tensorsurgeon.formats.coding import Stored
+from tensorsurgeon.formats.registry import formats_of, quantization_config
+from tensorsurgeon.formats.scales import KV_SCALES, ZERO_POINT
+from tensorsurgeon.formats.stored_checks import check_stored, lies_beside_codes, refuse_left_behind
+from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import BF16, DTYPES, DType
-from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
+from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 # Tensors that share a module's path and say nothing about its weight.
 _NOT_OF_THE_WEIGHT = {"bias"}
@@ -22,61 +25,77 @@ _CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 class StoredModule(NamedTuple):
-    """One quantized module: its scheme, its tensors by local name in file order, and the shape of its weight."""
+    """One quantized module: how it is stored, its tensors by local name in file order, and the shape of its weight."""
 
     name: str
-    scheme: Scheme
+    stored: Stored
     tensors: dict[str, TensorSpec]
     shape: tuple[int, int]
 
-
-def stored_format(specs: SpecMap) -> Format:
-    """The format that config.json names; PlanError if the checkpoint is not quantized."""
-    found = detect(specs.config, specs)
-    if found is None:
-        raise PlanError("config.json has no quantization_config: the checkpoint is not quantized, there is nothing to unpack")
-    return found
+    @property
+    def scheme(self) -> Scheme:
+        return self.stored.scheme
 
 
-def stored_modules(specs: SpecMap, layout: Format, may_drop: Sequence[str] = ()) -> list[StoredModule]:
-    """Every quantized module, as config and tensors agree on it.
+def stored_modules(specs: SpecMap, may_drop: Sequence[str] = ()) -> list[StoredModule]:
+    """Every quantized module, as config and tensors agree on it, whatever formats the checkpoint has side by side.
 
-    PlanError for a tensor of a module that its layout does not know and that is not in ``may_drop``: it could be part
-    of what the weight means (a scale of the inputs, a correction of low rank), and would be lost.
+    PlanError if the checkpoint is not quantized, and for a tensor of a module that its layout does not know and that
+    is not in ``may_drop``: it could be part of what the weight means (a scale of the inputs, a correction of low
+    rank), and would be lost. ConfigError where tensors are missing or have other dtypes or shapes than the config
+    calls for, and for codes that no module owns and that would be left without their scales.
     """
-    config: Mapping[str, object] = quantization_config(specs.config) or {}
-    schemes = layout.read_config(config, specs)
+    config: Mapping[str, Any] = quantization_config(specs.config) or {}
+    schemes: dict[str, tuple[Format, Scheme]] = {}
+    for layout in formats_of(specs.config, specs):
+        schemes.update((module, (layout, scheme)) for module, scheme in layout.read_config(config, specs).items())
+    if not schemes:
+        raise PlanError("config.json has no quantization_config: the checkpoint is not quantized, there is nothing to unpack")
     owned: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
     for name, spec in specs.items():
         module, _, local = name.rpartition(".")
-        if module in schemes and local not in _NOT_OF_THE_WEIGHT:
+        if module not in schemes:
+            refuse_left_behind(spec)
+        elif local not in _NOT_OF_THE_WEIGHT:
             owned[module][local] = spec._replace(name=local)
-    modules = [
-        StoredModule(module, scheme, owned[module], layout.weight_shape(owned[module], scheme))
-        for module, scheme in schemes.items()
-    ]
-    dtype = model_dtype(specs)
-    allowed = {*may_drop, ZERO_POINT}
-    for stored in modules:
-        known = {spec.name for spec in layout.tensors(TensorSpec("weight", dtype, stored.shape), stored.scheme)}
-        strange = [name for name in stored.tensors if name not in known and name not in allowed]
-        if strange:
-            raise PlanError(
-                f"{stored.name}.{strange[0]}: {layout.name} has no such tensor, and it would be lost; drop it first if the "
-                "weight means the same without it"
-            )
+    dtype, allowed = model_dtype(specs), {*may_drop, ZERO_POINT}
+    alike: dict[Stored, Stored] = {}
+    shapes: dict[tuple[Any, ...], tuple[int, int]] = {}
+    modules = []
+    for module, (layout, scheme) in schemes.items():
+        tensors = owned[module]
+        stored = Stored(layout, scheme, tuple(tensors))
+        # One object for all modules that are stored alike: a plan keeps tens of thousands.
+        stored = alike.setdefault(stored, stored)
+        form = id(stored), tuple(spec[1:] for spec in tensors.values())
+        if form not in shapes:
+            shapes[form] = check_stored(module, tensors, layout, scheme, dtype)
+            known = {*layout.local_names(scheme), *allowed, *layout.optional}
+            strange = next((name for name in tensors if name not in known), None)
+            if strange is not None:
+                raise PlanError(
+                    f"{module}.{strange}: {layout.name} has no such tensor, and it would be lost; drop it first if the "
+                    "weight means the same without it"
+                )
+        modules.append(StoredModule(module, stored, tensors, shapes[form]))
     return modules
 
 
-def unpack(layout: Format, module: StoredModule, inputs: Sequence[np.ndarray]) -> Quantized:
-    """The codes of a module from its arrays, in the order of ``module.tensors``.
+def cache_scales(specs: SpecMap) -> list[Rewrite]:
+    """Rewrites that drop the scales of a quantized KV cache: the config that gives them a meaning goes."""
+    found = [spec for name, spec in specs.items() if name.rpartition(".")[2] in KV_SCALES]
+    return [Rewrite((Region(spec),), (), moves_bytes=True) for spec in found if not lies_beside_codes(spec, specs)]
+
+
+def unpack(stored: Stored, inputs: Sequence[np.ndarray]) -> Quantized:
+    """The codes of a module from its arrays, in the order of ``stored.names``.
 
     NumericError where codes said to be symmetric have zero points that are not zero.
     """
-    arrays = dict(zip(module.tensors, inputs, strict=True))
-    if module.scheme.symmetric and ZERO_POINT in arrays and np.any(arrays[ZERO_POINT]):
+    arrays = dict(zip(stored.names, inputs, strict=True))
+    if stored.scheme.symmetric and ZERO_POINT in arrays and np.any(arrays[ZERO_POINT]):
         raise NumericError(f"{ZERO_POINT} is not zero, but the config says that the codes are symmetric")
-    return layout.unpack(arrays, module.scheme)
+    return stored.format.unpack(arrays, stored.scheme)
 
 
 def model_dtype(specs: SpecMap) -> DType:

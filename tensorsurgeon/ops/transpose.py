@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from tensorsurgeon.errors import SpecError
+from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.tensors.arrays import empty
-from tensorsurgeon.tensors.names import Selector
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
@@ -18,13 +19,15 @@ from tensorsurgeon.tensors.spec import Region, SpecMap
 class Transpose:
     """Permute the axes of the tensors that ``where`` selects; without ``axes`` the last two change places."""
 
+    reversible: ClassVar[bool] = True
+
     where: tuple[str, ...]
     axes: tuple[int, ...] | None = None
     exclude: tuple[str, ...] = ()
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         rewrites = []
-        for name in Selector(self.where, self.exclude).select(specs):
+        for name in selected(specs, self.where, self.exclude):
             spec = specs[name]
             axes = self._axes(name, len(spec.shape))
             if spec.dtype.numpy is None:
@@ -47,27 +50,3 @@ class Transpose:
         result = empty(rewrite.outputs[0].shape, array.dtype)
         np.copyto(result, array.transpose(self._axes(rewrite.inputs[0].spec.name, array.ndim)))
         return (result,)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Transpose | _TransposeBack:
-        return _TransposeBack(rewrites, self)
-
-
-@dataclass(frozen=True, slots=True)
-class _TransposeBack:
-    """Undo the transposition of exactly the tensors that were transposed."""
-
-    done: tuple[Rewrite, ...]
-    op: Transpose
-
-    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        return tuple(Rewrite(r.outputs, r.inputs) for r in self.done)
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        (array,) = inputs
-        axes = self.op._axes(rewrite.inputs[0].spec.name, array.ndim)
-        result = empty(rewrite.outputs[0].shape, array.dtype)
-        np.copyto(result, array.transpose(tuple(int(a) for a in np.argsort(axes))))
-        return (result,)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Transpose:
-        return self.op

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tensorsurgeon.errors import SpecError
-from tensorsurgeon.planning.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
-from tensorsurgeon.tensors.names import Selector
+from tensorsurgeon.models.selecting import selected
+from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unsqueeze:
+class Unsqueeze(ByteMove):
     """Insert an axis of size one at ``axis`` into the tensors that ``where`` selects (scales [N] become [N, 1])."""
 
     where: tuple[str, ...]
@@ -21,7 +21,7 @@ class Unsqueeze:
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         rewrites = []
-        for name in Selector(self.where, self.exclude).select(specs):
+        for name in selected(specs, self.where, self.exclude):
             spec = specs[name]
             rank = len(spec.shape)
             axis = self.axis + rank + 1 if self.axis < 0 else self.axis
@@ -30,9 +30,3 @@ class Unsqueeze:
             target = spec._replace(shape=(*spec.shape[:axis], 1, *spec.shape[axis:]))
             rewrites.append(Rewrite((Region(spec),), (Region(target),), True))
         return tuple(rewrites)
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return move_arrays(rewrite, inputs)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
-        return turned_around(rewrites)

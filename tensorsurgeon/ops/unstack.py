@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 from tensorsurgeon.errors import RecipeError, SpecError
-from tensorsurgeon.planning.rewriting import Array, Moves, Rewrite, move_arrays, turned_around
-from tensorsurgeon.tensors.names import Selector, fill
+from tensorsurgeon.models.selecting import selected
+from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.ops.grouping import check_pieces
+from tensorsurgeon.planning.rewriting import Rewrite
+from tensorsurgeon.tensors.names import fill
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unstack:
+class Unstack(ByteMove):
     """Turn each tensor that ``where`` selects into one per index of its first axis.
 
     ``into`` names them with ``{index}`` for the number: ``experts.down_proj`` [E, H, I] becomes
@@ -32,12 +34,13 @@ class Unstack:
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         rewrites = []
-        for name, fields in Selector(self.where, self.exclude).select(specs).items():
+        for name, fields in selected(specs, self.where, self.exclude).items():
             spec = specs[name]
             if len(spec.shape) < 2:
                 raise SpecError(f"{name}: shape {list(spec.shape)} has no first axis to unstack; two axes are needed")
             if not spec.shape[0]:
                 raise SpecError(f"{name}: shape {list(spec.shape)} has an empty first axis; drop this tensor instead")
+            check_pieces(spec, spec.shape[0] * len(self.into))
             shape = self._part_shape(spec)
             rows = prod(spec.shape[1:-1]) // len(self.into)
             start = 0
@@ -57,9 +60,3 @@ class Unstack:
         if len(spec.shape) < 3 or spec.shape[1] % parts:
             raise SpecError(f"{spec.name}: slices of {list(spec.shape)} cannot be cut into {parts} equal parts of rows")
         return (spec.shape[1] // parts, *spec.shape[2:])
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return move_arrays(rewrite, inputs)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
-        return turned_around(rewrites)

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from tensorsurgeon.checkpoint.folder import Checkpoint
+from tensorsurgeon.checkpoint.quantization import FILES, quantization_config, without_quantization
 from tensorsurgeon.errors import PlanError
-from tensorsurgeon.formats.base import Format, QuantizedModel
-from tensorsurgeon.formats.registry import quantization_config
+from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.coding import Written, stored_in, written_by
+from tensorsurgeon.models.describe import unquantized_linears
 from tensorsurgeon.planning.resolving import Resolved
-from tensorsurgeon.planning.rewriting import Rewrite, Transform
-from tensorsurgeon.quant.scheme import Scheme
-from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
 from tensorsurgeon.tensors.spec import SpecMap
 
 CONFIG_NAME = "config.json"
-# Written by some tools beside config.json, with the same content; stale as soon as config.json changes.
-QUANTIZATION_FILES = ("quantize_config.json", "quantization_config.json", "quant_config.json", "hf_quant_config.json")
+# Stale as soon as config.json changes.
+QUANTIZATION_FILES = FILES
 
 
 class OutputFiles(NamedTuple):
@@ -32,73 +31,29 @@ class OutputFiles(NamedTuple):
     copied: tuple[str, ...]
 
 
-@runtime_checkable
-class Quantizer(Protocol):
-    """A step that writes quantized modules."""
-
-    @property
-    def layout(self) -> Format: ...
-
-    def scheme_of(self, rewrite: Rewrite) -> Scheme: ...
-
-    @property
-    def activations(self) -> str | None: ...
-
-
-@runtime_checkable
-class ConfigEditor(Protocol):
-    """A step that changes config.json (dequantizing removes the quantization)."""
-
-    def edit_config(self, config: dict[str, Any]) -> dict[str, Any]: ...
-
-
-def quantized_modules(steps: Sequence[Transform], resolved: Resolved) -> dict[str, tuple[Quantizer, Scheme]]:
-    """Modules whose written tensors a quantizing step made, by their final names, in file order."""
-    makers = [step if isinstance(step, Quantizer) else None for step in steps]
-    if not any(makers):
-        return {}
-    modules: dict[str, tuple[Quantizer, Scheme]] = {}
-    contents, tasks, made = resolved.contents, resolved.tasks, resolved.made
+def written_modules(resolved: Resolved) -> dict[str, Written]:
+    """The quantized modules that steps made, by their final names, in file order."""
+    modules: dict[str, Written] = {}
     for name in resolved.specs:
         module = name.rpartition(".")[0]
-        if module in modules:
+        pieces = resolved.contents[name]
+        if module in modules or not pieces or pieces[0].origin >= 0:
             continue
-        pieces = contents[name]
-        if not pieces or pieces[0][0] >= 0:
-            continue
-        task = tasks[made[-1 - pieces[0][0]][0]]
-        maker = makers[task[0]]
-        if maker is not None:
-            modules[module] = (maker, maker.scheme_of(task[1]))
+        number, _ = resolved.made[-1 - pieces[0].origin]
+        written = written_by(resolved.tasks[number].rewrite.detail)
+        if written is not None:
+            modules[module] = written
     return modules
 
 
-def unquantized_linears(specs: SpecMap, quantized: Mapping[str, Any]) -> list[str]:
-    """Modules with a float weight that an engine could take for a linear, and stacked experts, in file order."""
-    found: dict[str, None] = {}
-    for name, dtype, shape in specs.values():
-        # Most tensors of a quantized model are codes and scales.
-        if len(shape) not in (2, 3) or dtype not in WEIGHT_DTYPES:
-            continue
-        module, _, last = name.rpartition(".")
-        if len(shape) == 2 and last == "weight":
-            part = module.rpartition(".")[2]
-            if module not in quantized and "embed" not in part and "norm" not in part:
-                found[module] = None
-        elif len(shape) == 3 and module.endswith(".experts"):
-            found[module] = None
-    return list(found)
-
-
-def output_files(
-    steps: Sequence[Transform], source: Checkpoint, specs: SpecMap, quantized: Mapping[str, tuple[Quantizer, Scheme]]
-) -> OutputFiles:
+def output_files(source: Checkpoint, resolved: Resolved, quantized: Mapping[str, Written]) -> OutputFiles:
     """config.json as the written tensors demand it, extra files of the format, and the side files that stay."""
+    specs = resolved.specs
     contents: dict[str, bytes] = {}
     config: dict[str, Any] = copy.deepcopy(dict(source.config))
-    for step in steps:
-        if isinstance(step, ConfigEditor):
-            config = step.edit_config(config)
+    if any(stored_in(rewrite.detail) for rewrites in resolved.rewrites for rewrite in rewrites):
+        # Codes that were unpacked are floats now, or quantized anew; ``dtype`` stays: the model computes in it.
+        config = without_quantization(config)
     if quantized:
         found = quantization_config(config) or config.get("quantization_config")
         if found:
@@ -154,25 +109,26 @@ def _words(value: Any) -> Iterator[str]:
             yield from _words(item)
 
 
-def _quantization_files(specs: SpecMap, quantized: Mapping[str, tuple[Quantizer, Scheme]]) -> Any:
-    makers = {id(maker): maker for maker, _ in quantized.values()}
+def _quantization_files(specs: SpecMap, quantized: Mapping[str, Written]) -> ConfigFiles:
     # Told apart with their settings: GPTQ v1 and v2 have one name and different words, which one config cannot describe.
-    layouts = dict.fromkeys(maker.layout for maker in makers.values())
-    if len(layouts) > 1:
-        names = " and ".join(sorted(map(str, layouts)))
+    ways = dict.fromkeys(quantized.values())
+    formats = dict.fromkeys(written.format for written in ways)
+    if len(formats) > 1:
+        names = " and ".join(sorted(map(str, formats)))
         raise PlanError(
             f"steps write {names}, but a checkpoint has one quantization_config, which describes one format; use one "
             "format for all steps"
         )
-    activations = {maker.activations for maker in makers.values()}
+    activations = {written.activations for written in ways}
     model = QuantizedModel(
-        modules={module: scheme for module, (_, scheme) in quantized.items()},
+        modules={module: written.scheme for module, written in quantized.items()},
         unquantized=unquantized_linears(specs, quantized),
         specs=specs,
         options={} if activations == {None} else {"activations": sorted(map(str, activations))},
     )
-    return next(iter(layouts)).config_files(model)
+    return next(iter(formats)).config_files(model)
 
 
 def _as_json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+    # Half a character, which JSON can say and UTF-8 cannot, stays the escape that it was.
+    return json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.layout import DEFAULT_MAX_SHARD_BYTES, Layout, lay_out
 from tensorsurgeon.errors import BudgetError, CheckpointError, RecipeError
-from tensorsurgeon.planning.output_files import OutputFiles, output_files, quantized_modules
+from tensorsurgeon.formats.coding import Written
+from tensorsurgeon.planning.output_files import OutputFiles, output_files, written_modules
 from tensorsurgeon.planning.resolving import Resolved, Task, resolve, units_of
-from tensorsurgeon.planning.rewriting import AnyTransform, Remembering, Rewrite, Transform, steps_of
+from tensorsurgeon.planning.rewriting import AnyTransform, Rewrite, Transform, scratch_bytes, steps_of
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.names import canonical_order
 from tensorsurgeon.tensors.spec import SpecMap
@@ -72,10 +73,13 @@ class Plan:
     resolved: Resolved
     layout: Layout
     files: OutputFiles
-    quantized: dict[str, Scheme]
+    # The quantized modules that steps made, by their final names.
+    written: dict[str, Written]
     max_shard_bytes: int
     # Data and options of a calibrated run: they decide bytes as much as the recipe does.
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    # Files that a run writes beside those of the plan: the log of a calibration.
+    extra_files: tuple[str, ...] = ()
 
     @property
     def specs(self) -> SpecMap:
@@ -88,10 +92,20 @@ class Plan:
         return self.resolved.rewrites
 
     @cached_property
+    def quantized(self) -> dict[str, Scheme]:
+        """The scheme of every quantized module that the plan makes, by its final name, in file order."""
+        return {module: written.scheme for module, written in self.written.items()}
+
+    @cached_property
+    def needs_codes(self) -> bool:
+        """Whether a step asks for codes that calibration chooses."""
+        return any(written.method != "rtn" for written in self.written.values())
+
+    @cached_property
     def units(self) -> tuple[Unit, ...]:
         """All the work, in the order of the source; made when it is first asked for, since looking at a plan does not."""
         with _no_collector():
-            return _plan_units(self.resolved, self.source, self.layout)
+            return _plan_units(self.resolved, self.source, self.layout, self.steps)
 
     @property
     def output_bytes(self) -> int:
@@ -112,20 +126,9 @@ class Plan:
     @cached_property
     def peak_unit_bytes(self) -> int:
         """What the largest unit holds; a memory cap below this cannot work."""
-        # Tasks of one form hold the same; a model has few forms and many tasks, and few tasks feed others.
         tasks = self.resolved.tasks
-        alone: dict[tuple[Any, ...], int] = {}
-        largest = 0
-        for group in units_of(tasks, self.resolved.made):
-            if len(group) > 1:
-                largest = max(largest, sum(_held_bytes(tasks[n]) for n in group))
-                continue
-            step, rewrite, inputs, _ = tasks[group[0]]
-            region = rewrite[0][0]
-            form = (step, len(rewrite[0]), region[0][1], region[0][2], region[1], region[2], len(inputs[0]))
-            if form not in alone or len(rewrite[0]) > 1:
-                alone[form] = max(alone.get(form, 0), _held_bytes(tasks[group[0]]))
-        return max([largest, *alone.values()])
+        groups = units_of(tasks, self.resolved.made)
+        return max((_peak_bytes([tasks[number] for number in group], self.steps) for group in groups), default=0)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -146,8 +149,8 @@ class Plan:
         """For each step: the names of the tensors that it reads and of those that it makes."""
         return [
             (
-                {region[0][0] for rewrite in rewrites for region in rewrite[0]},
-                {region[0][0] for rewrite in rewrites for region in rewrite[1]},
+                {region.spec.name for rewrite in rewrites for region in rewrite.inputs},
+                {region.spec.name for rewrite in rewrites for region in rewrite.outputs},
             )
             for rewrites in self.rewrites
         ]
@@ -158,8 +161,8 @@ class Plan:
             unit = max(self.units, key=lambda u: u.peak_bytes)
             name = str(unit.tasks[0].rewrite.inputs[0]) if unit.tasks else "a copy"
             raise BudgetError(
-                f"{name}: needs {self.peak_unit_bytes} bytes at once, more than --max-ram {max_ram_bytes}; "
-                f"give at least {-(-self.peak_unit_bytes // 1_000_000)}MB"
+                f"{name}: needs {self.peak_unit_bytes} bytes at once",
+                remedy=f", more than {{max_ram}} {max_ram_bytes}; give at least {-(-self.peak_unit_bytes // 1_000_000)}MB",
             )
 
 
@@ -169,23 +172,23 @@ def make_plan(transform: AnyTransform, source: Checkpoint, *, max_shard_bytes: i
     Raises PlanError and its kin for whatever does not fit; nothing has been read but headers by then.
     """
     with _no_collector():
-        steps = tuple(step.for_one_plan() if isinstance(step, Remembering) else step for step in steps_of(transform))
+        steps = steps_of(transform)
         _refuse_nameless(steps)
         resolved = resolve(steps, source.specs)
         if not resolved.specs:
             raise CheckpointError("no tensor would be left in the output", where=str(source.root))
         in_order = [resolved.specs[name] for name in canonical_order(resolved.specs)]
         resolved = resolved._replace(specs=SpecMap(in_order, resolved.specs.config))
-        layout = lay_out(in_order, source.metadata, max_shard_bytes)
-        quantized = quantized_modules(steps, resolved)
-        files = output_files(steps, source, resolved.specs, quantized)
+        layout = lay_out(in_order, source.metadata, max_shard_bytes, source.stem)
+        written = written_modules(resolved)
+        files = output_files(source, resolved, written)
     return Plan(
         source=source,
         steps=steps,
         resolved=resolved,
         layout=layout,
         files=files,
-        quantized={module: scheme for module, (_, scheme) in quantized.items()},
+        written=written,
         max_shard_bytes=max_shard_bytes,
     )
 
@@ -212,7 +215,7 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _plan_units(resolved: Resolved, source: Checkpoint, layout: Layout) -> tuple[Unit, ...]:
+def _plan_units(resolved: Resolved, source: Checkpoint, layout: Layout, steps: Sequence[Transform]) -> tuple[Unit, ...]:
     writes: list[list[Write]] = [[] for _ in resolved.tasks]
     copies: list[Copy] = []
     locations = source.locations
@@ -226,29 +229,34 @@ def _plan_units(resolved: Resolved, source: Checkpoint, layout: Layout) -> tuple
                 where = locations[origin]
                 copies.append(Copy(where.shard, where.offset + start, nbytes, shard, position))
             position += nbytes
-    keyed = [(_read_position(unit, locations), unit) for unit in _computing_units(resolved, writes)]
+    keyed = [(_read_position(unit, locations), unit) for unit in _computing_units(resolved, writes, steps)]
     keyed += [((unit.copies[0].source_shard, unit.copies[0].source_offset), unit) for unit in _copy_units(copies)]
     # In the order of the source, so that a cold disk is read from front to back.
     keyed.sort(key=lambda pair: pair[0])
     return tuple(unit for _, unit in keyed)
 
 
-def _computing_units(resolved: Resolved, writes: list[list[Write]]) -> Iterator[Unit]:
+def _computing_units(resolved: Resolved, writes: list[list[Write]], steps: Sequence[Transform]) -> Iterator[Unit]:
     tasks = resolved.tasks
     for numbers in units_of(tasks, resolved.made):
         if len(numbers) == 1:
             (number,) = numbers
-            yield Unit((tasks[number],), tuple(writes[number]), (), _held_bytes(tasks[number]))
+            yield Unit((tasks[number],), tuple(writes[number]), (), _peak_bytes([tasks[number]], steps))
         else:
             members = tuple(tasks[n] for n in numbers)
-            yield Unit(members, tuple(w for n in numbers for w in writes[n]), (), sum(map(_held_bytes, members)))
+            yield Unit(members, tuple(w for n in numbers for w in writes[n]), (), _peak_bytes(members, steps))
+
+
+def _peak_bytes(tasks: Sequence[Task], steps: Sequence[Transform]) -> int:
+    """What a unit of these tasks holds: every array to its end, and the scratch of one task at a time."""
+    return sum(map(_held_bytes, tasks)) + max(scratch_bytes(steps[task.step], task.rewrite) for task in tasks)
 
 
 def _held_bytes(task: Task) -> int:
     """Bytes of the arrays that a task adds: what it makes, and the inputs that are not another task's array."""
     held = 0
     for region in task.rewrite.outputs:
-        held += region[0].nbytes if region[1] is None else region.byte_range[1]
+        held += region.byte_range[1]
     for pieces in task.inputs:
         for piece in pieces:
             if piece.origin >= 0 or len(pieces) > 1:

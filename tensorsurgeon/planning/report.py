@@ -8,7 +8,13 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+from tensorsurgeon.formats.coding import Written, written_by
+from tensorsurgeon.models.describe import describe_model, unquantized_linears
+from tensorsurgeon.models.experts import is_expert_list
+from tensorsurgeon.models.roles import Role
+from tensorsurgeon.models.selecting import why_left
 from tensorsurgeon.planning.plan import Plan
+from tensorsurgeon.planning.rewriting import Rewrite, is_reversible
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.tensors.spec import TensorSpec
 
@@ -53,6 +59,8 @@ def table(rows: list[list[str]], right: set[int] = frozenset()) -> str:  # type:
     """Rows in aligned columns; the columns numbered in ``right`` are aligned to the right."""
     if not rows:
         return ""
+    # A name may hold what would begin another line.
+    rows = [[cell.replace("\n", "\\n").replace("\t", "\\t") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = (
         "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
@@ -63,10 +71,8 @@ def table(rows: list[list[str]], right: set[int] = frozenset()) -> str:  # type:
 
 def plan_as_data(plan: Plan) -> dict[str, Any]:
     """Everything ``surgeon plan`` says, as plain data."""
-    from tensorsurgeon.planning.output_files import unquantized_linears
-
     kept = unquantized_linears(plan.specs, plan.quantized)
-    counted = [module for module in kept if not module.startswith("mtp.") and not module.endswith((".mlp.gate", ".experts"))]
+    counted = _counted_linears(plan, kept)
     inputs = {spec.name for spec in plan.source.specs.values()}
     steps = plan.step_names()
     return {
@@ -82,7 +88,6 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
             "shards": [{"name": s.name, "bytes": s.file_bytes, "tensors": len(s.specs)} for s in plan.layout.shards],
         },
         "quantized_linears": len(plan.quantized),
-        # As the model cards count: nn.Linear modules, so neither routers nor the MTP head, which no model class has.
         "linears": len(plan.quantized) + len(counted),
         "quantized": dict(Counter(map(_masked, plan.quantized))),
         "unquantized": _counted(kept),
@@ -99,24 +104,37 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
         "files_written": sorted(plan.files.contents),
         "files_copied": list(plan.files.copied),
         "left_behind": list(plan.source.left_behind),
-        "oddities": list(plan.source.oddities),
+        "oddities": [str(oddity) for oddity in plan.source.oddities],
         "tensors": group_specs(plan.specs.values()),
         "one_way_steps": one_way_steps(plan),
     }
 
 
+def _counted_linears(plan: Plan, kept: Iterable[str]) -> list[str]:
+    """As the model cards count: nn.Linear modules, so neither routers nor stacks nor the MTP head, which no class has."""
+    model = describe_model(plan.specs)
+    uses = ((module, model.module_use(module)) for module in kept if not is_expert_list(module))
+    return [module for module, use in uses if use.role is not Role.MTP and use.kind is not Role.ROUTER]
+
+
 def _reasons(plan: Plan, modules: Iterable[str], made_by_steps: list[set[str]]) -> dict[str, str]:
     """For each form of module that stays unquantized: which rule kept it out, where a step can tell."""
-    steps: list[Any] = [step for step in plan.steps if hasattr(step, "why_not")]
-    examples = {grouped_name(module): module for module in reversed(list(modules))} if steps else {}
+    quantizing = {number: written for number, rewrites in enumerate(plan.rewrites) for written in _written(rewrites)}
+    examples = {grouped_name(module): module for module in reversed(list(modules))} if quantizing else {}
     reasons = {}
     for form, module in examples.items():
         # Stacked experts have no tensor called weight.
         name = f"{module}.weight" if f"{module}.weight" in plan.specs else f"{module}.down_proj"
         # A later step's name for it is not the one that the rules were matched with.
-        if not any(name in made for made in made_by_steps[plan.steps.index(steps[0]) :]):
-            reasons[form] = "; ".join(dict.fromkeys(step.why_not(name) for step in steps))
+        if not any(name in made for made in made_by_steps[min(quantizing) :]):
+            reasons[form] = "; ".join(dict.fromkeys(why_left(plan.specs, name, w.where, w.exclude) for w in quantizing.values()))
     return reasons
+
+
+def _written(rewrites: Iterable[Rewrite]) -> list[Written]:
+    """How a step that chooses among weights writes them: the first of its ways stands for all."""
+    first = next((written for rewrite in rewrites if (written := written_by(rewrite.detail)) is not None), None)
+    return [first] if first is not None and first.where else []
 
 
 def _counted(modules: Iterable[str]) -> dict[str, int]:
@@ -131,10 +149,8 @@ def _dropped(plan: Plan) -> dict[str, int]:
 
 
 def one_way_steps(plan: Plan) -> list[str]:
-    """Steps that have no inverse."""
-    from tensorsurgeon.planning.rewriting import Reversible
-
-    return [type(step).__name__.lower() for step in plan.steps if not isinstance(step, Reversible)]
+    """Steps whose work nothing can undo."""
+    return [type(step).__name__.lower() for step in plan.steps if not is_reversible(step)]
 
 
 def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:

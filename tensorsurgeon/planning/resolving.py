@@ -53,84 +53,81 @@ class Resolved(NamedTuple):
 def resolve(steps: Sequence[Transform], source: SpecMap) -> Resolved:
     """Plan every step in turn and express the result in bytes of the source and arrays of tasks."""
     specs = source
-    contents: dict[str, Pieces] = {
-        spec.name: (Piece(i, 0, spec.nbytes),) if spec.nbytes else () for i, spec in enumerate(source.values())
-    }
-    tasks: list[Task] = []
-    made: list[tuple[int, int]] = []
+    contents = _Contents(source)
     rewrites_of_steps = []
     for number, step in enumerate(steps):
         rewrites = step.plan(specs)
-        rewrites_of_steps.append(rewrites)
         specs_after = advance(specs, rewrites)
         _check_inputs(specs, rewrites)
+        contents.take(number, rewrites)
+        rewrites_of_steps.append(rewrites)
+        specs = specs_after
+    _check_bytes(specs, contents.pieces)
+    return Resolved(specs, contents.pieces, contents.tasks, contents.made, rewrites_of_steps)
+
+
+class _Contents:
+    """Of what pieces each tensor consists, while steps are taken one after the other."""
+
+    def __init__(self, source: SpecMap) -> None:
+        self.pieces = {spec.name: _whole(number, spec.nbytes) for number, spec in enumerate(source.values())}
+        self.tasks: list[Task] = []
+        self.made: list[tuple[int, int]] = []
+
+    def take(self, step: int, rewrites: Sequence[Rewrite]) -> None:
+        """Replace the tensors that a step reads by those that it makes."""
         whole: dict[str, Pieces] = {}
         partial: dict[str, list[tuple[int, Pieces]]] = defaultdict(list)
         ends: dict[str, list[int]] = {}
         for rewrite in rewrites:
-            regions, outputs, moves = rewrite
-            inputs = [
-                contents[region[0][0]] if region[1] is None else _cut(contents[region[0][0]], region, ends) for region in regions
-            ]
-            if moves and len(inputs) == 1 and len(outputs) == 1 and outputs[0][1] is None:
-                # By far the commonest rewrite: one tensor or slice under a new name.
-                whole[outputs[0][0][0]] = inputs[0]
-                continue
-            if moves:
-                for region, pieces in zip(outputs, _move(rewrite, inputs), strict=True):
-                    if region[1] is None:
-                        whole[region[0][0]] = pieces
-                    else:
-                        partial[region[0][0]].append((region.byte_range[0], pieces))
-                continue
-            for region in regions:
-                if region[0][1].numpy is None:
-                    raise SpecError(_no_array(region))
-            first = origin = -1 - len(made)
-            for region in outputs:
-                spec, start, _ = region
-                if spec[1].numpy is None:
-                    raise SpecError(_no_array(region))
-                made.append((len(tasks), first - origin))
-                if start is None:
-                    nbytes = spec.nbytes
-                    whole[spec[0]] = (Piece(origin, 0, nbytes),) if nbytes else ()
+            inputs = [self._read(region, ends) for region in rewrite.inputs]
+            outputs = _move(rewrite, inputs) if rewrite.moves_bytes else self._made(step, rewrite, inputs)
+            for region, pieces in zip(rewrite.outputs, outputs, strict=True):
+                if region.start is None:
+                    whole[region.spec.name] = pieces
                 else:
-                    begin, nbytes = region.byte_range
-                    partial[spec[0]].append((begin, (Piece(origin, 0, nbytes),) if nbytes else ()))
-                origin -= 1
-            tasks.append(Task(number, rewrite, tuple(inputs), range(first, origin, -1)))
-        for name in {region[0][0] for rewrite in rewrites for region in rewrite[0]}:
-            del contents[name]
-        contents.update(whole)
+                    partial[region.spec.name].append((region.byte_range[0], pieces))
+        for name in {region.spec.name for rewrite in rewrites for region in rewrite.inputs}:
+            del self.pieces[name]
+        self.pieces.update(whole)
         for name, parts in partial.items():
             parts.sort(key=lambda part: part[0])
-            contents[name] = _joined([p for _, pieces in parts for p in pieces])
-        specs = specs_after
-    _check_bytes(specs, contents)
-    return Resolved(specs, contents, tasks, made, rewrites_of_steps)
+            self.pieces[name] = _joined([piece for _, pieces in parts for piece in pieces])
+
+    def _read(self, region: Region, ends: dict[str, list[int]]) -> Pieces:
+        pieces = self.pieces[region.spec.name]
+        return pieces if region.start is None else _cut(pieces, region, ends)
+
+    def _made(self, step: int, rewrite: Rewrite, inputs: Sequence[Pieces]) -> list[Pieces]:
+        """The arrays of a new task, one per output."""
+        for region in (*rewrite.inputs, *rewrite.outputs):
+            if region.spec.dtype.numpy is None:
+                raise SpecError(f"{region.spec}: elements narrower than a byte have no array form; they can only be moved whole")
+        first = -1 - len(self.made)
+        origins = range(first, first - len(rewrite.outputs), -1)
+        self.made += [(len(self.tasks), position) for position in range(len(origins))]
+        self.tasks.append(Task(step, rewrite, tuple(inputs), origins))
+        return [_whole(origin, region.byte_range[1]) for origin, region in zip(origins, rewrite.outputs, strict=True)]
 
 
-def _no_array(region: Region) -> str:
-    return f"{region.spec}: elements narrower than a byte have no array form; they can only be moved whole"
+def _whole(origin: int, nbytes: int) -> Pieces:
+    return (Piece(origin, 0, nbytes),) if nbytes else ()
 
 
 def _check_bytes(specs: SpecMap, contents: dict[str, Pieces]) -> None:
     """Every tensor has exactly its bytes: a step that says it moves bytes may not change how many there are."""
     for name, spec in specs.items():
-        pieces = contents[name]
-        found = pieces[0][2] if len(pieces) == 1 else sum(piece[2] for piece in pieces)
+        found = sum(piece.nbytes for piece in contents[name])
         if found != spec.nbytes:
             raise PlanError(f"{spec}: takes {spec.nbytes} bytes, but the steps that make it move {found}")
 
 
 def _check_inputs(specs: SpecMap, rewrites: Sequence[Rewrite]) -> None:
     for rewrite in rewrites:
-        for region in rewrite[0]:
-            spec = region[0]
-            found = specs.get(spec[0])
-            if found is not spec and found != spec:
-                raise PlanError(f"{region.spec}: a step plans to read this tensor, but it is {specs.get(region.spec.name)}")
+        for region in rewrite.inputs:
+            found = specs.get(region.spec.name)
+            if found is not region.spec and found != region.spec:
+                raise PlanError(f"{region.spec}: a step plans to read this tensor, but it is {found}")
 
 
 def _cut(pieces: Pieces, region: Region, ends: dict[str, list[int]]) -> Pieces:
@@ -165,6 +162,7 @@ def _slice(pieces: Sequence[Piece], ends: Sequence[int], begin: int, nbytes: int
 
 def _move(rewrite: Rewrite, inputs: Sequence[Pieces]) -> list[Pieces]:
     if len(inputs) == 1 and len(rewrite.outputs) == 1:
+        # By far the commonest: one tensor or slice under a new name.
         return [inputs[0]]
     pieces = [p for piece in inputs for p in piece]
     ends = list(accumulate(p.nbytes for p in pieces))

@@ -1,18 +1,17 @@
 """What a transform says, and how one step's statement changes the set of tensors.
 
-A transform states its rewrites once, as values; names, sizes, units, memory and the inverse follow from them.
+A transform states its rewrites once, as values; names, sizes, units and memory follow from them.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from tensorsurgeon.errors import NameCollisionError, NotReversibleError, PlanError, RecipeError, SpecError
+from tensorsurgeon.errors import NameCollisionError, PlanError, RecipeError, SpecError
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 Array = np.ndarray
@@ -22,12 +21,16 @@ class Rewrite(NamedTuple):
     """These regions become those regions.
 
     Several rewrites may fill one output tensor; together they tile it exactly. A rewrite without outputs drops its
-    inputs. ``moves_bytes``: the inputs' bytes in order are the outputs' bytes in order, so no array is ever made.
+    inputs, one without inputs adds a tensor. ``moves_bytes``: the inputs' bytes in order are the outputs' bytes in order,
+    so no array is ever made. ``detail``: what the step found out when it planned and neither names nor shapes show (how
+    a module is stored, under which scheme it is written): a frozen value, handed back to it in ``apply``, so that a step
+    keeps nothing between the two and a worker elsewhere needs nothing else.
     """
 
     inputs: tuple[Region, ...]
     outputs: tuple[Region, ...]
     moves_bytes: bool = False
+    detail: Hashable = None
 
 
 class Transform(Protocol):
@@ -42,70 +45,15 @@ class Transform(Protocol):
         ...
 
 
-@runtime_checkable
-class Reversible(Protocol):
-    """A transform whose work can be undone, given what it did."""
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Transform: ...
+def is_reversible(step: Transform) -> bool:
+    """Whether another transform could restore what this one read; a class says so by ``reversible = True``."""
+    return bool(getattr(type(step), "reversible", False))
 
 
-@runtime_checkable
-class Remembering(Protocol):
-    """A transform whose ``plan`` notes what ``apply`` needs, which rewrites alone do not say (the source's layout)."""
-
-    def for_one_plan(self) -> Transform:
-        """The same transform with nothing noted: each plan gets its own, or a second plan would change the first."""
-        ...
-
-
-class Moves:
-    """A transform given by finished rewrites that move bytes: the inverse of splitting, renaming, reshaping.
-
-    Its plan checks that the tensors are still what the rewrites say.
-    """
-
-    def __init__(self, rewrites: tuple[Rewrite, ...]) -> None:
-        self.rewrites = rewrites
-
-    def __repr__(self) -> str:
-        # A plan's fingerprint is made of this, so it must name the rewrites and no address in memory.
-        digest = hashlib.sha256()
-        for rewrite in self.rewrites:
-            digest.update(f"{rewrite}\n".encode())
-        return f"Moves({len(self.rewrites)} rewrites, sha256 {digest.hexdigest()})"
-
-    def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        for region in (r for rewrite in self.rewrites for r in rewrite.inputs):
-            found = specs.get(region.spec.name)
-            if found != region.spec:
-                raise PlanError(f"{region.spec.name}: expected {region.spec}, found {found or 'no such tensor'}")
-        return self.rewrites
-
-    def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
-        return move_arrays(rewrite, inputs)
-
-    def inverse(self, rewrites: tuple[Rewrite, ...]) -> Moves:
-        return turned_around(rewrites)
-
-
-def turned_around(rewrites: Iterable[Rewrite]) -> Moves:
-    """The inverse of byte moves: each rewrite read backwards."""
-    return Moves(tuple(Rewrite(r.outputs, r.inputs, True) for r in rewrites))
-
-
-def move_arrays(rewrite: Rewrite, inputs: Sequence[Array]) -> list[Array]:
-    """Carry out a byte move on arrays; the executor moves bytes in files instead and never calls this."""
-    data = b"".join(np.ascontiguousarray(a).tobytes() for a in inputs)
-    result = []
-    position = 0
-    for region in rewrite.outputs:
-        nbytes = region.byte_range[1]
-        dtype = region.spec.dtype.numpy
-        if dtype is None:
-            raise PlanError(f"{region.spec}: elements narrower than a byte have no array form")
-        result.append(np.frombuffer(data, dtype, nbytes // dtype.itemsize, position).reshape(region.shape))
-        position += nbytes
-    return result
+def scratch_bytes(step: Transform, rewrite: Rewrite) -> int:
+    """What ``apply`` holds at its fullest beside the rewrite's inputs and outputs, as the step's class says; 0 if it does not."""
+    stated = getattr(type(step), "scratch_bytes", None)
+    return 0 if stated is None else int(stated(step, rewrite))
 
 
 class Chain:
@@ -114,15 +62,6 @@ class Chain:
     def __init__(self, steps: Sequence[Transform | Chain], name: str | None = None) -> None:
         self.steps = tuple(steps)
         self.name = name
-
-    def inverse(self, rewrites_of_steps: Sequence[tuple[Rewrite, ...]]) -> Chain:
-        """The steps undone from last to first; NotReversibleError names the step that has no inverse."""
-        undone: list[Transform] = []
-        for step, rewrites in zip(steps_of(self), rewrites_of_steps, strict=True):
-            if not isinstance(step, Reversible):
-                raise NotReversibleError(f"{type(step).__name__.lower()} loses information and has no inverse")
-            undone.insert(0, step.inverse(rewrites))
-        return Chain(undone)
 
 
 AnyTransform = Transform | Chain | Sequence["AnyTransform"]
@@ -153,60 +92,42 @@ def advance(specs: SpecMap, rewrites: Sequence[Rewrite]) -> SpecMap:
     depends on how the source was sharded. Raises if outputs collide with each other or with what stays, if
     rewrites leave part of a tensor behind, or do not tile their outputs.
     """
-    anchored: dict[str, Sequence[Region]] = {}
-    owner: dict[str, TensorSpec] = {}
-    consumed: set[str] = set()
     tiles = _Tiles()
-    whole, reads = tiles.whole, tiles.reads
-    for inputs, outputs, _ in rewrites:
-        for spec, start, stop in inputs:
-            name = spec[0]
-            consumed.add(name)
-            if start is None or stop is None:
-                whole.add(name)
-            elif name in reads:
-                reads[name][1].append((start, stop))
-            else:
-                reads[name] = spec, [(start, stop)]
-        anchor = inputs[0][0][0]
-        again: set[int] = set()
-        for region in outputs:
-            spec, start, _ = region
-            name = spec[0]
-            known = owner.get(name)
+    made: dict[str, TensorSpec] = {}
+    # By the name of the first input: what stands in its place. What has no input stands at the end.
+    standing: dict[str | None, list[TensorSpec]] = defaultdict(list)
+    for rewrite in rewrites:
+        for region in rewrite.inputs:
+            tiles.read(region)
+        anchor = rewrite.inputs[0].spec.name if rewrite.inputs else None
+        for region in rewrite.outputs:
+            spec = region.spec
+            known = made.get(spec.name)
             if known is None:
-                owner[name] = spec
-            elif start is None or known != spec or spec not in tiles.written:
+                made[spec.name] = spec
+                standing[anchor].append(spec)
+            elif region.start is None or known != spec or spec not in tiles.written:
                 raise NameCollisionError(
                     f"{spec.name}: two rewrites make a tensor of this name ({known} and {spec}, the latter from "
                     f"{anchor}); make the templates tell them apart"
                 )
-            else:
-                # It stands where the first of its rewrites put it.
-                again.add(id(region))
-            if start is not None:
+            if region.start is not None:
                 tiles.write(region)
-        made = outputs if not again else tuple(region for region in outputs if id(region) not in again)
-        before = anchored.get(anchor)
-        if before is None:
-            anchored[anchor] = made
-        elif isinstance(before, list):
-            before.extend(made)
-        else:
-            anchored[anchor] = [*before, *made]
     for name in ("", "__metadata__"):
-        if name in owner:
+        if name in made:
             raise NameCollisionError(f"{name!r} cannot be the name of a tensor; change the template that makes it")
     tiles.check()
     result = SpecMap(config=specs.config)
     for name, spec in specs.items():
-        if name not in consumed:
-            if name in owner:
+        if name in standing:
+            for output in standing[name]:
+                result[output.name] = output
+        elif name not in tiles.whole and name not in tiles.reads:
+            if name in made:
                 raise NameCollisionError(f"{name}: a rewrite makes a tensor of this name, but one exists and stays")
             result[name] = spec
-        elif name in anchored:
-            for region in anchored[name]:
-                result[region[0][0]] = region[0]
+    for output in standing.get(None, ()):
+        result[output.name] = output
     return result
 
 
@@ -217,6 +138,15 @@ class _Tiles:
         self.whole: set[str] = set()
         self.reads: dict[str, tuple[TensorSpec, list[tuple[int, int]]]] = {}
         self.written: dict[TensorSpec, list[tuple[int, int]]] = defaultdict(list)
+
+    def read(self, region: Region) -> None:
+        spec, start, stop = region
+        if start is None or stop is None:
+            self.whole.add(spec.name)
+        elif spec.name in self.reads:
+            self.reads[spec.name][1].append((start, stop))
+        else:
+            self.reads[spec.name] = spec, [(start, stop)]
 
     def write(self, region: Region) -> None:
         assert region.start is not None

@@ -22,11 +22,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from tensorsurgeon.quant.loops.loader import Kernels
 from tensorsurgeon.quant.loops.tiles import PACKED_TILE
 from tensorsurgeon.tensors.arrays import empty
-
-_kernels = Kernels("bitpack")
 
 NATURAL_ORDER: Final = (0, 1, 2, 3, 4, 5, 6, 7)
 AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -44,6 +41,8 @@ def pack_rows(codes: np.ndarray, num_bits: int, *, offset: int = 0, order: Seque
     ``order`` (4 bits only): nibble i of each word holds element ``order[i]`` of its eight; a row that ends inside a
     word has zeros for the missing elements, wherever the order puts them.
     """
+    from tensorsurgeon.quant.loops import bitpack as loops
+
     _check(codes, num_bits, order)
     rows, columns = codes.shape
     codes = _padded(codes, -offset)
@@ -53,13 +52,13 @@ def pack_rows(codes: np.ndarray, num_bits: int, *, offset: int = 0, order: Seque
     flat = words.reshape(-1).view(np.uint32)
     shift = np.uint64(offset % 256)
     if num_bits == 4:
-        _kernels.pack4(lanes, shift, flat)
+        loops.pack4(lanes, shift, flat)
     elif num_bits == 8:
-        _kernels.pack8(lanes, shift, flat.view(np.uint64))
+        loops.pack8(lanes, shift, flat.view(np.uint64))
     else:
-        _kernels.pack_any(lanes, shift, num_bits, flat)
+        loops.pack_any(lanes, shift, num_bits, flat)
     if order is not None and tuple(order) != NATURAL_ORDER:
-        _kernels.permute_nibbles(flat, np.array(order, np.int64))
+        loops.permute_nibbles(flat, np.array(order, np.int64))
     return _first_columns(words, words_per_row(columns, num_bits))
 
 
@@ -77,6 +76,8 @@ def unpack_rows(
     The code is ``stored - offset`` modulo 2**b, taken from the signed range [-2**(b-1), 2**(b-1)) or from
     [0, 2**b): the inverse of ``pack_rows`` for codes of that range.
     """
+    from tensorsurgeon.quant.loops import bitpack as loops
+
     _check(words, num_bits, order, np.int32)
     if words.shape[1] < words_per_row(count, num_bits):
         raise ValueError(f"{count} codes of {num_bits} bits do not fit in {words.shape[1]} words")
@@ -88,17 +89,17 @@ def unpack_rows(
     flat = _flat(words, np.uint32)
     if order is not None and tuple(order) != NATURAL_ORDER:
         flat = flat.copy()
-        _kernels.permute_nibbles(flat, np.argsort(np.array(order, np.int64)))
+        loops.permute_nibbles(flat, np.argsort(np.array(order, np.int64)))
     codes = empty((rows, blocks * 32), np.int8 if signed else np.uint8)
     lanes = codes.reshape(-1).view(np.uint64)
     # A byte needs no extending: its sign bit is the sign already.
     sign = np.uint64(1 << (num_bits - 1) if signed and num_bits < 8 else 0)
     if num_bits == 4:
-        _kernels.unpack4(flat, np.uint64(offset % 256), sign, lanes)
+        loops.unpack4(flat, np.uint64(offset % 256), sign, lanes)
     elif num_bits == 8:
-        _kernels.pack8(_flat(flat, np.uint64), np.uint64(-offset % 256), lanes)
+        loops.pack8(_flat(flat, np.uint64), np.uint64(-offset % 256), lanes)
     else:
-        _kernels.unpack_any(flat, np.uint64(offset % 256), num_bits, sign, lanes)
+        loops.unpack_any(flat, np.uint64(offset % 256), num_bits, sign, lanes)
     return _first_columns(codes, count)
 
 
@@ -118,6 +119,8 @@ def unpack_columns(words: np.ndarray, num_bits: int, count: int, *, offset: int 
 
 def pack_transposed(codes: np.ndarray, num_bits: int, *, offset: int = 0, order: Sequence[int] | None = None) -> np.ndarray:
     """[N, K] -> int32 [K, ceil(N b / 32)]: ``pack_rows(codes.T)``, without the transpose for whole 4-bit words."""
+    from tensorsurgeon.quant.loops import bitpack as loops
+
     _check(codes, num_bits, order)
     rows, columns = codes.shape
     if num_bits != 4 or rows % 8:
@@ -125,7 +128,7 @@ def pack_transposed(codes: np.ndarray, num_bits: int, *, offset: int = 0, order:
     words = empty((columns, rows // 8), np.int32)
     tile = empty(PACKED_TILE, np.uint32)
     slots = np.array(NATURAL_ORDER if order is None else order, np.int64)
-    _kernels.pack4_down(np.ascontiguousarray(codes).view(np.uint8), slots, np.uint8(offset % 256), words.view(np.uint32), tile)
+    loops.pack4_down(np.ascontiguousarray(codes).view(np.uint8), slots, np.uint8(offset % 256), words.view(np.uint32), tile)
     return words
 
 
@@ -192,6 +195,8 @@ def _first_columns(array: np.ndarray, count: int) -> np.ndarray:
 
 
 def _transposed(array: np.ndarray) -> np.ndarray:
+    from tensorsurgeon.quant.loops import bitpack as loops
+
     target = empty((array.shape[1], array.shape[0]), array.dtype)
-    _kernels.transpose(np.require(array, requirements=["C", "A"]), target)
+    loops.transpose(np.require(array, requirements=["C", "A"]), target)
     return target

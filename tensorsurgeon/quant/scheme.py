@@ -24,7 +24,8 @@ class Scheme:
 
     ``type``: ``int`` (two's complement of ``num_bits``), ``fp8`` (E4M3), ``nvfp4`` (E2M1, groups of 16 with E4M3
     scales and a global scale) or ``mxfp4`` (E2M1, groups of 32 with E8M0 scales).
-    ``group_size``: inputs per scale along a row; -1 is one scale per output channel.
+    ``group_size``: inputs per scale along a row, the last group may be short; -1 is one scale per output channel, 0
+    one scale for the whole weight (read, never written).
     ``block``: rows x columns per scale (FP8 128 x 128); excludes ``group_size``.
     ``rule``: the tool whose scales and rounding are matched to the bit (formats.md section 0).
     ``scale_dtype``: what the format stores; scales are rounded to it before codes are chosen where the tool does so.
@@ -50,7 +51,7 @@ class Scheme:
 
     def groups(self, in_features: int) -> int:
         """Scales along one row."""
-        return 1 if self.group_size == -1 else in_features // self.group_size
+        return 1 if self.group_size < 1 else -(-in_features // self.group_size)
 
 
 class Quantized(NamedTuple):

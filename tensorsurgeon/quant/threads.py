@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Torch's own threads off: workers over batches use the cores better, and small products lose nothing to hand-overs.
 
-    It also makes the bits those of one thread, whatever the machine.
+    It also makes the bits those of one thread, whatever the machine: products of 2,048 terms and more are split between
+    threads, and sums of them then come out otherwise. Works as a decorator too.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -27,15 +24,10 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def map_in_threads(work: Callable[[Item], Result], items: Sequence[Item], workers: int) -> list[Result]:
-    """``work`` of each item, in order, by ``workers`` threads with one torch thread each; with one, in this thread."""
-    if workers <= 1:
-        return [work(item) for item in items]
+def torch_pool(workers: int) -> ThreadPoolExecutor:
+    """A pool whose threads each use one torch thread, from their very first product on.
 
-    def quietly(item: Item) -> Result:
-        # Grad mode belongs to a thread.
-        with torch.no_grad():
-            return work(item)
-
-    with one_torch_thread(), ThreadPoolExecutor(min(workers, max(1, len(items)))) as pool:
-        return list(pool.map(quietly, items))
+    Torch hands its number of threads to a thread of ours only with that thread's first elementwise operation; a product
+    before it would be split over the whole machine.
+    """
+    return ThreadPoolExecutor(workers, thread_name_prefix="calibrate", initializer=torch.set_num_threads, initargs=(1,))

@@ -8,7 +8,8 @@ from typing import Any
 
 from tensorsurgeon.errors import RecipeError, did_you_mean
 from tensorsurgeon.planning.rewriting import Chain
-from tensorsurgeon.recipes.recipe import Recipe, build, read_recipe
+from tensorsurgeon.recipes.recipe import build
+from tensorsurgeon.recipes.transform_file import Recipe, read_recipe
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -31,11 +32,11 @@ def find_recipe(name: str) -> Recipe:
     if path.suffix in _SUFFIXES or "/" in name:
         if not path.is_file():
             raise RecipeError(f"{name}: no such transform file")
-        return read_recipe(path)
+        return read_recipe(path, _beside)
     builtin = transforms_folder() / f"{name}.yaml"
     if not builtin.is_file():
         raise RecipeError(f"unknown transform {name!r}{did_you_mean(name, builtin_names())}")
-    return read_recipe(builtin)
+    return read_recipe(builtin, _beside)
 
 
 def load_transform(name: str, parameters: Mapping[str, Any] | None = None, **overrides: Any) -> Chain:
@@ -46,7 +47,11 @@ def load_transform(name: str, parameters: Mapping[str, Any] | None = None, **ove
 
 def _find_beside(name: str, user: Recipe) -> Recipe:
     """What ``use`` names: a file is looked up beside the file that uses it."""
+    return _beside(name, Path(user.where))
+
+
+def _beside(name: str, user: Path) -> Recipe:
     path = Path(name)
     if path.suffix in _SUFFIXES and not path.is_absolute():
-        return find_recipe(str(Path(user.where).parent / path))
+        return find_recipe(str(user.parent / path))
     return find_recipe(name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
 from tensorsurgeon.errors import RecipeError
 
+# A transform of a hundred steps has some thousand.
+_MAX_VALUES: Final = 100_000
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -23,14 +25,31 @@ def parse_yaml(text: str, where: str) -> Any:
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
+        _refuse_too_many(node, where)
         return None if node is None else _value(loader, node, where)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise RecipeError(f"not valid YAML: {error.problem}", where=f"{where}:{line}") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"not valid YAML: {error}", where=where) from error
     finally:
         loader.dispose()
+
+
+def _refuse_too_many(node: Any, where: str) -> None:
+    """Count what aliases stand for before anything is made of them: a few lines can mean billions of values."""
+    values: dict[int, int] = {}
+
+    def count(node: Any) -> int:
+        if id(node) not in values:
+            values[id(node)] = _MAX_VALUES + 1  # while it is counted: an alias that holds itself has no end
+            children = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+            below = 0 if isinstance(node, yaml.ScalarNode) else sum(map(count, children))
+            values[id(node)] = 1 + below
+        return values[id(node)]
+
+    if node is not None and count(node) > _MAX_VALUES:
+        raise RecipeError(f"stands for more than {_MAX_VALUES} values, by aliases of aliases; write them out", where=where)
 
 
 def _value(loader: Any, node: Any, where: str) -> Any:

@@ -1,14 +1,4 @@
-"""From a transform's YAML to ops, strictly: unknown keys, wrong types and unused parameters are errors with a line.
-
-description: What it does, in one sentence.
-parameters:
-  num_bits: {default: 8, description: bits per weight}
-steps:
-  - use: split-experts
-    with: {where: "maybe:{path*}.mlp.experts.gate_up_proj"}
-  - quantize: {where: "{path*}.weight", format: ct-packed, num_bits: "${num_bits}"}
-    when: "${quantize}"
-"""
+"""From a parsed transform to ops: parameters are filled in, types and conditions checked."""
 
 from __future__ import annotations
 
@@ -18,93 +8,15 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from functools import cache
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from tensorsurgeon.errors import RecipeError, SurgeonError, did_you_mean
 from tensorsurgeon.ops.registry import OPS, op_named
 from tensorsurgeon.planning.rewriting import Chain
-from tensorsurgeon.recipes.located_yaml import Located, parse_yaml
+from tensorsurgeon.recipes.located_yaml import parse_yaml
+from tensorsurgeon.recipes.transform_file import REFERENCE, Parameter, Recipe
 
-_REFERENCE = re.compile(r"\$\{(\w+)\}")
 _MAX_DEPTH = 8
-
-
-class Parameter(NamedTuple):
-    """A parameter of a transform: its default decides its type."""
-
-    name: str
-    default: Any
-    description: str
-    choices: tuple[Any, ...] | None
-
-
-class Recipe(NamedTuple):
-    """A parsed transform file: what it is for, its parameters and its steps, not yet filled in."""
-
-    name: str
-    description: str
-    parameters: dict[str, Parameter]
-    steps: list[Located]
-    where: str
-
-
-def read_recipe(path: Path) -> Recipe:
-    """Parse a transform file; RecipeError names the line of a fault."""
-    where = str(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot be read: {error}", where=where) from error
-    document = parse_yaml(text, where)
-    if not isinstance(document, Located):
-        raise RecipeError("a transform is a mapping with description and steps", where=where)
-    _known_keys(document, ("description", "parameters", "steps"), where)
-    description = document.get("description")
-    if not isinstance(description, str) or not description.strip():
-        raise RecipeError("description is missing: say in a sentence what the transform does", where=where)
-    steps = document.get("steps")
-    if not isinstance(steps, list) or not steps or not all(isinstance(step, Located) for step in steps):
-        raise RecipeError("steps must be a list of ops", where=where)
-    parameters = _parameters(document.get("parameters") or Located(), where)
-    _check_references(steps, parameters, document, where)
-    return Recipe(path.stem, " ".join(description.split()), parameters, steps, where)
-
-
-def _known_keys(found: Located, known: tuple[str, ...], where: str) -> None:
-    for key in found:
-        if key not in known:
-            raise RecipeError(f"unknown key {key!r}{did_you_mean(key, known)}", where=f"{where}:{found.lines[key]}")
-
-
-def _parameters(found: Any, where: str) -> dict[str, Parameter]:
-    if not isinstance(found, Located) and found:
-        raise RecipeError("parameters must be a mapping", where=where)
-    parameters = {}
-    for name, body in found.items():
-        at = f"{where}:{found.lines[name]}"
-        if not isinstance(body, Located) or "default" not in body or "description" not in body:
-            raise RecipeError(f"parameter {name!r} needs a default and a description", where=at)
-        _known_keys(body, ("default", "description", "choices"), where)
-        choices = body.get("choices")
-        parameters[name] = Parameter(name, body["default"], str(body["description"]), tuple(choices) if choices else None)
-    return parameters
-
-
-def _check_references(steps: list[Located], parameters: Mapping[str, Parameter], document: Located, where: str) -> None:
-    """Every ``${name}`` is a parameter, also in steps that a condition skips, and every parameter is used."""
-    used: set[str] = set()
-    for step in steps:
-        for name in _REFERENCE.findall(repr(step)):
-            used.add(name)
-            if name not in parameters:
-                raise RecipeError(
-                    f"${{{name}}} is no parameter{did_you_mean(name, list(parameters))}", where=f"{where}:{step.line}"
-                )
-    for name in parameters:
-        if name not in used:
-            line = document["parameters"].lines[name]
-            raise RecipeError(f"parameter {name!r} is not used by any step", where=f"{where}:{line}")
 
 
 def build(
@@ -121,7 +33,7 @@ def build(
     steps = []
     for number, step in enumerate(recipe.steps, 1):
         at = f"{recipe.where}:{step.line}: step {number}"
-        words = [key for key in step if key not in ("when", "with")]
+        words = [key for key in step if key not in ("when", "with", "inherit")]
         if len(words) != 1:
             raise RecipeError(f"a step names one op (or use), found {', '.join(words) or 'none'}", where=at)
         (word,) = words
@@ -134,6 +46,8 @@ def build(
                 raise RecipeError("'use' names a transform, and 'with' maps its parameters to values", where=at)
             try:
                 inner = find(body, recipe)
+                if step.get("inherit"):
+                    arguments = {key: values[key] for key in inner.parameters if key in values} | arguments
                 for key, value in arguments.items():
                     # One pattern for a list of patterns; only the command line cuts words at commas.
                     if isinstance(value, str) and key in inner.parameters and isinstance(inner.parameters[key].default, list):
@@ -186,7 +100,7 @@ def _from_text(text: str, default: Any) -> Any:
     if isinstance(default, bool):
         return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(text.lower(), text)
     if isinstance(default, int):
-        return int(text) if re.fullmatch(r"-?\d+", text) else text
+        return int(text) if re.fullmatch(r"-?\d{1,18}", text) else text
     if default is None:
         # The default says nothing of the type: read the text as YAML would.
         if re.fullmatch(r"[\w.+-]+(,[\w.+-]+)+", text):
@@ -217,10 +131,10 @@ def _fill(value: Any, values: Mapping[str, Any], at: str) -> Any:
         return values[name]
 
     if isinstance(value, str):
-        whole = _REFERENCE.fullmatch(value)
+        whole = REFERENCE.fullmatch(value)
         if whole:
             return lookup(whole.group(1))
-        return _REFERENCE.sub(lambda found: _word(found.group(1), lookup(found.group(1)), at), value)
+        return REFERENCE.sub(lambda found: _word(found.group(1), lookup(found.group(1)), at), value)
     if isinstance(value, list):
         result: list[Any] = []
         for item in value:

@@ -7,31 +7,22 @@ decides what is written: workers, memory cap and order change no byte.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
-
-import numpy as np
-import xxhash
 
 from tensorsurgeon.checkpoint.sink import Sink
 from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.errors import Interrupted, SurgeonError
-from tensorsurgeon.planning.plan import Copy, Plan, Unit
-from tensorsurgeon.planning.resolving import Pieces, Task
-from tensorsurgeon.planning.rewriting import Array, Transform
-from tensorsurgeon.running.checks import check_produced
+from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.running.journal import Journal
+from tensorsurgeon.running.unit import CodesProvider, run_unit
 from tensorsurgeon.running.work_queue import WorkQueue, warming_up
-from tensorsurgeon.tensors.arrays import Workspace, empty, workspace_of_thread
-from tensorsurgeon.tensors.spec import Region
+from tensorsurgeon.tensors.arrays import Workspace, workspace_of_thread
 
 # Data is made durable and journalled in batches, for a sync per unit would cost more than the unit; in small ones, so
 # that the disk is busy from the start. What is finished during a sync goes with the next.
 COMMIT_BYTES = 32 << 20
-# Small enough for a core's own cache: bytes are read, digested and written while they are warm. The kernel's own
-# ``copy_file_range`` moves 64 KB at a time under the file's lock, and leaves the digest to read them again.
-_COPY_BUFFER = 1 << 20
 
 
 class UnitResult(NamedTuple):
@@ -60,15 +51,18 @@ def run_units(
     stop: threading.Event,
     progress: Callable[[Progress], None] = lambda _: None,
     only: Iterable[int] | None = None,
+    codes: CodesProvider | None = None,
 ) -> dict[int, list[str]]:
     """Run every unit that is not done, or those of ``only``; returns the digests of all that are done by then.
+
+    ``codes`` hands over what calibration chose for the rewrites whose method asks for it.
 
     The first error stops the others in order, after what is finished was journalled. ``stop`` does the same from
     outside and ends in Interrupted.
     """
     todo = [number for number in (range(len(plan.units)) if only is None else only) if number not in done]
     with warming_up(plan, todo) as is_warm:
-        run = _Run(plan, source, sink, journal, max_ram_bytes, stop, progress)
+        run = _Run(plan, source, sink, journal, max_ram_bytes, stop, progress, codes)
         run.go(WorkQueue(plan, todo, is_warm), workers, len(todo))
     return {**done, **run.digests}
 
@@ -83,8 +77,10 @@ class _Run:
         max_ram_bytes: int,
         stop: threading.Event,
         progress: Callable[[Progress], None],
+        codes: CodesProvider | None,
     ) -> None:
         self.plan = plan
+        self.codes = codes
         self.source = source
         self.sink = sink
         self.journal = journal
@@ -129,18 +125,18 @@ class _Run:
             raise Interrupted(f"stopped after {len(self.digests)} of {count} units; what is done is kept")
 
     def _work(self, queue: WorkQueue) -> None:
+        held = 0
         with workspace_of_thread() as workspace:
-            while (number := self._admit(queue)) is not None:
+            while (number := self._admit(queue, workspace, held)) is not None:
                 unit = self.plan.units[number]
+                # Given back when the next unit is asked for: until then the workspace keeps its buffers.
+                held = unit.peak_bytes
                 try:
-                    try:
-                        digests = run_unit(unit, self.plan, self.source, self.sink, workspace)
-                    finally:
-                        with self._admission:
-                            self._in_flight -= unit.peak_bytes
-                            self._admission.notify_all()
+                    digests = run_unit(unit, self.plan.steps, self.source, self.sink, workspace, self.codes)
                     self._finish(UnitResult(number, digests, unit.written_bytes))
                 except BaseException:
+                    with self._admission:
+                        self._in_flight -= held
                     self._fail()
                     raise
 
@@ -149,16 +145,23 @@ class _Run:
         with self._admission:
             self._admission.notify_all()
 
-    def _admit(self, queue: WorkQueue) -> int | None:
-        """The next unit, as soon as it fits the budget beside those under way; None when there is no more to do."""
+    def _admit(self, queue: WorkQueue, workspace: Workspace, held: int) -> int | None:
+        """The next unit, as soon as it fits the budget beside those under way; None when there is no more to do.
+
+        ``held`` is what the worker had for its unit before. While it waits, and when it is done, it keeps nothing.
+        """
         with self._admission:
+            self._in_flight -= held
+            self._admission.notify_all()
             while not (self._failed.is_set() or self.stop.is_set()) and (number := queue.peek()) is not None:
                 peak = self.plan.units[number].peak_bytes
                 if not self._in_flight or self._in_flight + peak <= self.budget:
                     queue.take()
                     self._in_flight += peak
                     return number
+                workspace.clear()
                 self._admission.wait()
+            workspace.clear()
             self._admission.notify_all()
             return None
 
@@ -191,74 +194,3 @@ class _Run:
         if batch:
             self.sink.sync()
             self.journal.append((result.unit, result.digests) for result in batch)
-
-
-def run_unit(unit: Unit, plan: Plan, source: Source, sink: Sink, workspace: Workspace) -> list[str]:
-    """Read, apply, compare, write at the offset; the digest of each range written, in the unit's order."""
-    workspace.reset()
-    made: dict[int, Array] = {}
-    for task in unit.tasks:
-        arrays = _apply(task, plan.steps, source, plan, made)
-        made.update(zip(task.outputs, arrays, strict=True))
-    digests = []
-    for write in unit.writes:
-        data = _bytes_of(made[write.origin])[write.start : write.start + write.nbytes]
-        sink.write(write.shard, write.offset, data)
-        digests.append(xxhash.xxh3_64_hexdigest(data))
-    if unit.copies:
-        # One buffer for all: a unit may hold thousands of short copies.
-        buffer = empty((min(_COPY_BUFFER, max(copy.nbytes for copy in unit.copies)),), np.uint8).data
-        digests += [_copy(copy, source, sink, buffer) for copy in unit.copies]
-    return digests
-
-
-def _bytes_of(array: Array) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
-
-
-def _apply(task: Task, steps: Sequence[Transform], source: Source, plan: Plan, made: dict[int, Array]) -> Sequence[Array]:
-    inputs = [
-        _gather(region, pieces, source, plan, made) for region, pieces in zip(task.rewrite.inputs, task.inputs, strict=True)
-    ]
-    arrays = steps[task.step].apply(task.rewrite, inputs)
-    check_produced(task.rewrite, arrays)
-    return arrays
-
-
-def _gather(region: Region, pieces: Pieces, source: Source, plan: Plan, made: dict[int, Array]) -> Array:
-    """The array of an input region: read from the source, taken from an earlier task, or put together from both."""
-    dtype = region.spec.dtype.numpy
-    assert dtype is not None  # ops refuse elements narrower than a byte when they plan
-    shape = region.shape
-    if len(pieces) == 1 and pieces[0].origin < 0:
-        _, start, nbytes = pieces[0]
-        flat = made[pieces[0].origin].reshape(-1).view(np.uint8)[start : start + nbytes]
-        array = flat.view(dtype).reshape(shape)
-        array.flags.writeable = False
-        return array
-    array = empty(shape, dtype)
-    if array.size:
-        view = array.reshape(-1).view(np.uint8).data
-        position = 0
-        for origin, start, nbytes in pieces:
-            part = view[position : position + nbytes]
-            if origin < 0:
-                part[:] = _bytes_of(made[origin])[start : start + nbytes]
-            else:
-                where = plan.source.locations[origin]
-                source.read_into(where.shard, where.offset + start, part)
-            position += nbytes
-    # An op that wrote into its input would change what the next task reads.
-    array.flags.writeable = False
-    return array
-
-
-def _copy(copy: Copy, source: Source, sink: Sink, buffer: memoryview) -> str:
-    """Move bytes through a buffer, never as a tensor; returns their digest."""
-    digest = xxhash.xxh3_64()
-    for start in range(0, copy.nbytes, len(buffer)):
-        part = buffer[: copy.nbytes - start]
-        source.read_into(copy.source_shard, copy.source_offset + start, part)
-        digest.update(part)
-        sink.write(copy.shard, copy.offset + start, part)
-    return digest.hexdigest()

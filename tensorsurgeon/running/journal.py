@@ -16,12 +16,17 @@ from types import TracebackType
 from typing import Any, Self
 
 from tensorsurgeon.checkpoint.folder import STATE_FOLDER
-from tensorsurgeon.checkpoint.sink import sink_errors, sync_folder
+from tensorsurgeon.checkpoint.sink import sink_errors
+from tensorsurgeon.checkpoint.small_files import parse_json, read_small
 from tensorsurgeon.errors import JournalError, TargetError
+from tensorsurgeon.machine.files import make_durable, make_folder_durable
 
 _RUN = "run.json"
 _LINES = "journal.jsonl"
 _LOCK = "lock"
+# It names files and stamps of a source of any number of shards, and no tensor.
+_MAX_RUN_BYTES = 64 << 20
+_START_OVER = "; start over with {overwrite}"
 
 
 def state_folder(target: Path) -> Path:
@@ -35,13 +40,14 @@ class Journal:
     def __init__(self, target: Path, lock_fd: int) -> None:
         self.folder = state_folder(target)
         self._lock_fd = lock_fd
-        self._fd = os.open(self.folder / _LINES, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        sync_folder(self.folder)
+        self._fd = os.open(self.folder / _LINES, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        make_folder_durable(self.folder)
 
     @classmethod
     def start(cls, target: Path, identity: dict[str, Any], clear: Callable[[], None] = lambda: None) -> Journal:
         """Begin a new run in ``target``; ``clear`` empties it, called when no other run can be writing there."""
         folder = state_folder(target)
+        _refuse_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
         try:
@@ -53,7 +59,7 @@ class Journal:
             with open(partial, "w") as file:
                 json.dump(identity, file, indent=2)
                 file.flush()
-                os.fsync(file.fileno())
+                make_durable(file.fileno())
             os.replace(partial, folder / _RUN)
             return cls(target, lock)
         except BaseException:
@@ -61,15 +67,17 @@ class Journal:
             raise
 
     @classmethod
-    def resume(cls, target: Path, fingerprint: str) -> tuple[Journal, dict[int, list[str]]]:
+    def resume(cls, target: Path, identity: dict[str, Any]) -> tuple[Journal, dict[int, list[str]]]:
         """Continue the run in ``target``: the journal and the digests of each unit it says is done.
 
-        Raises JournalError if the run was another one: its source, recipe, package version or shard size differ.
+        Raises JournalError if the run was another one: its source, recipe, package version or shard size differ, or the
+        source was written since, so that what is done may be made of other bytes.
         """
         folder = state_folder(target)
+        _refuse_link(folder)
         lock = _lock(folder)
         try:
-            _refuse_other_run(target, fingerprint)
+            _refuse_other_run(target, identity)
             done = _read_lines(folder / _LINES)
             return cls(target, lock), done
         except BaseException:
@@ -82,7 +90,7 @@ class Journal:
         with sink_errors(self.folder / _LINES, "be written"):
             while text:
                 text = text[os.write(self._fd, text) :]
-            os.fsync(self._fd)
+            make_durable(self._fd)
 
     def remove(self) -> None:
         """The run is finished and its record written: leave nothing behind.
@@ -121,8 +129,13 @@ def has_unfinished_run(target: Path) -> bool:
     return (state_folder(target) / _RUN).exists()
 
 
+def _refuse_link(folder: Path) -> None:
+    if folder.is_symlink():
+        raise TargetError("is a link, which is not written through; remove it", where=str(folder))
+
+
 def _lock(folder: Path) -> int:
-    fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -139,22 +152,35 @@ def _lock(folder: Path) -> int:
     return fd
 
 
-def _refuse_other_run(target: Path, fingerprint: str) -> None:
-    if _read_identity(state_folder(target)).get("fingerprint") != fingerprint:
+def _refuse_other_run(target: Path, identity: dict[str, Any]) -> None:
+    stopped = read_identity(target)
+    if stopped.get("fingerprint") != identity["fingerprint"]:
         raise JournalError(
-            "the run that was stopped here had another source, recipe, package version or shard size; "
-            "run exactly the command that was stopped, or start over with --overwrite",
+            "the run that was stopped here had another source, recipe, package version or shard size",
             where=str(target),
+            remedy="; run exactly the command that was stopped, or start over with {overwrite}",
+        )
+
+    before, now = stopped.get("source"), identity["source"]
+    changed = [name for name in now if not isinstance(before, dict) or before.get(name) != now[name]]
+    if changed:
+        raise JournalError(
+            f"{changed[0]} of the source was written or replaced since this run was stopped, so what is done may be made of "
+            "other bytes",
+            where=str(target),
+            remedy=_START_OVER,
         )
 
 
-def _read_identity(folder: Path) -> dict[str, Any]:
+def read_identity(target: Path) -> dict[str, Any]:
+    """What the run that was stopped in ``target`` said of itself; JournalError if that cannot be read."""
+    folder = state_folder(target)
     try:
-        identity = json.loads((folder / _RUN).read_text())
+        identity = parse_json(read_small(folder / _RUN, _MAX_RUN_BYTES)[0])
     except (OSError, ValueError) as error:
-        raise JournalError(f"{_RUN} cannot be read ({error}); start over with --overwrite", where=str(folder)) from error
+        raise JournalError(f"{_RUN} cannot be read ({error})", where=str(folder), remedy=_START_OVER) from error
     if not isinstance(identity, dict):
-        raise JournalError(f"{_RUN} is damaged; start over with --overwrite", where=str(folder))
+        raise JournalError(f"{_RUN} is damaged", where=str(folder), remedy=_START_OVER)
     return identity
 
 

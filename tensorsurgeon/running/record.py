@@ -1,4 +1,4 @@
-"""``surgeon.json``: what made a checkpoint, and a digest of every byte range of its shards.
+"""``surgeon.json``: what made a checkpoint, and a digest of every byte range of its shards and of every other file.
 
 It holds no time and no machine, so that the same run writes the same record everywhere.
 """
@@ -6,18 +6,24 @@ It holds no time and no machine, so that the same run writes the same record eve
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import xxhash
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME
+from tensorsurgeon.checkpoint.small_files import parse_json, read_small
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.version import __version__
 
 _ALGORITHM = "xxh3_64"
+
+
+# Records are read that others may have made.
+MAX_RECORD_BYTES: Final = 256 << 20
 
 
 class Range(NamedTuple):
@@ -41,8 +47,32 @@ def written_ranges(plan: Plan, digests: dict[int, list[str]]) -> list[Range]:
     return ranges
 
 
-def record_bytes(plan: Plan, digests: dict[int, list[str]]) -> bytes:
-    """The content of ``surgeon.json`` for a finished run."""
+def file_digests(plan: Plan, folder: Path) -> dict[str, list[Any]]:
+    """Bytes and digest of every file beside the shards: config, index, and side files as they lie in ``folder``."""
+    index = {} if plan.layout.index_json is None else {plan.layout.index_name: plan.layout.index_json}
+    found = {name: _sized(content) for name, content in {**plan.files.contents, **index}.items()}
+    for name in (*plan.files.copied, *plan.extra_files):
+        found[name] = digest_of_file(folder / name)
+    return dict(sorted(found.items()))
+
+
+def _sized(content: bytes) -> list[Any]:
+    return [len(content), xxhash.xxh3_64_hexdigest(content)]
+
+
+def digest_of_file(path: Path) -> list[Any]:
+    """``[bytes, digest]`` of a file, read a megabyte at a time; OSError if it cannot be read."""
+    digest = xxhash.xxh3_64()
+    nbytes = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            nbytes += len(chunk)
+    return [nbytes, digest.hexdigest()]
+
+
+def record_bytes(plan: Plan, digests: dict[int, list[str]], folder: Path) -> bytes:
+    """The content of ``surgeon.json`` for a finished run whose side files lie in ``folder``."""
     shards: dict[str, list[list[Any]]] = {}
     for shard, offset, nbytes, digest in written_ranges(plan, digests):
         shards.setdefault(shard, []).append([offset, nbytes, digest])
@@ -53,26 +83,31 @@ def record_bytes(plan: Plan, digests: dict[int, list[str]]) -> bytes:
         "source": {"tensors": len(plan.source.specs), "bytes": plan.source.weight_bytes},
         **({"calibration": plan.calibration} if plan.calibration else {}),
         "digest": _ALGORITHM,
-        "shards": shards,
     }
-    head = json.dumps({k: v for k, v in document.items() if k != "shards"}, indent=1)[:-2]
-    rows = (f"  {json.dumps(name)}: {json.dumps(ranges, separators=(',', ':'))}" for name, ranges in shards.items())
-    return (head + ',\n "shards": {\n' + ",\n".join(rows) + "\n }\n}\n").encode()
+    head = json.dumps(document, indent=1)[:-2]
+    return (head + _block("files", file_digests(plan, folder)) + _block("shards", shards) + "\n}\n").encode()
+
+
+def _block(key: str, entries: dict[str, list[Any]]) -> str:
+    """A mapping with one line for each entry: a range of a shard is three numbers and not four lines."""
+    rows = (f"  {json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}" for name, value in entries.items())
+    return f',\n "{key}": {{\n' + ",\n".join(rows) + "\n }"
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record of a checkpoint; None if it has none, CheckpointError if it is damaged."""
     path = folder / RECORD_NAME
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(read_small(path, MAX_RECORD_BYTES)[0])
         if record["digest"] != _ALGORITHM:
             raise CheckpointError(f"digests are {record['digest']}, but this version knows {_ALGORITHM}", where=str(path))
         list(recorded_ranges(record))
+        list(recorded_files(record))
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"is damaged: {error!r}", where=str(path)) from error
     return dict(record)
 
@@ -82,3 +117,17 @@ def recorded_ranges(record: dict[str, Any]) -> Iterator[Range]:
     for shard, ranges in record["shards"].items():
         for offset, nbytes, digest in ranges:
             yield Range(str(shard), int(offset), int(nbytes), str(digest))
+
+
+class FileDigest(NamedTuple):
+    """A file beside the shards, its size and its digest."""
+
+    name: str
+    nbytes: int
+    digest: str
+
+
+def recorded_files(record: dict[str, Any]) -> Iterator[FileDigest]:
+    """The files of a record; none in records of older versions."""
+    for name, (nbytes, digest) in record.get("files", {}).items():
+        yield FileDigest(str(name), int(nbytes), str(digest))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +13,11 @@ import xxhash
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME
 from tensorsurgeon.checkpoint.header import read_header
-from tensorsurgeon.checkpoint.layout import INDEX_NAME
-from tensorsurgeon.checkpoint.sink import Sink, publish_bytes, publish_copy, sync_folder
+from tensorsurgeon.checkpoint.sink import Sink, publish_bytes, publish_copy, refuse_links_below
 from tensorsurgeon.checkpoint.source import Source
-from tensorsurgeon.errors import PlanViolationError, RecipeError
+from tensorsurgeon.errors import Interrupted, PlanViolationError, RecipeError, TargetError
+from tensorsurgeon.machine.files import make_folder_durable
+from tensorsurgeon.machine.limits import available_bytes, open_files_limit, usable_cores
 from tensorsurgeon.planning.plan import Plan, Unit
 from tensorsurgeon.running.executor import Progress, run_units
 from tensorsurgeon.running.record import record_bytes
@@ -24,6 +25,10 @@ from tensorsurgeon.running.target import prepare_target
 
 # What a run may hold beyond the arrays of its units: interpreter, NumPy, compiled kernels, the plan.
 _MIN_RAM_BYTES = 64 << 20
+
+
+# Journal, lock, standard streams, libraries.
+_OTHER_FILES = 40
 
 
 class RunResult(NamedTuple):
@@ -35,19 +40,9 @@ class RunResult(NamedTuple):
     was_complete: bool
 
 
-def default_workers() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def default_max_ram_bytes() -> int:
-    """Half of what the machine can give, file caches included: they leave when memory is needed."""
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    available = int(found.group(1)) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return available // 2
+    """Half of what machine and container can give."""
+    return available_bytes() // 2
 
 
 def run_plan(
@@ -61,54 +56,88 @@ def run_plan(
     stop: threading.Event | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     execute: Callable[..., dict[int, list[str]]] = run_units,
+    command: Sequence[str] = (),
 ) -> RunResult:
     """Write the planned checkpoint into the folder ``target``; ``execute`` decides in which order units run.
+
+    ``command`` is what a person typed; a stopped run keeps it, so that it can be continued without typing it again.
 
     Neither ``workers`` nor ``max_ram_bytes`` changes a byte of it. Raises TargetError before anything is written
     if the folder cannot be used, ExecutionError if the run stops, which ``resume`` then continues.
     """
-    if any(getattr(step, "waits_for_codes", False) for step in plan.steps):
+    if plan.needs_codes and not plan.calibration:
         # Rounding to nearest instead would be the silent kind of garbage.
         raise RecipeError("a step chooses codes by calibration (method gptq or imatrix); give data to calibrate on")
-    target = Path(target)
+    target, stop = Path(target), stop or threading.Event()
     budget = default_max_ram_bytes() if max_ram_bytes is None else max_ram_bytes
     plan.check_budget(max(budget, _MIN_RAM_BYTES) if max_ram_bytes is None else budget)
-    prepared = prepare_target(plan, target, resume=resume, overwrite=overwrite)
+    plan.source.refuse_changes()
+    _check_open_files(plan)
+    threads = workers or usable_cores()
+    prepared = prepare_target(plan, target, resume=resume, overwrite=overwrite, workers=threads, command=command)
     if prepared is None:
         return RunResult(target, len(plan.units), len(plan.units), True)
     journal, claimed = prepared
     with journal, Source(plan.source) as source:
         # A run killed while it published may have left an index: no index may lead to shards that are reopened.
-        (target / INDEX_NAME).unlink(missing_ok=True)
+        (target / plan.layout.index_name).unlink(missing_ok=True)
         sink = Sink(target, plan.layout)
         try:
             sink.open()
-            done = _trusted(plan, sink, claimed, progress)
+            done = _trusted(plan, sink, claimed, progress, threads, stop)
             digests = execute(
                 plan,
                 source,
                 sink,
                 journal,
                 done=done,
-                workers=workers or default_workers(),
+                workers=threads,
                 max_ram_bytes=budget,
-                stop=stop or threading.Event(),
+                stop=stop,
                 progress=progress,
             )
-            _publish(plan, sink, target, record_bytes(plan, digests))
+            _publish(plan, sink, target, digests)
         finally:
             sink.close()
         journal.remove()
     return RunResult(target, len(plan.units), len(done), False)
 
 
-def _trusted(plan: Plan, sink: Sink, claimed: dict[int, list[str]], progress: Callable[[Progress], None]) -> dict[int, list[str]]:
+def _check_open_files(plan: Plan) -> None:
+    """Every shard is open at once while a run lasts; refuse what this process may not open, before anything is written."""
+    needed = len(plan.source.shards) + len(plan.layout.shards) + _OTHER_FILES
+    allowed = open_files_limit()
+    if needed > allowed:
+        raise TargetError(
+            f"source and output have {len(plan.source.shards)} and {len(plan.layout.shards)} shards, all open at once, and this "
+            f"process may open {allowed} files; allow more (ulimit -n {needed})",
+            remedy=", or give a larger {max_shard_size}",
+        )
+
+
+def _trusted(
+    plan: Plan,
+    sink: Sink,
+    claimed: dict[int, list[str]],
+    progress: Callable[[Progress], None],
+    workers: int,
+    stop: threading.Event,
+) -> dict[int, list[str]]:
     """The journalled units whose bytes on disk still have their digests; the others are done again."""
+
+    def is_there(number: int) -> bool:
+        return (
+            not stop.is_set() and 0 <= number < len(plan.units) and _digests_on_disk(plan.units[number], sink) == claimed[number]
+        )
+
     done = {}
-    for number, digests in claimed.items():
-        if 0 <= number < len(plan.units) and _digests_on_disk(plan.units[number], sink) == digests:
-            done[number] = digests
-            progress(Progress(plan.units[number].written_bytes))
+    with ThreadPoolExecutor(workers) as pool:
+        for number, is_whole in zip(claimed, pool.map(is_there, claimed), strict=True):
+            if is_whole:
+                done[number] = claimed[number]
+                progress(Progress(plan.units[number].written_bytes))
+    if stop.is_set():
+        raise Interrupted("stopped while the work of the run before was looked at; what is done is kept")
     return done
 
 
@@ -126,22 +155,25 @@ def _digests_on_disk(unit: Unit, sink: Sink) -> list[str]:
     return found
 
 
-def _publish(plan: Plan, sink: Sink, target: Path, record: bytes) -> None:
+def _publish(plan: Plan, sink: Sink, target: Path, digests: dict[int, list[str]]) -> None:
     """Make the output visible: what a reader looks for last comes last."""
     sink.sync()
     _check_headers(plan, target)
+    plan.source.refuse_changes()
     single = plan.layout.index_json is None
     if not single:
         sink.publish_shards()
+    refuse_links_below(target, (*plan.files.copied, *plan.files.contents))
     for name in plan.files.copied:
-        publish_copy(plan.source.root / name, target / name)
+        if name not in plan.extra_files:
+            publish_copy(plan.source.root / name, target / name)
     for name, content in plan.files.contents.items():
         publish_bytes(target / name, content)
-    publish_bytes(target / RECORD_NAME, record)
+    publish_bytes(target / RECORD_NAME, record_bytes(plan, digests, target))
     if plan.layout.index_json is not None:
         # Index last: its presence means that the checkpoint is complete.
-        publish_bytes(target / INDEX_NAME, plan.layout.index_json)
-        sync_folder(target)
+        publish_bytes(target / plan.layout.index_name, plan.layout.index_json)
+        make_folder_durable(target)
     else:
         sink.publish_shards()
 

@@ -4,87 +4,135 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from tensorsurgeon.checkpoint.folder import RECORD_NAME, STATE_FOLDER, Checkpoint
-from tensorsurgeon.checkpoint.layout import INDEX_NAME
+from tensorsurgeon.checkpoint.folder import STATE_FOLDER, Checkpoint
+from tensorsurgeon.checkpoint.sink import refuse_links_below
 from tensorsurgeon.errors import JournalError, TargetError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.running.journal import Journal, has_traces_of_run, has_unfinished_run
+from tensorsurgeon.running.ownership import damaged_files, files_of, foreign_files, remove_own_files
 from tensorsurgeon.running.record import read_record
 
 # Room for the journal, directory entries and what a file system keeps to itself.
 _SPARE_BYTES = 16 << 20
 
 
-def prepare_target(plan: Plan, target: Path, *, resume: bool, overwrite: bool) -> tuple[Journal, dict[int, list[str]]] | None:
+def prepare_target(
+    plan: Plan, target: Path, *, resume: bool, overwrite: bool, workers: int = 1, command: Sequence[str] = ()
+) -> tuple[Journal, dict[int, list[str]]] | None:
     """Make ``target`` ready for this plan: the open journal and the units that a stopped run says are done.
 
     None if ``resume`` finds that this very run is already complete. Raises TargetError without touching anything
-    if the folder holds something that nobody allowed to replace, is the source, or has too little room.
+    if the folder holds something that nobody allowed to replace, is the source, or has too little room. ``command`` is
+    kept while the run lasts, so that it can be given again.
     """
     refuse_overlap(plan.source, target)
-    identity = {"fingerprint": plan.fingerprint, "recipe": [repr(step) for step in plan.steps]}
+    identity = identity_of(plan) | {"files": files_of(plan), "command": list(command)}
     try:
         if target.exists() and not target.is_dir():
             raise TargetError("is a file; name a folder", where=str(target))
         present = sorted(os.listdir(target)) if target.is_dir() else []
+        refuse_links_below(target, identity["files"])
         if has_traces_of_run(target):
             present.remove(STATE_FOLDER)
         if has_unfinished_run(target) and resume:
-            return Journal.resume(target, plan.fingerprint)
-        if resume and _is_complete(plan, target):
+            return Journal.resume(target, identity)
+        if resume and _is_complete(plan, target, workers):
             shutil.rmtree(target / STATE_FOLDER, ignore_errors=True)
             return None
         if present and not overwrite:
-            raise TargetError(_occupied_message(target, present, resume), where=str(target))
+            raise _occupied(target, present, resume)
         if present:
-            _refuse_foreign(target, present)
+            _refuse_foreign(target)
         check_room(plan, target, _folder_bytes(target) if present else 0)
         return Journal.start(target, identity, clear=lambda: _clear(target)), {}
     except OSError as error:
         raise TargetError(f"cannot be used: {error.strerror}", where=str(error.filename or target)) from error
 
 
+def identity_of(plan: Plan) -> dict[str, Any]:
+    """What ``.surgeon/run.json`` says of a run while it lasts, so that only the same run over the same bytes goes on."""
+    return {
+        "fingerprint": plan.fingerprint,
+        "recipe": [repr(step) for step in plan.steps],
+        "source": {name: [stamp.nbytes, stamp.modified_ns, stamp.inode] for name, stamp in plan.source.stamps.items()},
+    }
+
+
 def refuse_overlap(source: Checkpoint, target: Path) -> None:
-    """The source is never modified: refuse a target that is the source, lies in it, or holds it."""
+    """The source is never modified: refuse a target that is the source, lies in it, or holds it.
+
+    Folders are told by device and inode, so that a second path to the same place (a mount, a link) is no way around it.
+    """
     here, there = target.resolve(), source.root.resolve()
-    if here == there:
+    above = [identity for folder in (here, *here.parents) if (identity := _identity(folder)) is not None]
+    own = _identity(here)
+    if here == there or (own is not None and own == _identity(there)):
         raise TargetError("is the source; the source is never modified, name another folder", where=str(target))
     # The files of a Hub snapshot are links to blobs, which lie elsewhere and are just as much the source.
     files = [shard.path for shard in source.shards] + [source.root / name for name in source.side_files]
     real = {Path(os.path.realpath(path)).parent for path in files}
-    inside = there in here.parents and not source.is_single_file
-    if inside or any(here == folder or here in folder.parents for folder in {there, *real}):
+    # Beside a single file there may be a target; below a folder of the source there may be none.
+    inside = not source.is_single_file and any(_identity(folder) in above for folder in {there, *real})
+    holding = own is not None and any(own in map(_identity, (folder, *folder.parents)) for folder in {there, *real})
+    if inside or holding:
         raise TargetError(f"lies inside the source {source.root}, or the other way round; name another folder", where=str(target))
 
 
-def _is_complete(plan: Plan, target: Path) -> bool:
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        info = folder.stat()
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
+
+
+def _is_complete(plan: Plan, target: Path, workers: int) -> bool:
+    """Whether this very run is finished here and all that it wrote stands as it was written; read to be sure."""
     record = read_record(target) if target.is_dir() and not has_unfinished_run(target) else None
-    names = [shard.name for shard in plan.layout.shards] + ([INDEX_NAME] if plan.layout.index_json is not None else [])
-    if record is None or not all((target / name).is_file() for name in names):
+    if record is None:
         return False
     if record.get("fingerprint") != plan.fingerprint:
-        raise JournalError("holds the finished output of another run; replace it with --overwrite", where=str(target))
+        raise JournalError("holds the finished output of another run", where=str(target), remedy="; replace it with {overwrite}")
+    damaged = damaged_files(target, record, workers)
+    if damaged:
+        raise TargetError(
+            f"there is no stopped run to resume: the run here was finished, and since then {', '.join(damaged[:4])} "
+            f"{'was' if len(damaged) == 1 else 'were'} changed or removed",
+            where=str(target),
+            remedy="; make it anew with {overwrite}, or name another folder",
+        )
     return True
 
 
-def _occupied_message(target: Path, present: list[str], resume: bool) -> str:
+def _occupied(target: Path, present: list[str], resume: bool) -> TargetError:
     if has_unfinished_run(target):
-        return "holds a run that was stopped; continue it with --resume, or start over with --overwrite"
+        return TargetError(
+            "holds a run that was stopped",
+            where=str(target),
+            remedy="; continue it with {resume}, or start over with {overwrite}",
+        )
     shown = ", ".join(present[:4]) + (", ..." if len(present) > 4 else "")
     nothing = "there is no stopped run to resume; " if resume else ""
-    return f"{nothing}is not empty ({shown}); name another folder, or replace its content with --overwrite"
+    return TargetError(
+        f"{nothing}is not empty ({shown})",
+        where=str(target),
+        remedy="; name another folder, or replace its content with {overwrite}",
+    )
 
 
-def _refuse_foreign(target: Path, present: list[str]) -> None:
-    """--overwrite replaces a checkpoint, not somebody's home."""
-    known = {"config.json", INDEX_NAME, RECORD_NAME, STATE_FOLDER}
-    if not any(name in known or name.endswith((".safetensors", ".partial")) for name in present):
+def _refuse_foreign(target: Path) -> None:
+    """Overwriting replaces what a run wrote, and nobody's notes, nor another model."""
+    foreign = foreign_files(target)
+    if foreign:
+        more = f" and {len(foreign) - 4} more" if len(foreign) > 4 else ""
         raise TargetError(
-            f"does not look like a checkpoint (it holds {', '.join(present[:4])}); --overwrite would delete all of it, "
-            "so empty it yourself or name another folder",
+            f"holds files that no run of surgeon wrote, or that were changed since: {', '.join(foreign[:4])}{more}",
             where=str(target),
+            remedy="; {overwrite} replaces nothing but what a run wrote, so move them away or name another folder",
         )
 
 
@@ -118,14 +166,6 @@ def _folder_bytes(folder: Path) -> int:
 
 
 def _clear(target: Path) -> None:
-    """Empty a folder, index first, so that at no moment it looks like a whole checkpoint."""
-    (target / INDEX_NAME).unlink(missing_ok=True)
-    (target / RECORD_NAME).unlink(missing_ok=True)
-    for path in target.iterdir():
-        if path.name == STATE_FOLDER:
-            # It holds the lock that keeps others out.
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    """Remove what a run wrote; the folder of its state stays, for it holds the lock that keeps others out."""
+    _refuse_foreign(target)
+    remove_own_files(target)

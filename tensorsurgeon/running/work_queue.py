@@ -6,8 +6,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 
+import numpy as np
+
+from tensorsurgeon.formats.coding import Written, stored_in, written_by
 from tensorsurgeon.planning.plan import Plan
+from tensorsurgeon.planning.rewriting import Rewrite, Transform
+from tensorsurgeon.tensors.dtypes import DType
+from tensorsurgeon.tensors.spec import Region, TensorSpec
 
 
 class WorkQueue:
@@ -49,13 +56,21 @@ class WorkQueue:
 
 @contextmanager
 def warming_up(plan: Plan, numbers: Sequence[int]) -> Iterator[Callable[[], bool]]:
-    """Let the steps of these units load what they compute with beside the first copies; yields whether they have.
+    """Load what quantizing these units computes with beside the first copies; yields whether it is loaded.
 
-    What goes wrong there shows when the steps are applied.
+    A small weight of each kind is quantized. What goes wrong there shows when the steps are applied.
     """
-    steps_used = {task.step for number in numbers for task in plan.units[number].tasks}
-    steps = [step for number in steps_used if (step := getattr(plan.steps[number], "warm_up", None)) is not None]
-    threads = [threading.Thread(target=_quietly, args=(step,), name="surgeon-warm-up", daemon=True) for step in steps]
+    kinds = {
+        (task.step, task.rewrite.detail, task.rewrite.inputs[0].spec.dtype): written
+        for number in numbers
+        for task in plan.units[number].tasks
+        if (written := written_by(task.rewrite.detail)) is not None
+        and written.method == "rtn"
+        and not written.scheme.clip_search  # the search runs in torch
+        and stored_in(task.rewrite.detail) is None
+    }
+    work = [partial(_quantize_small, plan.steps[step], written, dtype) for (step, _, dtype), written in kinds.items()]
+    threads = [threading.Thread(target=_quietly, args=(small,), name="surgeon-warm-up", daemon=True) for small in work]
     for thread in threads:
         thread.start()
     try:
@@ -65,6 +80,12 @@ def warming_up(plan: Plan, numbers: Sequence[int]) -> Iterator[Callable[[], bool
             thread.join()
 
 
-def _quietly(step: Callable[[], None]) -> None:
+def _quantize_small(step: Transform, written: Written, dtype: DType) -> None:
+    columns = 256 if written.scheme.group_size == -1 else written.scheme.group_size * 32
+    weight = TensorSpec("weight", dtype, (64, columns))
+    step.apply(Rewrite((Region(weight),), (), detail=written), [np.zeros(weight.shape, dtype.numpy)])
+
+
+def _quietly(work: Callable[[], None]) -> None:
     with suppress(Exception):
-        step()
+        work()

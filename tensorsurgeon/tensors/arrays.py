@@ -15,29 +15,61 @@ from math import prod
 import numpy as np
 
 _CACHE_LINE = 64
+_STEP_BYTES = 1 << 16
+# Small units may keep as much as a copy needs.
+_LEAST_BYTES = 4 << 20
+_UNLIMITED = 1 << 62
 _local = threading.local()
 
 
 class Workspace:
-    """A grow-only list of buffers handed out in turn; everything handed out is void after ``reset``."""
+    """Buffers handed out again and again; everything handed out is void after ``reset``.
+
+    It holds no more than the limit of the last ``reset``, and an eighth for buffers that are a little too large: what is
+    kept for the next unit counts as memory of that unit.
+    """
 
     def __init__(self) -> None:
-        self._buffers: list[np.ndarray] = []
-        self._next = 0
+        self._free: list[np.ndarray] = []
+        self._used: list[np.ndarray] = []
+        self._limit = _UNLIMITED
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, in use or not."""
+        return sum(buffer.nbytes for buffer in (*self._free, *self._used))
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         nbytes = prod(shape) * dtype.itemsize
-        if self._next == len(self._buffers):
-            self._buffers.append(np.empty(0, np.uint8))
-        buffer = self._buffers[self._next]
-        if buffer.nbytes < nbytes:
+        buffer = self._fitting(nbytes)
+        if buffer is None:
             # Rounded up, so that units of slightly different size do not reallocate again and again.
-            buffer = self._buffers[self._next] = aligned((-(-nbytes // (1 << 16)) << 16,), np.uint8)
-        self._next += 1
+            rounded = -(-nbytes // _STEP_BYTES) * _STEP_BYTES
+            self._shrink(self._limit - rounded)
+            buffer = aligned((rounded,), np.uint8)
+        self._used.append(buffer)
         return buffer[:nbytes].view(dtype).reshape(shape)
 
-    def reset(self) -> None:
-        self._next = 0
+    def reset(self, limit_bytes: int | None = None) -> None:
+        """Take every buffer back, and let go of what is more than ``limit_bytes`` in all."""
+        self._limit = _UNLIMITED if limit_bytes is None else max(limit_bytes, _LEAST_BYTES)
+        self._free += self._used
+        self._used = []
+        self._shrink(self._limit)
+
+    def clear(self) -> None:
+        """Let go of every buffer."""
+        self._free, self._used = [], []
+
+    def _fitting(self, nbytes: int) -> np.ndarray | None:
+        fitting = [n for n, buffer in enumerate(self._free) if nbytes <= buffer.nbytes <= nbytes + nbytes // 8 + 2 * _STEP_BYTES]
+        return self._free.pop(min(fitting, key=lambda n: self._free[n].nbytes)) if fitting else None
+
+    def _shrink(self, limit_bytes: int) -> None:
+        """Let go of free buffers, the largest first, until all that are left fit."""
+        self._free.sort(key=lambda buffer: buffer.nbytes)
+        while self._free and self.nbytes > limit_bytes:
+            self._free.pop()
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:

@@ -5,6 +5,8 @@ A pattern is one of
 - a template: ``model.{path*}.experts.{e}.up_proj.weight``: ``{x}`` is one dotted part (or a piece of one), ``{x*}``
   one or more parts; everything else is literal; the same name twice must match the same text;
 - a regular expression: ``re:model\\.layers\\.(?P<n>\\d+)\\..*``, matched against the whole name;
+- a role: ``role:expert``, ``role:mtp.attention``: what a tensor is for, whatever its family calls it (``models/roles.py``
+  has the words); its fields are ``{module}`` and ``{leaf}``;
 
 each optionally behind ``maybe:``, which allows it to match nothing. All other patterns must match something: a typo
 that selects nothing is the commonest way to ship an unquantized model.
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -23,6 +25,11 @@ from tensorsurgeon.errors import NoMatchError, RecipeError
 _FIELD = re.compile(r"\{([A-Za-z_]\w*)(\*?)\}")
 _MAYBE = "maybe:"
 _REGEX = "re:"
+_ROLE = "role:"
+_ANY_NAME = re.compile(r"(?:(?P<module>.+)\.)?(?P<leaf>[^.]+)")
+
+Chooser = Callable[..., Callable[[str], bool]]
+"""From roles to a test for names that have any of them. This room knows no models, so whoever selects by role hands it in."""
 
 
 class Pattern(NamedTuple):
@@ -33,6 +40,8 @@ class Pattern(NamedTuple):
     may_be_absent: bool
     # The longest literal of a template: a name without it cannot match, which is quick to see.
     literal: str = ""
+    # What stands behind ``role:``; such a pattern matches no name by itself.
+    role: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
@@ -40,8 +49,10 @@ class Pattern(NamedTuple):
         if not isinstance(text, str) or not text:
             raise RecipeError(f"a pattern must be a non-empty string, found {text!r}")
         body = text.removeprefix(_MAYBE)
-        if body in ("", _REGEX):
+        if body in ("", _REGEX, _ROLE):
             raise RecipeError(f"pattern {text!r} is empty")
+        if body.startswith(_ROLE):
+            return cls(text, _ANY_NAME, body != text, role=body.removeprefix(_ROLE))
         is_regex = body.startswith(_REGEX)
         source = body.removeprefix(_REGEX) if is_regex else _template_regex(body)
         literal = "" if is_regex else max(_FIELD.sub("\0", body).split("\0"), key=len)
@@ -51,9 +62,18 @@ class Pattern(NamedTuple):
             raise RecipeError(f"pattern {text!r} is not a valid expression: {error}") from error
 
     def match(self, name: str) -> dict[str, str] | None:
-        """The fields of a match with the whole name, or None."""
-        found = self.regex.fullmatch(name)
+        """The fields of a match with the whole name, or None; a role is no name, and matches none here."""
+        found = None if self.role else self.regex.fullmatch(name)
         return None if found is None else _fields(found)
+
+    def tested(self, choose: Chooser | None) -> Callable[[str], re.Match[str] | None]:
+        """A test for names; ``choose`` says which of them have a role."""
+        if not self.role:
+            return self.regex.fullmatch
+        if choose is None:
+            raise RecipeError(f"pattern {self.text!r}: roles are known of a checkpoint's tensors only")
+        has_role, whole = choose(self.role), self.regex.fullmatch
+        return lambda name: whole(name) if has_role(name) else None
 
 
 def _template_regex(template: str) -> str:
@@ -88,22 +108,29 @@ class Selector:
         self.where = tuple(map(Pattern.parse, where))
         self.exclude = tuple(map(Pattern.parse, exclude))
 
-    def select(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    def select(self, names: Iterable[str], choose: Chooser | None = None) -> dict[str, dict[str, str]]:
         """Matching names in order, with the fields of the first pattern that matched.
 
-        Raises NoMatchError for a pattern, of either list, that matches no name and does not say ``maybe:``.
+        Raises NoMatchError for a pattern, of either list, that matches no name and does not say ``maybe:``. ``choose``
+        is needed for patterns that name roles.
         """
-        return {name: _fields(found) for name, found in self._matches(names)}
+        return {name: _fields(found) for name, found in self._matches(names, choose)}
 
-    def names(self, names: Iterable[str]) -> list[str]:
+    def names(self, names: Iterable[str], choose: Chooser | None = None) -> list[str]:
         """Like ``select`` where the fields are of no interest."""
-        return [name for name, _ in self._matches(names)]
+        return [name for name, _ in self._matches(names, choose)]
 
-    def _matches(self, names: Iterable[str]) -> list[tuple[str, re.Match[str]]]:
+    def _matches(self, names: Iterable[str], choose: Chooser | None) -> list[tuple[str, re.Match[str]]]:
         names = list(names)
-        self._check_matches(names)
-        excluded = [(pattern.literal, pattern.regex.fullmatch) for pattern in self.exclude]
-        wanted = [(pattern.literal, pattern.regex.fullmatch) for pattern in self.where]
+        for pattern in (*self.where, *self.exclude):
+            if not pattern.may_be_absent and not any(map(pattern.tested(choose), names)):
+                raise NoMatchError(no_match_message(pattern, names))
+        wanted = [(pattern.literal, pattern.tested(choose)) for pattern in self.where]
+        excluded: list[tuple[str, Callable[[str], object]]] = []
+        excluded += [(pattern.literal, pattern.regex.fullmatch) for pattern in self.exclude if not pattern.role]
+        roles = [pattern.role for pattern in self.exclude if pattern.role]
+        if roles and choose is not None:
+            excluded.append(("", choose(*roles)))
         chosen = []
         for name in names:
             for literal, match in wanted:
@@ -119,11 +146,6 @@ class Selector:
             raise NoMatchError(f"every tensor that {_listed(self.where)} selects is also excluded by {_listed(self.exclude)}")
         return chosen
 
-    def _check_matches(self, names: list[str]) -> None:
-        for pattern in (*self.where, *self.exclude):
-            if not pattern.may_be_absent and not any(map(pattern.regex.fullmatch, names)):
-                raise NoMatchError(no_match_message(pattern, names))
-
 
 def _fields(found: re.Match[str]) -> dict[str, str]:
     """The named groups that took part in the match: an optional one that did not has no text to fill in."""
@@ -137,6 +159,11 @@ def _listed(patterns: Sequence[Pattern]) -> str:
 
 def no_match_message(pattern: Pattern, names: Sequence[str]) -> str:
     """Say that a pattern matched nothing, with the tensor names nearest to it."""
+    if pattern.role:
+        return (
+            f"no tensor has the role of {pattern.text!r}. If that is as it should be for some models, write "
+            f"{_MAYBE + pattern.text!r}"
+        )
     literal = pattern.text.removeprefix(_MAYBE).removeprefix(_REGEX).replace("\\", "")
     # Names that differ only in their numbers look alike to a reader, and comparing 30,000 would take seconds.
     distinct = list({re.sub(r"\d+", "0", name): name for name in reversed(names)}.values())

@@ -86,6 +86,8 @@ class SpecMap(dict[str, TensorSpec]):
     def __init__(self, specs: Iterable[TensorSpec] = (), config: Mapping[str, Any] | None = None) -> None:
         super().__init__((s.name, s) for s in specs)
         self.config: Mapping[str, Any] = config or {}
+        # What is known of the model these make; whoever knows models puts it here, once (``models.describe``).
+        self.model: object = None
 
     def config_value(self, key: str) -> Any:
         """A key of the text model's config, looked up in ``text_config`` first; None if absent."""

@@ -6,15 +6,18 @@ was one of a stack of experts that was split. What was dropped must have been dr
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from tensorsurgeon.errors import SurgeonError
+from tensorsurgeon.models.experts import numbered
 from tensorsurgeon.tensors.names import Pattern
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 from tensorsurgeon.verifying.described import Described, Module
 from tensorsurgeon.verifying.findings import Findings
-from tensorsurgeon.verifying.layouts import MARKERS
+from tensorsurgeon.verifying.lineage import PlannedTensor
+from tensorsurgeon.verifying.parts import MARKERS
+from tensorsurgeon.verifying.recipes import Call
 
 # Rows of a stacked expert tensor: which linear each part of them is.
 _STACKED = {
@@ -36,17 +39,18 @@ class Part(NamedTuple):
 
 
 class SameBytes(NamedTuple):
-    """These rows of the source are those rows of the checkpoint, byte for byte."""
+    """These rows of the source, or what the recipe makes of it, are those rows of the checkpoint, byte for byte."""
 
-    source: Part
+    source: Part | PlannedTensor
     target: Part
 
 
 class SameWeight(NamedTuple):
-    """A weight that is stored in another way; either side is rows of a float tensor or a quantized module."""
+    """A weight that is stored in another way; either side is rows of a float tensor or a quantized module, the source
+    perhaps what the recipe makes of it."""
 
     name: str
-    source: Part | Module
+    source: Part | Module | PlannedTensor
     target: Part | Module
     shape: tuple[int, int]
 
@@ -84,7 +88,11 @@ def pair_tensors(
         explained.update(n for pair in found for n in _names(pair, target_modules))
         if not found:
             lost.append(spec)
-    new = [spec for name, spec in target.items() if name not in explained and spec.module not in target_modules.stored]
+    new = [
+        spec
+        for name, spec in target.items()
+        if name not in explained and (spec.module not in target_modules.stored or name.rpartition(".")[2] not in _CODED)
+    ]
     claimed = {
         m for pair in pairs if isinstance(pair, SameWeight) and isinstance(pair.target, Module) for m in (pair.target.name,)
     }
@@ -211,12 +219,12 @@ def _of_stack(spec: TensorSpec, target: SpecMap, modules: Described, findings: F
 
 def _place_in_stack(name: str, shape: tuple[int, int], target: SpecMap) -> Part | None:
     """Where ``x.experts.3.up_proj.weight`` [I, H] lies in ``x.experts.gate_up_proj`` [E, 2 I, H]."""
-    head, dot, tail = name.removesuffix(".weight").rpartition(".experts.")
-    number, _, leaf = tail.partition(".")
-    if not dot or not number.isdigit():
+    expert = numbered(name.removesuffix(".weight"))
+    if expert is None:
         return None
+    experts, number, leaf = expert
     for stacked, parts in _STACKED.items():
-        spec = target.get(f"{head}.experts.{stacked}")
+        spec = target.get(f"{experts}.{stacked}")
         if (
             leaf in parts
             and spec is not None
@@ -232,22 +240,20 @@ def _is_float(spec: TensorSpec) -> bool:
     return spec.dtype.is_float and spec.dtype.bits >= 16
 
 
-def dropped_by_record(record: dict[str, Any] | None, lost: list[TensorSpec]) -> dict[str, str]:
+def dropped_by_record(calls: list[Call], lost: list[TensorSpec]) -> dict[str, str]:
     """Lost tensors that a drop or keep step of the recorded recipe took out: name -> that step."""
     reasons: dict[str, str] = {}
-    for text in (record or {}).get("recipe", []):
+    for call in calls:
+        if call.name not in ("Drop", "Keep"):
+            continue
         try:
-            call = ast.parse(text, mode="eval").body
-        except SyntaxError:
+            where, exclude = (tuple(map(Pattern.parse, call.fields.get(key) or ())) for key in ("where", "exclude"))
+        except (SurgeonError, TypeError):
             continue
-        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ("Drop", "Keep")):
-            continue
-        given = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg in ("where", "exclude")}
-        where, exclude = (tuple(map(Pattern.parse, given.get(key) or ())) for key in ("where", "exclude"))
         for spec in lost:
             selected = any(p.match(spec.name) is not None for p in where) and not any(
                 p.match(spec.name) is not None for p in exclude
             )
-            if selected == (call.func.id == "Drop"):
-                reasons.setdefault(spec.name, call.func.id.lower())
+            if selected == (call.name == "Drop"):
+                reasons.setdefault(spec.name, call.name.lower())
     return reasons

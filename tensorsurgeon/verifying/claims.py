@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from tensorsurgeon.models.fused import EXPERTS, FUSED, fused_name
+from tensorsurgeon.models.fused import FUSED, fused_name
 from tensorsurgeon.tensors.dtypes import I8, DType
+from tensorsurgeon.tensors.expressions import Expression
 from tensorsurgeon.verifying.findings import Findings
 
 Layout = Literal["plain", "ct-packed", "nvfp4", "mxfp4", "gptq", "awq", "quark-packed"]
 TOP: Final = "quantization_config"
-# vLLM and AutoAWQ pack the outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight into the nibbles of a word.
-INTERLEAVED: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,15 +65,15 @@ class Entry:
     key: str
     text: str
     how: Literal["exact", "match", "search", "glob", "substring", "affix"]
-    _regex: re.Pattern[str] | None = field(default=None, compare=False)
+    _regex: Expression | None = field(default=None, compare=False)
 
     @classmethod
     def parse(cls, key: str, text: str, how: Literal["exact", "match", "search", "glob", "substring", "affix"]) -> Entry:
         """Raises re.error for an expression that does not compile."""
         if how in ("match", "search"):
-            return cls(key, text, how, re.compile(text.removeprefix("re:")))
+            return cls(key, text, how, Expression(text.removeprefix("re:")))
         if how == "glob":
-            return cls(key, text, how, re.compile(fnmatch.translate(text)))
+            return cls(key, text, how, Expression(fnmatch.translate(text)))
         return cls(key, text, how)
 
     @property
@@ -150,12 +148,6 @@ def names_of(modules: Iterable[str], stacked: Iterable[str]) -> set[str]:
         names.add(prefix)
         names.update(f"{prefix}.0.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj", *FUSED))
     return names
-
-
-def experts_parent(module: str) -> str | None:
-    """``x.mlp.experts`` of ``x.mlp.experts.3.up_proj`` or of a stacked ``x.mlp.experts.gate_up_proj``."""
-    at = module.find(EXPERTS)
-    return module[: at + len(EXPERTS) - 1] if at >= 0 else None
 
 
 def strings_of(config: Mapping[str, Any], key: str, findings: Findings, path: str | None = None) -> list[str]:

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME, Checkpoint
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import did_you_mean
-from tensorsurgeon.formats.coverage import float_matrices
-from tensorsurgeon.planning.output_files import QUANTIZATION_FILES
+from tensorsurgeon.models.describe import describe_model
+from tensorsurgeon.models.experts import stacked_experts
+from tensorsurgeon.models.roles import WITHOUT_CONFIG, Role
 from tensorsurgeon.tensors.names import natural_key
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 from tensorsurgeon.verifying.claims import Claim, Claims, names_of
 from tensorsurgeon.verifying.dialects import quantization_of
 from tensorsurgeon.verifying.findings import Findings
-from tensorsurgeon.verifying.layouts import (
-    MAIN,
-    MARKERS,
-    describe_stored,
-    groups_of,
-    is_stored_quantized,
-    parts_of,
-    weight_shape,
-)  # fmt: skip
-from tensorsurgeon.verifying.reading import Reader
-
-# Never quantized in any engine (formats.md section 7).
-_ROUTERS: Final = ("gate", "router", "shared_expert_gate")
+from tensorsurgeon.verifying.layouts import main_of, parts_of, weight_shape
+from tensorsurgeon.verifying.parts import MARKERS, describe_stored, is_stored_quantized
+from tensorsurgeon.verifying.side_files import QUANTIZATION_FILES
+from tensorsurgeon.verifying.weights import groups_of
 
 
 class Module(NamedTuple):
@@ -56,7 +49,7 @@ def tensors_by_module(specs: SpecMap) -> dict[str, dict[str, TensorSpec]]:
     return modules
 
 
-def check_described(reader: Reader, claims: Claims | None, findings: Findings, *, known_method: bool) -> Described:
+def check_described(reader: TensorReader, claims: Claims | None, findings: Findings, *, known_method: bool) -> Described:
     """Compare config and tensors; ``known_method`` is false where the config is of a method nobody here reads."""
     specs = reader.specs
     by_module = tensors_by_module(specs)
@@ -65,10 +58,10 @@ def check_described(reader: Reader, claims: Claims | None, findings: Findings, *
     if not known_method:
         return Described({}, stored)
     sound: dict[str, Module] = {}
-    routers = _routers(by_module)
+    model = describe_model(specs)
     for name, tensors in stored.items():
         claim = claims.of(name) if claims is not None else None
-        if name in routers:
+        if model.module_use(name).kind in WITHOUT_CONFIG:
             _fault_router(name, tensors, findings)
         if claim is None:
             _fault_unclaimed(name, tensors, claims, findings)
@@ -82,15 +75,9 @@ def check_described(reader: Reader, claims: Claims | None, findings: Findings, *
     return Described(sound, stored)
 
 
-def _routers(modules: Iterable[str]) -> set[str]:
-    """Names that the routers beside experts may have; a ``gate`` elsewhere is a linear like any other."""
-    layers = {name[:at] for name in modules if (at := name.find(".experts")) >= 0}
-    return {f"{layer}.{leaf}" for layer in layers for leaf in _ROUTERS}
-
-
 def _fault_router(name: str, tensors: Mapping[str, TensorSpec], findings: Findings) -> None:
     findings.fault(
-        "router",
+        Role.ROUTER.value,
         name,
         f"is stored quantized ({describe_stored(tensors)}), but engines hand routers and gates no quantization config; "
         "keep it in float",
@@ -115,15 +102,15 @@ def _fault_unclaimed(name: str, tensors: Mapping[str, TensorSpec], claims: Claim
 
 
 def _check_module(
-    reader: Reader, name: str, tensors: Mapping[str, TensorSpec], claim: Claim, findings: Findings
+    reader: TensorReader, name: str, tensors: Mapping[str, TensorSpec], claim: Claim, findings: Findings
 ) -> Module | None:
     """The module if every tensor of its claim is there with the right dtype and shape, and no other is."""
-    main = tensors.get(MAIN[claim.layout])
+    main = tensors.get(main_of(claim))
     if main is None or (claim.layout == "plain" and main.dtype.is_float and main.dtype.bits >= 16):
         found = describe_stored(tensors)
         findings.fault(
             "missing-tensor",
-            f"{name}.{MAIN[claim.layout]}",
+            f"{name}.{main_of(claim)}",
             f"the config says {claim.describe()} in {claim.layout} layout, but the module has {found}",
         )
         return None
@@ -177,7 +164,7 @@ def _check_module(
             sound = False
     known = {part.local for part in parts}
     for local, spec in tensors.items():
-        if local not in known and (local in MARKERS or (local == "weight" and MAIN[claim.layout] != "weight")):
+        if local not in known and (local in MARKERS or (local == "weight" and main_of(claim) != "weight")):
             findings.fault(
                 "extra-tensor",
                 spec.name,
@@ -206,7 +193,7 @@ def _check_raw_names(specs: SpecMap, findings: Findings) -> None:
 
 
 def _check_unquantized(specs: SpecMap, claims: Claims, stored: Mapping[str, Any], findings: Findings) -> None:
-    for module in float_matrices(specs):
+    for module in float_linears(specs):
         if module not in stored:
             claim = claims.of(module)
             if claim is not None:
@@ -217,7 +204,7 @@ def _check_unquantized(specs: SpecMap, claims: Claims, stored: Mapping[str, Any]
                     f"the config says {claim.describe()}, but it is stored as {spec.dtype.name}{list(spec.shape)} and "
                     f"{claims.kept_out_by} does not keep it out",
                 )
-    for prefix, spec in stacked_experts(specs).items():
+    for prefix, spec in float_stacks(specs).items():
         claim = claims.of(f"{prefix}.0.gate_proj")
         if claim is not None:
             findings.fault(
@@ -228,21 +215,21 @@ def _check_unquantized(specs: SpecMap, claims: Claims, stored: Mapping[str, Any]
             )
 
 
-def stacked_experts(specs: SpecMap) -> dict[str, TensorSpec]:
+def float_linears(specs: SpecMap) -> list[str]:
+    """Modules with an unquantized matrix that some reader may take for a quantized linear, the head among them."""
+    model = describe_model(specs)
+    return [module for module in model.linears() if model.use(f"{module}.weight").kind not in WITHOUT_CONFIG]
+
+
+def float_stacks(specs: SpecMap) -> dict[str, TensorSpec]:
     """``x.mlp.experts`` -> one of its 3-D float tensors."""
-    found: dict[str, TensorSpec] = {}
-    for name, spec in specs.items():
-        if len(spec.shape) == 3 and spec.dtype.is_float and spec.dtype.bits >= 16:
-            parent = name.removesuffix(".weight").rpartition(".")[0]
-            if parent.endswith(".experts"):
-                found.setdefault(parent, spec)
-    return found
+    return stacked_experts(spec for spec in specs.values() if spec.dtype.is_float and spec.dtype.bits >= 16)
 
 
 def check_entries(checkpoint: Checkpoint, claims: Claims, modules: list[str], findings: Findings) -> None:
     """An entry that names nothing is a misspelt one. Expressions are often written for many models: a note, unless
     this program wrote the config, which never writes an idle one."""
-    names = names_of(modules, stacked_experts(checkpoint.specs))
+    names = names_of(modules, float_stacks(checkpoint.specs))
     own = (checkpoint.root / RECORD_NAME).exists()
     for entry in claims.entries:
         if (entry.how == "exact" and entry.text in names) or (entry.how != "exact" and any(map(entry.matches, names))):
@@ -258,7 +245,8 @@ def check_entries(checkpoint: Checkpoint, claims: Claims, modules: list[str], fi
 
 def check_config_copies(checkpoint: Checkpoint, findings: Findings) -> None:
     """Files that repeat the quantization_config must repeat it exactly: readers take whichever they find first."""
-    config = quantization_of(checkpoint.config)
+    # As it stands there: a checkpoint that was opened has in its config what only a file beside it says.
+    config = quantization_of(json.loads(checkpoint.config_text or b"{}"))
     for name in QUANTIZATION_FILES[:2]:
         path = checkpoint.root / name
         if name not in checkpoint.side_files:

@@ -16,8 +16,9 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from tensorsurgeon.verifying.cells import CellFacts, CellJudge
 from tensorsurgeon.verifying.claims import Claim
-from tensorsurgeon.verifying.weights import CodedWeight, Weight
+from tensorsurgeon.verifying.weights import CodedWeight, FloatWeight, Weight
 
 FLOOR_DB: Final = {2: 0.0, 3: 2.0, 4: 5.0, 5: 9.0, 6: 13.0, 7: 17.0, 8: 20.0}
 # BF16 has 8 significant bits: rounding alone costs about 51 dB.
@@ -28,12 +29,15 @@ _ROW_NOISE: Final = 1.25
 _MOST_SHIFT: Final = 0.5
 # In float32 this and its copy stay in the cache, and the allocator keeps the pages.
 _CHUNK_ELEMENTS: Final = 1 << 17
+# Twice the largest relative and absolute error of rounding to these types.
+_PRECISION: Final = {"BF16": (2.0**-7, 1e-38), "F16": (2.0**-10, 2.0**-24), "F32": (2.0**-22, 1e-38)}
 
 
 class Fidelity(NamedTuple):
     """One weight compared: ``snr_db`` is infinite where every value is the source's. ``bad_rows`` are noisier than
     rounding can make them; ``not_finite`` counts rows with NaN or infinity in what readers compute. ``shift``: by how
-    many steps of its grid the weight is too high on average, for asymmetric grids."""
+    many steps of its grid the weight is too high on average, for asymmetric grids. ``odd_cells``: groups of inputs whose
+    scale, zero point or codes are wrong, and in ``complaint`` what is wrong with the first, or with the whole weight."""
 
     name: str
     num_bits: int
@@ -43,11 +47,14 @@ class Fidelity(NamedTuple):
     first_bad_row: int
     not_finite: int
     shift: float = 0.0
+    odd_cells: int = 0
+    complaint: str = ""
 
     @property
     def is_sound(self) -> bool:
         """Whether rounding can explain the error."""
-        return self.snr_db >= self.floor_db and not self.bad_rows and not self.not_finite and not self.is_shifted
+        is_loud = self.snr_db < self.floor_db or self.bad_rows or self.not_finite
+        return not (is_loud or self.is_shifted or self.complaint)
 
     @property
     def is_shifted(self) -> bool:
@@ -67,6 +74,8 @@ def compare(name: str, source: Weight, stored: Weight, claim: Claim | None) -> F
     signal_sum = noise_sum = 0.0
     error_sum = step_sum = 0.0
     bad_rows, first_bad, not_finite = 0, -1, 0
+    cells = CellJudge(source, stored, claim) if claim is not None and isinstance(stored, CodedWeight) else None
+    cast = _Cast(stored) if claim is None else None
     has_zeros = claim is not None and not claim.symmetric
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -78,7 +87,11 @@ def compare(name: str, source: Weight, stored: Weight, claim: Claim | None) -> F
             if has_zeros and isinstance(stored, CodedWeight):
                 error_sum -= float(noise.sum(dtype=np.float64))
                 step_sum += float(np.abs(stored.scale[start:stop]).sum(dtype=np.float64)) * columns / stored.scale.shape[1]
-            signal, error = _energy(weight), _energy(noise)
+            signal, error = (_energy(weight), _energy(noise)) if cells is None else cells.take(start, weight, noise)
+            if not np.isfinite(error).all():
+                signal, error = _energy(weight), _energy(noise)
+            if cast is not None:
+                cast.take(start, weight, noise)
         finite = np.isfinite(error)
         not_finite += int(np.count_nonzero(~finite))
         wrong = ~finite | (error > _ROW_NOISE * signal)
@@ -88,16 +101,47 @@ def compare(name: str, source: Weight, stored: Weight, claim: Claim | None) -> F
             bad_rows += int(np.count_nonzero(wrong))
         signal_sum += float(signal.sum())
         noise_sum += float(error[finite].sum())
+    snr_db = _decibels(signal_sum, noise_sum)
+    facts = CellFacts(0, None, "" if cast is None else cast.complaint())
+    if cells is not None and not not_finite:
+        with np.errstate(invalid="ignore", over="ignore"):
+            facts = cells.facts()
     return Fidelity(
         name=name,
         num_bits=16 if claim is None else claim.num_bits,
-        snr_db=_decibels(signal_sum, noise_sum),
+        snr_db=snr_db,
         floor_db=floor_of(claim),
         bad_rows=bad_rows,
         first_bad_row=first_bad,
         not_finite=not_finite,
         shift=error_sum / step_sum if step_sum and np.isfinite(error_sum) else 0.0,
+        odd_cells=facts.odd,
+        complaint=facts.describe(),
     )
+
+
+class _Cast:
+    """Rounds once: no element may differ by more than the new type's precision (twice, for tools that scale in it)."""
+
+    def __init__(self, stored: Weight) -> None:
+        name = stored.reader.specs[stored.name].dtype.name if isinstance(stored, FloatWeight) else "F32"
+        self._relative, self._absolute = _PRECISION.get(name, _PRECISION["F32"])
+        self._wrong = 0
+        self._first = (0, 0)
+
+    def take(self, start: int, weight: np.ndarray, error: np.ndarray) -> None:
+        wrong = np.abs(error) > np.abs(weight) * self._relative + self._absolute
+        if wrong.any():
+            if not self._wrong:
+                row, column = np.argwhere(wrong)[0]
+                self._first = start + int(row), int(column)
+            self._wrong += int(np.count_nonzero(wrong))
+
+    def complaint(self) -> str:
+        if not self._wrong:
+            return ""
+        more = f", as do {self._wrong - 1} others" if self._wrong > 1 else ""
+        return f"element {list(self._first)} differs from the source by more than rounding{more}"
 
 
 def _energy(values: np.ndarray) -> np.ndarray:

@@ -8,20 +8,25 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME, Checkpoint, open_checkpoint
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import CheckpointError, SurgeonError
-from tensorsurgeon.running.record import read_record
-from tensorsurgeon.tensors.spec import TensorSpec
+from tensorsurgeon.machine.limits import usable_cores
 from tensorsurgeon.verifying.against import dropped_by_record, pair_tensors
 from tensorsurgeon.verifying.comparing import compare_pairs, pair_by_content
 from tensorsurgeon.verifying.described import Described, check_config_copies, check_described
 from tensorsurgeon.verifying.dialects import quantization_of, read_claims
 from tensorsurgeon.verifying.fidelity import Fidelity
 from tensorsurgeon.verifying.findings import Fault, Findings, Note
-from tensorsurgeon.verifying.reading import Reader
+from tensorsurgeon.verifying.finite import FiniteCheck
+from tensorsurgeon.verifying.model_sizes import check_model_sizes
+from tensorsurgeon.verifying.planned import pair_by_plan
+from tensorsurgeon.verifying.recipes import recorded_calls, replayed
 from tensorsurgeon.verifying.siblings import check_expert_shapes, check_experts, check_global_scales, check_siblings
-from tensorsurgeon.verifying.structure import check_digests, is_one_shard, open_for_judgement
+from tensorsurgeon.verifying.side_files import check_files_against, check_readable, check_recorded_files
+from tensorsurgeon.verifying.structure import check_digests, is_one_shard, open_for_judgement, read_record_to_judge
 from tensorsurgeon.verifying.values import check_values
 
 Progress = Callable[[int], None]
@@ -78,7 +83,7 @@ def verify(
     Every fault is collected; CheckpointError only where one of the two is no checkpoint at all. ``workers`` threads
     each hold some tens of megabytes (one packed tensor, for layouts that are stored transposed).
     """
-    count = workers or len(os.sched_getaffinity(0))
+    count = workers or usable_cores()
     findings = Findings()
     source = None if against is None else open_checkpoint(against)
     checkpoint = open_for_judgement(Path(target), findings)
@@ -87,13 +92,16 @@ def verify(
     if is_one_shard(checkpoint):
         return _judge_shard(Path(target), checkpoint, source, findings, count, progress)
     with ExitStack() as stack:
-        reader = stack.enter_context(Reader(checkpoint, progress))
-        digested = check_digests(reader, findings, count)
+        reader = stack.enter_context(TensorReader(checkpoint, progress=progress))
+        record = read_record_to_judge(checkpoint.root, findings)
         claims = read_claims(checkpoint.specs, findings)
         # Where the config cannot be read, faults say so already, and judging modules by it would only repeat them.
         readable = claims is not None or quantization_of(checkpoint.config) is None
         described = check_described(reader, claims, findings, known_method=readable)
+        digested = _check_bytes(reader, record, described, findings, count)
         check_config_copies(checkpoint, findings)
+        check_readable(checkpoint, findings)
+        check_model_sizes(checkpoint.specs, described, findings)
         check_siblings(checkpoint.specs, described, findings)
         check_experts(checkpoint.specs, checkpoint.specs.config_value, findings)
         check_expert_shapes(checkpoint.specs, described, findings)
@@ -102,8 +110,9 @@ def verify(
         equal = 0
         compared: list[Fidelity] = []
         if source is not None:
-            original = stack.enter_context(Reader(source, progress))
-            compared, equal = _check_against(original, reader, described, findings, count)
+            original = stack.enter_context(TensorReader(source, progress=progress))
+            compared, equal = _check_against(original, reader, described, record, findings, count)
+            check_files_against(source, checkpoint, findings)
     label = None if claims is None else claims.label
     return _result(Path(target), checkpoint, label, described, digested, source, equal, compared, findings)
 
@@ -117,24 +126,53 @@ def _judge_shard(
             "is one of several shards, and a source can only be compared with all of them; give the folder", where=str(path)
         )
     findings.note("one-shard", path.name, "is one of several shards, so only its header and digests were judged")
-    with Reader(checkpoint, progress) as reader:
-        digested = check_digests(reader, findings, workers)
+    with TensorReader(checkpoint, progress=progress) as reader:
+        record = read_record_to_judge(checkpoint.root, findings)
+        digested = _check_bytes(reader, record, Described({}, {}), findings, workers)
     return _result(path, checkpoint, None, Described({}, {}), digested, None, 0, (), findings)
 
 
+def _check_bytes(
+    reader: TensorReader, record: dict[str, Any] | None, described: Described, findings: Findings, workers: int
+) -> int | None:
+    """Digests of shards and files where a record has them, and in the same pass whether floats are numbers."""
+    finite = FiniteCheck(reader, described.stored)
+    if record is None:
+        digested = None
+        finite.rest(range(len(reader.checkpoint.shards)), workers)
+    else:
+        digested = check_digests(reader, record, finite, findings, workers)
+        check_recorded_files(reader.checkpoint, record, findings)
+    finite.report(findings)
+    return digested
+
+
 def _check_against(
-    original: Reader, reader: Reader, described: Described, findings: Findings, workers: int
+    original: TensorReader,
+    reader: TensorReader,
+    described: Described,
+    record: dict[str, Any] | None,
+    findings: Findings,
+    workers: int,
 ) -> tuple[list[Fidelity], int]:
+    """Compare with the source: as the recorded recipe says where there is one, else by names and contents."""
     source = original.specs
     own = Findings()
     # The source's own faults are not those of the checkpoint; only its sound modules can be compared.
     source_modules = check_described(
         original, read_claims(source, own), own, known_method=quantization_of(source.config) is not None
     )
-    pairing = pair_tensors(source, source_modules, reader.specs, described, findings)
+    calls = None if record is None else recorded_calls(record, findings)
+    plan = None if record is None or calls is None else replayed(calls, record, original.checkpoint, findings)
+    if plan is not None:
+        pairing = pair_by_plan(plan, original, source_modules, reader, described, findings)
+    else:
+        pairing = pair_tensors(source, source_modules, reader.specs, described, findings)
     compared, equal = compare_pairs(original, reader, pairing.pairs, findings, workers)
-    lost, new = pair_by_content(original, reader, pairing.lost, pairing.new, findings)
-    reasons = _reasons(reader, lost)
+    lost, new = pairing.lost, pairing.new
+    if plan is None:
+        lost, new = pair_by_content(original, reader, lost, new, findings)
+    reasons = dropped_by_record(calls or [], lost)
     for spec in lost:
         if spec.name in reasons:
             findings.note("dropped", spec.name, f"left out by a {reasons[spec.name]} step of surgeon.json")
@@ -143,19 +181,14 @@ def _check_against(
                 "lost", spec.name, f"the source has {spec.dtype.name}{list(spec.shape)}, and nothing here stands for it"
             )
     for spec in new:
-        if spec.name.rpartition(".")[2] in _CALIBRATED:
-            findings.note("new", spec.name, f"{spec.dtype.name}{list(spec.shape)} is not in the source")
+        shown = f"{spec.dtype.name}{list(spec.shape)}"
+        if plan is not None:
+            findings.fault("new", spec.name, f"{shown} is nothing that the recorded recipe makes")
+        elif spec.name.rpartition(".")[2] in _CALIBRATED:
+            findings.note("new", spec.name, f"{shown} is not in the source")
         else:
-            findings.fault("new", spec.name, f"{spec.dtype.name}{list(spec.shape)} comes from no tensor of the source")
+            findings.fault("new", spec.name, f"{shown} comes from no tensor of the source")
     return compared, equal
-
-
-def _reasons(reader: Reader, lost: list[TensorSpec]) -> dict[str, str]:
-    try:
-        return dropped_by_record(read_record(reader.checkpoint.root), lost)
-    except SurgeonError:
-        # A damaged record is a fault already.
-        return {}
 
 
 def _result(

@@ -48,7 +48,7 @@ def _weight(found: Fidelity) -> dict[str, Any]:
     return {
         "name": found.name, "num_bits": found.num_bits, "snr_db": _number(found.snr_db), "exact": found.snr_db == math.inf,
         "floor_db": found.floor_db, "bad_rows": found.bad_rows, "rows_not_finite": found.not_finite,
-        "shift": found.shift,
+        "shift": found.shift, "odd_cells": found.odd_cells,
     }  # fmt: skip
 
 

@@ -6,10 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from tensorsurgeon.models.fused import experts_of, fused_name
+from tensorsurgeon.models.experts import experts_of
+from tensorsurgeon.models.fused import fused_name
 from tensorsurgeon.tensors.spec import SpecMap
 from tensorsurgeon.verifying.claims import Claim
-from tensorsurgeon.verifying.described import Described, stacked_experts
+from tensorsurgeon.verifying.described import Described, float_stacks
 from tensorsurgeon.verifying.findings import Findings
 
 
@@ -67,7 +68,7 @@ def check_experts(specs: SpecMap, config_value: Any, findings: Findings) -> None
                     f"{prefix}.{missing}.{leaf}",
                     f"has no tensor, but {len(numbers)} of {count} experts of this layer have theirs",
                 )
-    for prefix, spec in stacked_experts(specs).items():
+    for prefix, spec in float_stacks(specs).items():
         if prefix in lists:
             findings.fault(
                 "stacked-and-split", spec.name, f"holds the experts of {prefix} stacked, but the file has them one by one too"

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import xxhash
 
-from tensorsurgeon.checkpoint.folder import RECORD_NAME, STATE_FOLDER, Checkpoint, open_checkpoint
+from tensorsurgeon.checkpoint.folder import RECORD_NAME, STATE_FOLDER, Checkpoint, Oddity, open_checkpoint
 from tensorsurgeon.checkpoint.header import read_header
 from tensorsurgeon.checkpoint.layout import INDEX_NAME
+from tensorsurgeon.checkpoint.tensor_reader import CHUNK_BYTES, TensorReader
 from tensorsurgeon.errors import CheckpointError, HeaderError, SurgeonError
 from tensorsurgeon.running.record import Range, read_record, recorded_ranges
 from tensorsurgeon.verifying.findings import Findings
-from tensorsurgeon.verifying.reading import CHUNK_BYTES, Reader
+from tensorsurgeon.verifying.finite import FiniteCheck
 
 # ``model-00002-of-00005.safetensors``, but not 1 of 1.
 _OF_SEVERAL: Final = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.safetensors$")
@@ -69,14 +69,20 @@ def _check_files(checkpoint: Checkpoint, path: Path, findings: Findings) -> None
         findings.fault(
             "unfinished", STATE_FOLDER, "an unfinished run of surgeon lies here; finish it with --resume, or remove it"
         )
+    if len(checkpoint.shards) > 1 and not checkpoint.has_index:
+        findings.fault(
+            "index", INDEX_NAME, f"is missing; loaders read what it names, and of {len(checkpoint.shards)} shards it names none"
+        )
     for oddity in checkpoint.oddities:
-        where, _, message = oddity.partition(": ")
-        if oddity.startswith("the index says total_size"):
-            _judge_total_size(checkpoint, oddity, findings)
-        elif message:
-            findings.fault("index", where, message)
-        else:
-            findings.fault("index", INDEX_NAME, oddity)
+        match oddity.kind:
+            case "total-size":
+                _judge_total_size(checkpoint, oddity, findings)
+            case "index":
+                findings.fault("index", oddity.where, oddity.text.removeprefix(f"{oddity.where}: "))
+            case "missing-shard":
+                findings.fault("index", INDEX_NAME, oddity.text)
+            case "file":
+                findings.note("files", oddity.where, oddity.text.removeprefix(f"{oddity.where} "))
     for name in checkpoint.left_behind:
         if name.endswith(".partial"):
             findings.fault("leftover", name, "a part of an unfinished run; remove it, or finish the run with --resume")
@@ -86,10 +92,9 @@ def _check_files(checkpoint: Checkpoint, path: Path, findings: Findings) -> None
         findings.note("no-config", "config.json", "is missing, so nothing says how the tensors are to be read")
 
 
-def _judge_total_size(checkpoint: Checkpoint, oddity: str, findings: Findings) -> None:
+def _judge_total_size(checkpoint: Checkpoint, oddity: Oddity, findings: Findings) -> None:
     """Two tools write another number than the tensors' bytes; any third number is a stale index."""
-    document = json.loads((checkpoint.root / INDEX_NAME).read_bytes())
-    total = document["metadata"]["total_size"]
+    total = oddity.value
     files = sum(shard.file_bytes for shard in checkpoint.shards)
     if total == 0 or total == files:
         meaning = "nothing" if total == 0 else "the bytes of the files, headers included"
@@ -97,19 +102,21 @@ def _judge_total_size(checkpoint: Checkpoint, oddity: str, findings: Findings) -
             "total-size", INDEX_NAME, f"total_size {total} counts {meaning}; the tensors have {checkpoint.weight_bytes} bytes"
         )
     else:
-        findings.fault("total-size", INDEX_NAME, oddity)
+        findings.fault("total-size", INDEX_NAME, oddity.text)
 
 
-def check_digests(reader: Reader, findings: Findings, workers: int) -> int | None:
-    """Compare every byte range that ``surgeon.json`` knows; the bytes compared, or None without a record."""
-    checkpoint = reader.checkpoint
+def read_record_to_judge(root: Path, findings: Findings) -> dict[str, Any] | None:
+    """``surgeon.json``; None where there is none, and with a fault where it cannot be read."""
     try:
-        record = read_record(checkpoint.root)
+        return read_record(root)
     except SurgeonError as error:
         findings.fault("record", RECORD_NAME, error.message)
         return None
-    if record is None:
-        return None
+
+
+def check_digests(reader: TensorReader, record: dict[str, Any], finite: FiniteCheck, findings: Findings, workers: int) -> int:
+    """Compare every byte range that ``surgeon.json`` knows; the bytes compared. What is read is looked at for NaN too."""
+    checkpoint = reader.checkpoint
     numbers = {shard.path.name: number for number, shard in enumerate(checkpoint.shards)}
     ranges: dict[str, list[Range]] = {}
     for found in recorded_ranges(record):
@@ -125,13 +132,16 @@ def check_digests(reader: Reader, findings: Findings, workers: int) -> int | Non
             findings.fault("record", name, f"{RECORD_NAME} says that the run wrote this shard, but it is not here")
         elif _tiles(own, checkpoint.shards[number].file_bytes, name, findings):
             jobs += [(number, found) for found in own]
+    finite.rest(set(numbers.values()) - {number for number, _ in jobs}, workers)
     name_at = _names_by_offset(checkpoint)
 
     def compare(job: tuple[int, Range]) -> int:
         number, found = job
         digest = xxhash.xxh3_64()
         for start in range(found.offset, found.offset + found.nbytes, CHUNK_BYTES):
-            digest.update(reader.shard_bytes(number, start, min(CHUNK_BYTES, found.offset + found.nbytes - start)).data)
+            data = reader.shard_bytes(number, start, min(CHUNK_BYTES, found.offset + found.nbytes - start))
+            digest.update(data.data)
+            finite.look(number, start, data)
         if digest.hexdigest() != found.digest:
             stop = found.offset + found.nbytes
             findings.fault(
@@ -154,7 +164,7 @@ def is_one_shard(checkpoint: Checkpoint) -> bool:
 def _tiles(ranges: list[Range], file_bytes: int, name: str, findings: Findings) -> bool:
     position = 0
     for found in sorted(ranges, key=lambda r: r.offset):
-        if found.offset != position:
+        if found.offset != position or found.nbytes < 0:
             break
         position += found.nbytes
     if position == file_bytes:

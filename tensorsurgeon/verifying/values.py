@@ -12,11 +12,11 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from tensorsurgeon.quant import bitpack
+from tensorsurgeon.checkpoint.tensor_reader import CHUNK_BYTES, TensorReader
+from tensorsurgeon.verifying.bits import unpack
 from tensorsurgeon.verifying.described import Module
 from tensorsurgeon.verifying.findings import Findings
-from tensorsurgeon.verifying.reading import CHUNK_BYTES, Reader
-from tensorsurgeon.verifying.weights import CodedWeight
+from tensorsurgeon.verifying.layouts import stored_weight
 
 # AutoRound's full-range scales are negative for about half of all groups; a flipped sign is rare.
 _SIGNED_SHARE: Final = 0.1
@@ -32,7 +32,7 @@ class ScaleFacts(NamedTuple):
     global_scale: float | None
 
 
-def check_values(reader: Reader, modules: Iterable[Module], findings: Findings, workers: int) -> dict[str, float]:
+def check_values(reader: TensorReader, modules: Iterable[Module], findings: Findings, workers: int) -> dict[str, float]:
     """Check each module; NVFP4 global scales by module, for the siblings to be compared."""
 
     def check(module: Module) -> ScaleFacts:
@@ -59,7 +59,7 @@ def _judge_signs(facts: list[ScaleFacts], findings: Findings) -> None:
             )
 
 
-def _check(reader: Reader, module: Module, findings: Findings) -> ScaleFacts:
+def _check(reader: TensorReader, module: Module, findings: Findings) -> ScaleFacts:
     claim, name = module.claim, module.name
     scale_name = f"{name}.{claim.scale_name}"
     global_scale = None
@@ -108,9 +108,9 @@ def _fault_first(findings: Findings, kind: str, name: str, wrong: np.ndarray, va
         findings.fault(kind, f"{name}{_position(wrong)}", f"{value} {fault}{more}")
 
 
-def _check_zero_scales(reader: Reader, module: Module, findings: Findings) -> None:
+def _check_zero_scales(reader: TensorReader, module: Module, findings: Findings) -> None:
     """A zero scale reads every weight of its group as zero; right only if the codes say so too."""
-    weight = CodedWeight(reader, module.name, module.claim, module.shape)
+    weight = stored_weight(reader, module.name, module.claim, module.shape)
     rows, columns = module.shape
     block = module.claim.block or (1, 1)
     lost = 0
@@ -140,7 +140,7 @@ def _check_zero_scales(reader: Reader, module: Module, findings: Findings) -> No
         )
 
 
-def _check_zero_points(reader: Reader, module: Module, findings: Findings) -> None:
+def _check_zero_points(reader: TensorReader, module: Module, findings: Findings) -> None:
     claim, name = module.claim, module.name
     if claim.layout in ("gptq", "awq") and claim.symmetric:
         _check_constant_zeros(reader, module, findings)
@@ -151,12 +151,12 @@ def _check_zero_points(reader: Reader, module: Module, findings: Findings) -> No
         )
 
 
-def _check_constant_zeros(reader: Reader, module: Module, findings: Findings) -> None:
+def _check_constant_zeros(reader: TensorReader, module: Module, findings: Findings) -> None:
     """Zero points of symmetric weights are half the range; what they look like one lower tells v1 from v2."""
     claim, name = module.claim, f"{module.name}.qzeros"
     words = reader.array(name)
     rows = module.shape[0]
-    stored = bitpack.unpack_rows(words, claim.num_bits, rows, signed=False)
+    stored = unpack(words, claim.num_bits, rows)
     wanted = (1 << (claim.num_bits - 1)) - claim.zero_offset
     other = wanted + (1 if claim.zero_offset else -1)
     if (stored == wanted).all():
@@ -185,7 +185,7 @@ def _check_constant_zeros(reader: Reader, module: Module, findings: Findings) ->
     )
 
 
-def _check_padding(reader: Reader, module: Module, findings: Findings) -> None:
+def _check_padding(reader: TensorReader, module: Module, findings: Findings) -> None:
     """Bits behind the last code of a row are zero; others are codes of a wider weight that were cut off."""
     claim, (rows, columns) = module.claim, module.shape
     if claim.layout == "ct-packed" and columns * claim.num_bits % 32:
@@ -206,7 +206,7 @@ def _check_padding(reader: Reader, module: Module, findings: Findings) -> None:
             findings.fault("padding", name, f"has bits set behind the zero points of its {rows} outputs")
 
 
-def _check_order(reader: Reader, module: Module, findings: Findings) -> None:
+def _check_order(reader: TensorReader, module: Module, findings: Findings) -> None:
     """``g_idx``: the group of each input. Without desc_act it counts up; with it, any group may come anywhere."""
     claim = module.claim
     if "g_idx" not in module.tensors:
@@ -224,7 +224,7 @@ def _check_order(reader: Reader, module: Module, findings: Findings) -> None:
     _fault_first(findings, "g-idx", name, wrong, order, "is not the input's own group, but the config says desc_act false")
 
 
-def _check_fp8_codes(reader: Reader, module: Module, findings: Findings) -> None:
+def _check_fp8_codes(reader: TensorReader, module: Module, findings: Findings) -> None:
     """E4M3 has two NaN codes and no infinity; one NaN makes every output that it reaches NaN."""
     name = f"{module.name}.weight"
     nbytes = reader.specs[name].nbytes

@@ -54,7 +54,7 @@ def split_fixture(folder: Path) -> Path:
     """The trained fixture with its experts stored one by one."""
     from tensorsurgeon.running.run import run_plan
 
-    steps = steps_of(load_transform("split-experts", {"exclude": ["maybe:mtp.{rest*}"]}))
+    steps = steps_of(load_transform("split-experts", {"exclude": ["maybe:role:mtp"]}))
     run_plan(make_plan(steps, open_checkpoint(FIXTURE)), folder, workers=1)
     return folder
 

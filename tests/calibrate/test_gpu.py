@@ -27,7 +27,8 @@ def test_losses_on_a_gpu_are_those_on_a_cpu_within_rounding(tmp_path: Path) -> N
         assert losses["cuda"][module] == pytest.approx(loss, rel=0.25), module
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="this torch sees no such device"):
-        run_calibrated(plan_of(FIXTURE), tmp_path / "out", options_of(), device="cuda")
+@pytest.mark.parametrize("name", ["cuda:7", "cuda:99999", "gpu", "CUDA", "meta", "mps", ""])
+def test_a_device_that_is_not_there_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"--device {name}: "):
+        run_calibrated(plan_of(FIXTURE), tmp_path / "out", options_of(), device=name)
+    assert not (tmp_path / "out").exists()

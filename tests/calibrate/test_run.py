@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from tensorsurgeon.calibrate import needs_calibration
 from tensorsurgeon.calibrate.log import LOG_NAME, LogRow, read_log
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.run import CalibratedResult, run_calibrated
@@ -207,7 +206,7 @@ def test_the_record_names_the_data(tmp_path: Path) -> None:
 
 def test_a_transform_that_asks_for_no_statistics_takes_no_data(tmp_path: Path) -> None:
     plan = plan_of(FIXTURE, method="rtn")
-    assert not needs_calibration(plan.steps)
+    assert not plan.needs_codes
     with pytest.raises(RecipeError, match="leave --calibration away"):
         run_calibrated(plan, tmp_path / "out", options_of())
 

@@ -13,16 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from tensorsurgeon.calibrate.codes.layer import damping_for, store_scale_of
+from tensorsurgeon.calibrate.codes.rules import damping_for, store_scale_of
 from tensorsurgeon.calibrate.walk.experts import ExpertInputs, ExpertStatistics, find_stacks
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
 from tensorsurgeon.calibrate.walk.model import StreamedModel
-from tensorsurgeon.calibrate.walk.reading import TensorReader
 from tensorsurgeon.calibrate.walk.statistics import (
     LayerObserver,
     StoredStatistics,
     WalkedStatistics,
-    describe_statistics,
     layer_path,
     write_layer,
 )
@@ -30,6 +28,7 @@ from tensorsurgeon.calibrate.walk.walk import Walk
 from tensorsurgeon.calibrate.walk.workers import Turns, run_parallel
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.checkpoint.source import Source
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import Interrupted, RecipeError
 from tensorsurgeon.quant.gptq.gptq import GptqOptions, gptq, output_energy
 from tensorsurgeon.quant.gptq.hessian import flipped_cholesky
@@ -190,7 +189,6 @@ def test_statistics_come_back_from_their_file(tmp_path: Path) -> None:
         names = sorted(made.seen)
         kept = {made.statistics.shared_key(name): made.statistics.of(name) for name in names}
         write_layer(tmp_path / "s", 0, kept, {name: made.statistics.shared_key(name) for name in names})  # type: ignore[arg-type]
-        write_layer(tmp_path / "d", 0, kept, {}, full=False)  # type: ignore[arg-type]
         stored = StoredStatistics(layer_path(tmp_path / "s", 0))
         for name in names:
             ours, theirs = stored.of(name), made.statistics.of(name)
@@ -198,9 +196,7 @@ def test_statistics_come_back_from_their_file(tmp_path: Path) -> None:
             assert theirs is not None
             assert ours.tokens == theirs.tokens
             assert torch.equal(ours.hessian, theirs.hessian)
-        rows = describe_statistics(tmp_path / "d")
-        assert {row["kind"] for row in rows} == {"diagonal"}
-        assert len(rows) == len(kept) < len(names)
+        assert len(stored.tokens) == len(kept) < len(names)
         assert stored.of("nobody") is None
 
 
@@ -210,8 +206,6 @@ def test_files_that_hold_no_statistics_are_refused(tmp_path: Path) -> None:
     layer_path(tmp_path, 0).write_bytes(b"no")
     with pytest.raises(RecipeError, match="is not a file of statistics"):
         StoredStatistics(layer_path(tmp_path, 0))
-    with pytest.raises(RecipeError, match="holds no statistics"):
-        describe_statistics(tmp_path / "absent")
 
 
 def test_a_failing_worker_releases_those_that_wait_for_their_turn() -> None:

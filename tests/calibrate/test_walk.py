@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
 from tensorsurgeon.calibrate.walk.model import StreamedModel
-from tensorsurgeon.calibrate.walk.reading import TensorReader
 from tensorsurgeon.calibrate.walk.walk import Walk
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.checkpoint.source import Source
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import CheckpointError, NumericError
 from tensorsurgeon.quant.threads import one_torch_thread
 from tests.calibrate.models import save_random
@@ -111,7 +111,7 @@ def test_every_row_of_every_expert_is_traced_to_where_transformers_puts_it(split
         reader = TensorReader(checkpoint, source)
         with model.layer(0, reader) as layer:
             for name, runs in traced.items():
-                rows = torch.from_numpy(reader.whole(name).astype(np.float32)).reshape(-1, checkpoint.specs[name].shape[-1])
+                rows = torch.from_numpy(reader.array(name).astype(np.float32)).reshape(-1, checkpoint.specs[name].shape[-1])
                 for first, (parameter, start, stop) in runs:
                     found = layer.get_parameter(parameter.removeprefix(model.layer_names[0] + ".")).float()
                     assert torch.equal(found.reshape(-1, found.shape[-1])[start:stop], rows[first : first + stop - start])

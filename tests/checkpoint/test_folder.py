@@ -97,7 +97,7 @@ def test_what_cannot_be_copied_is_told(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     os.mkfifo(folder / "pipe")
-    oddities = "\n".join(open_checkpoint(folder).oddities)
+    oddities = "\n".join(map(str, open_checkpoint(folder).oddities))
     for name in ("broken.json", "linked/", "pipe"):
         assert name in oddities
 
@@ -107,15 +107,13 @@ def test_the_metadata_of_the_source_is_kept(tmp_path):
     assert open_checkpoint(folder).metadata == {"format": "pt", "who": "ü"}
 
 
-@pytest.mark.parametrize("change", ["touch", "config", "side_file", "weights"])
+@pytest.mark.parametrize("change", ["config", "side_file", "weights"])
 def test_the_fingerprint_notices_any_change(change, tmp_path):
     folder = write_checkpoint(tmp_path / "m", TENSORS, config=moe_config())
     (folder / "tokenizer.json").write_text("{}")
     before = open_checkpoint(folder).fingerprint()
     assert open_checkpoint(folder).fingerprint() == before
     match change:
-        case "touch":
-            os.utime(folder / "model.safetensors", ns=(1, 1))
         case "config":
             (folder / "config.json").write_text("{}")
         case "side_file":
@@ -125,6 +123,15 @@ def test_the_fingerprint_notices_any_change(change, tmp_path):
             write_checkpoint(folder, {**TENSORS, "new": np.zeros(1, np.int8)})
             os.utime(folder / "model.safetensors", ns=(info.st_atime_ns, info.st_mtime_ns))
     assert open_checkpoint(folder).fingerprint() != before
+
+
+def test_the_fingerprint_knows_no_time_and_no_place(tmp_path):
+    for name in "ab":
+        folder = write_checkpoint(tmp_path / name, TENSORS, config=moe_config())
+        (folder / "tokenizer.json").write_text("{}")
+    os.utime(tmp_path / "a" / "model.safetensors", ns=(1, 1))
+    os.utime(tmp_path / "a" / "tokenizer.json", ns=(1, 1))
+    assert open_checkpoint(tmp_path / "a").fingerprint() == open_checkpoint(tmp_path / "b").fingerprint()
 
 
 def edit_index(folder, edit):
@@ -199,12 +206,12 @@ def test_a_config_that_is_no_config_is_refused(content, moe):
 
 def test_a_wrong_total_size_is_told_and_forgiven(moe):
     edit_index(moe, lambda d: d["metadata"].update(total_size=5))
-    assert any("total_size 5" in oddity for oddity in open_checkpoint(moe).oddities)
+    assert any("total_size 5" in oddity.text for oddity in open_checkpoint(moe).oddities)
 
 
 def test_tolerance_turns_a_stale_index_into_oddities(moe):
     edit_index(moe, lambda d: d["weight_map"].update(ghost="model-00009-of-00009.safetensors"))
-    oddities = open_checkpoint(moe, tolerant=True).oddities
+    oddities = [str(oddity) for oddity in open_checkpoint(moe, tolerant=True).oddities]
     assert any("model-00009" in o for o in oddities)
     assert any("ghost" in o for o in oddities)
 
@@ -225,7 +232,8 @@ def test_a_blob_that_was_not_downloaded_is_noticed(tmp_path):
 
 def test_a_name_in_two_shards_is_refused(tmp_path):
     folder = write_checkpoint(tmp_path / "m", TENSORS)
-    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    shutil.copy(folder / "one.safetensors", folder / "other.safetensors")
     with pytest.raises(IndexMismatchError, match="lies in two shards"):
         open_checkpoint(folder)
 
@@ -247,7 +255,7 @@ def test_an_unfinished_run_is_no_source(moe):
     (moe / ".surgeon").mkdir()
     open_checkpoint(moe)  # a trace without a name is harmless
     (moe / ".surgeon" / "run.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="finish it with --resume"):
+    with pytest.raises(CheckpointError, match="finish it with resume=True"):
         open_checkpoint(moe)
 
 

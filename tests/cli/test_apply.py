@@ -281,12 +281,12 @@ def test_a_reader_that_goes_away_is_no_fault(tmp_path):
 
 def test_a_plan_says_why_each_linear_is_left_alone_and_what_room_there_is(tmp_path):
     text = ok("plan", "quark-w8a8-int8", FIXTURE).stdout
-    assert re.search(r"mlp\.gate +x 4 +excluded by \{path\*\}\.mlp\.gate\.weight", text)
-    assert re.search(r"mtp\.layers\.\*\.mlp\.experts +x 1 +excluded by mtp\.\{rest\*\}", text)
+    assert re.search(r"mlp\.gate +x 4 +excluded by role:router", text)
+    assert re.search(r"mtp\.layers\.\*\.mlp\.experts +x 1 +excluded by role:mtp", text)
     assert re.search(r"disk +\S+ \S+ needed \(\S+ \S+ free in the current folder\)", text)
     data = json.loads(ok("plan", "quark-w8a8-int8", FIXTURE, "--json").stdout)
     assert data["why_unquantized"].keys() == data["unquantized"].keys()
-    assert data["why_unquantized"]["lm_head"] == "outside {path*}.layers.{n}.{module*}.weight"
+    assert data["why_unquantized"]["lm_head"] == "head (by its name)"
     assert data["free_bytes"] > 0
     # A name that a later step gave is not the one that the rules saw, so nothing is said of it.
     (tmp_path / "head.yaml").write_text("description: x\nsteps:\n  - rename: {where: [lm_head.weight], to: head.weight}\n")

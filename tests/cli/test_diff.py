@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.cli import main
 from tensorsurgeon.look.diffing import diff_checkpoints
 from tensorsurgeon.verifying import verify
-from tensorsurgeon.verifying.reading import Reader
 from tests.checkpoints import Tensors, moe_config, tiny_moe, write_checkpoint
 
 
@@ -108,13 +108,13 @@ def test_a_large_tensor_is_never_held_whole(tmp_path: Path, monkeypatch: pytest.
     large = {"w": np.zeros((1 << 12, 1 << 10), np.float32)}
     a, b = (write_checkpoint(tmp_path / name, large, config=moe_config()) for name in "ab")
     sizes: list[int] = []
-    read = Reader.bytes_of
+    read = TensorReader.bytes_of
 
-    def watched(self: Reader, name: str, start: int, nbytes: int) -> np.ndarray:
+    def watched(self: TensorReader, name: str, start: int, nbytes: int) -> np.ndarray:
         sizes.append(nbytes)
         return read(self, name, start, nbytes)
 
-    monkeypatch.setattr(Reader, "bytes_of", watched)
+    monkeypatch.setattr(TensorReader, "bytes_of", watched)
     assert diff_checkpoints(a, b).is_equal
     assert verify(a, b).is_sound
     assert sum(sizes) == 4 * large["w"].nbytes

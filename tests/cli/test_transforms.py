@@ -130,7 +130,7 @@ def test_codes_and_scales_stand_for_the_weights_they_were_made_of(transform, tmp
 
 def test_mtp_experts_are_split_only_when_asked_and_stay_bf16(tmp_path):
     plain = read_all(apply("quark-w8a8-int8", FIXTURE, tmp_path / "plain"))
-    split = read_all(apply("quark-w8a8-int8", FIXTURE, tmp_path / "split", "--set", "split_mtp=true"))
+    split = read_all(apply("quark-w8a8-int8", FIXTURE, tmp_path / "split", "--set", "mtp=split"))
     names = {name for name in plain if name.startswith("mtp.")}
     assert names == {name for name in read_all(FIXTURE) if name.startswith("mtp.")}
     assert len(names) == 19

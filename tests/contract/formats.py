@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tensorsurgeon.errors import ConfigError, NumericError, RecipeError, SpecError
 from tensorsurgeon.formats.base import Format, QuantizedModel
 from tensorsurgeon.formats.registry import detect, format_class
-from tensorsurgeon.models.fused import experts_of
+from tensorsurgeon.models.experts import experts_of
 from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import BF16, F8_E4M3, F8_E8M0, F16, F32, DType, dtype_of
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
@@ -120,6 +120,7 @@ class FormatContract:
         packed = case.layout.pack(quantized, scheme)
         assert [(s.dtype, s.shape) for s in planned] == [(dtype_of(a), a.shape) for a in packed]
         assert all(array.flags.c_contiguous for array in packed)
+        assert case.layout.local_names(scheme) == tuple(spec.name for spec in planned)
         arrays = {spec.name: array for spec, array in zip(planned, packed, strict=True)}
         assert_same(case.layout.unpack(arrays, scheme), quantized)
         full = case.columns % 32 == 0 or scheme.group_size != -1 or columns % 32 == 0 or scheme.type != "int"

@@ -1,8 +1,8 @@
 """What every op owes: the suite that each ``tests/ops/test_<op>.py`` inherits and feeds with its ``CASES``.
 
 A case gives an op, the tensors it meets, and what must come out, said in NumPy. The suite holds that the plan tells
-the truth, that applying is pure, that what can be undone is undone to the byte, and that the whole engine writes the
-same.
+the truth, that applying is pure, and that the whole engine writes the same. ``tests/ops/test_there_and_back.py`` undoes
+what can be undone.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
-from tensorsurgeon.errors import NotReversibleError, SurgeonError
+from tensorsurgeon.errors import SurgeonError
 from tensorsurgeon.planning.plan import make_plan
-from tensorsurgeon.planning.rewriting import Chain, Reversible, advance
+from tensorsurgeon.planning.rewriting import advance, is_reversible
 from tensorsurgeon.running.run import run_plan
 from tensorsurgeon.tensors.dtypes import dtype_of
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
@@ -93,10 +93,10 @@ class OpContract:
     def test_apply_makes_the_planned_specs_and_leaves_its_inputs_alone(self, case: Case) -> None:
         specs = spec_map(case.tensors, case.config)
         for rewrite in case.op.plan(specs):
+            if rewrite.moves_bytes:
+                continue  # the engine moves bytes in files; the test of it below sees that they arrive
             inputs = [array_of(region, case.tensors) for region in rewrite.inputs]
             before = [array.tobytes() for array in inputs]
-            if not rewrite.outputs and rewrite.moves_bytes:
-                continue
             first = [array.copy() for array in case.op.apply(rewrite, inputs)]
             second = case.op.apply(rewrite, inputs)
             assert [array.tobytes() for array in inputs] == before
@@ -104,37 +104,13 @@ class OpContract:
             for region, array in zip(rewrite.outputs, first, strict=True):
                 assert (array.dtype, array.shape) == (region.spec.dtype.numpy, region.shape)
 
-    def test_byte_moves_are_what_apply_does(self, case: Case) -> None:
-        """The engine copies bytes where a rewrite says so; ``apply`` must mean the same."""
-        specs = spec_map(case.tensors, case.config)
-        for rewrite in case.op.plan(specs):
-            if rewrite.moves_bytes and rewrite.outputs:
-                inputs = [array_of(region, case.tensors) for region in rewrite.inputs]
-                moved = b"".join(array.tobytes() for array in inputs)
-                assert b"".join(np.ascontiguousarray(a).tobytes() for a in case.op.apply(rewrite, inputs)) == moved
-
     def test_the_engine_writes_what_should_come_out(self, case: Case, tmp_path: Path) -> None:
         source = write_checkpoint(tmp_path / "source", case.tensors, shards=3, config=case.config or None)
         run_plan(make_plan(case.op, open_checkpoint(source)), tmp_path / "out", workers=2)
         assert_same(read_all(tmp_path / "out"), case.expected)
 
-    def test_there_and_back_restores_every_byte(self, case: Case, tmp_path: Path) -> None:
-        source = write_checkpoint(tmp_path / "source", case.tensors, config=case.config or None)
-        plan = make_plan(case.op, open_checkpoint(source))
-        run_plan(plan, tmp_path / "there")
-        chain = Chain([case.op])
-        if not case.reversible:
-            assert not isinstance(case.op, Reversible)
-            with pytest.raises(NotReversibleError):
-                chain.inverse(plan.rewrites)
-            return
-        back = make_plan(chain.inverse(plan.rewrites), open_checkpoint(tmp_path / "there"))
-        run_plan(back, tmp_path / "back")
-        assert_same(read_all(tmp_path / "back"), case.tensors)
-        # And forth again: the inverse of the inverse is the op.
-        again = back.steps and Chain(back.steps).inverse(back.rewrites)
-        run_plan(make_plan(again, open_checkpoint(tmp_path / "back")), tmp_path / "forth")
-        assert_same(read_all(tmp_path / "forth"), case.expected)
+    def test_an_op_says_whether_its_work_can_be_undone(self, case: Case) -> None:
+        assert is_reversible(case.op) is case.reversible
 
     def test_what_does_not_fit_is_refused_while_planning(self, refusal: Refusal) -> None:
         specs = spec_map(refusal.tensors, refusal.config)

@@ -30,7 +30,7 @@ def skeleton(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     ("transform", "parameters", "quantized", "gigabytes", "mtp_tensors"),
     [
         ("quark-w8a8-int8", {}, 31030, 38.4, 19),
-        ("quark-w8a8-int8", {"split_mtp": True}, 31030, 38.4, 785),
+        ("quark-w8a8-int8", {"mtp": "split"}, 31030, 38.4, 785),
         ("ct-w8a8-int8", {}, 31030, 38.3, 19),
         ("ct-w8a16", {"vision": False}, 30760, 39.5, 19),
         ("ct-w8a16", {"vision": True}, 30870, 39.0, 19),

@@ -11,8 +11,17 @@ from pathlib import Path
 import pytest
 
 from tests.engines.judging import HERE, ROOT, Conversion, Engine, write_tokens
+from tests.engines.known_refusals import answers, this_cpu
 
 Convert = Callable[..., Path]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Each layout that vLLM was asked for: its figures, or its refusal. The next CPU may give other ones."""
+    if answers:
+        terminalreporter.section(f"what vLLM serves on {this_cpu()}")
+        for line in answers:
+            terminalreporter.write_line(line)
 
 
 def environment(engine: str, name: str) -> Engine:

@@ -63,14 +63,17 @@ class Engine:
     name: str
     python: Path
 
-    def ask(self, script: str, *arguments: object, timeout: float = 1800) -> dict[str, Row]:
+    def ask(self, script: str, *arguments: object, timeout: float = 1800, settings: tuple[str, ...] = ()) -> dict[str, Row]:
         """Run a script of this folder and return its JSON lines by the name of the checkpoint's folder.
+
+        ``settings``: NAME=VALUE, added to its environment.
 
         An engine's own messages share its output, so other lines are passed over; without any JSON line the script itself
         failed, and the test fails with its last words.
         """
         command = [str(self.python), str(HERE / script), *map(str, arguments)]
         environment = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+        environment |= dict(setting.split("=", 1) for setting in settings)
         run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
         rows = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
         if not rows:

@@ -402,7 +402,8 @@ def test_layers_with_unquantized_parts_of_experts_are_noticed(planned: Maker) ->
 
 
 def test_quantized_routers_are_refused(planned: Maker) -> None:
-    plan = planned(*linears("quark-int8", exclude=NO_MTP_NO_GATES))
+    everything = ["role:linear", "role:router", "role:shared-expert-gate"]
+    plan = planned(*linears("quark-int8", where=everything, exclude=[]))
     for engine in ("vllm", "sglang"):
         assert found(advise(plan, engine, 1), "refuses", f"{LAYERS}.*.mlp.gate", "leave it BF16")
         assert found(advise(plan, engine, 1), "refuses", "shared_expert_gate")

@@ -32,7 +32,7 @@ class TestAutoRound(FormatContract):
         Case(DIRECT, w(4, 32, symmetric=False), 32, 32),
     )
     REFUSALS = (
-        Refusal(GPTQ, WEIGHT, w(4, 32, symmetric=False), "packing_format auto_round:auto_awq"),
+        Refusal(GPTQ, WEIGHT, w(4, 32, symmetric=False), "in the format autoround-awq"),
         Refusal(AS_AWQ, WEIGHT, w(8, 32), "num_bits 4, found 8"),
         Refusal(GPTQ, TensorSpec("m.weight", BF16, (1, 128)), w(4, 32), "out_features divisible by 32"),
     )

@@ -24,8 +24,10 @@ FOUR, EIGHT = (Scheme(num_bits=bits, group_size=32, scale_dtype=BF16) for bits i
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_registry_names_a_class_with_that_name(name):
-    assert format_class(name).name == name
+def test_registry_names_a_class_with_that_name_but_for_variants(name):
+    entry = FORMATS[name]
+    assert format_class(name).quant_method == entry.quant_method
+    assert (format_class(name).name == name) is (not entry.settings or name == "quark-int4")
 
 
 def test_unknown_format_is_refused_with_the_nearest_name():
@@ -152,7 +154,7 @@ def test_a_dialect_with_one_scheme_refuses_two():
     model = written(layout, under(wide))
     modules = {m: FOUR if m.endswith("o_proj") else wide for m in model.modules}
     mixed = type(model)(modules=modules, unquantized=model.unquantized, specs=model.specs)
-    with pytest.raises(SpecError, match="quark_int8 can describe one scheme for all modules, found 2"):
+    with pytest.raises(SpecError, match="quark-int8 can describe one scheme for all modules, found 2"):
         layout.config_files(mixed)
 
 

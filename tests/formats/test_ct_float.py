@@ -23,7 +23,7 @@ class TestCtFloat(FormatContract):
         Refusal(LAYOUT, WEIGHT, Scheme(type="fp8", group_size=32), "group_size -1, found 32"),
     )
     MUTATIONS = (
-        Mutation((*GROUP, "weights", "strategy"), "tensor", "strategy: found 'tensor', can read 'channel' or 'block'"),
+        Mutation((*GROUP, "weights", "strategy"), "token", "strategy: found 'token', can read 'channel' or 'block'"),
         Mutation((*GROUP, "weights", "strategy"), "block", r"block_structure: expected \[rows, columns\], found None"),
         Mutation((*GROUP, "weights", "type"), "int", "type: found 'int'"),
     )

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tensorsurgeon.formats.ct_fp4 import CtMxfp4, CtNvfp4
+from tensorsurgeon.formats.ct_mxfp4 import CtMxfp4
+from tensorsurgeon.formats.ct_nvfp4 import CtNvfp4
 from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import BF16, F8_E4M3, F8_E8M0
 from tensorsurgeon.tensors.spec import TensorSpec

@@ -42,7 +42,7 @@ def layouts() -> list[tuple[str, Format, Scheme, Scheme | None]]:
         layout: Format = format_class(name)()
         scheme = layout.resolve_scheme(layout.default_scheme(), BF16)
         found.append((name, layout, scheme, None))
-        if name in ("ct_packed", "gptq", "autoround"):
+        if name in ("ct-packed", "gptq", "autoround"):
             wide = layout.resolve_scheme(Scheme(num_bits=8, group_size=32), BF16)
             found.append((f"{name}, attention at 8 bits", layout, scheme, wide))
     return found

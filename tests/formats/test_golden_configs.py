@@ -11,8 +11,8 @@ from tensorsurgeon.formats.autoround import AutoRound
 from tensorsurgeon.formats.awq import Awq
 from tensorsurgeon.formats.base import QuantizedModel
 from tensorsurgeon.formats.ct_float import CtFloat
-from tensorsurgeon.formats.ct_fp4 import CtNvfp4
 from tensorsurgeon.formats.ct_int import CtInt
+from tensorsurgeon.formats.ct_nvfp4 import CtNvfp4
 from tensorsurgeon.formats.ct_packed import CtPacked
 from tensorsurgeon.formats.gptq import Gptq
 from tensorsurgeon.formats.quark_int8 import QuarkInt8
@@ -152,7 +152,7 @@ def test_a_checkpoint_that_is_not_quantized_has_no_format():
         ({"quant_method": CT, "format": "marlin-24"}, "format: cannot read 'marlin-24'"),
         (
             {"quant_method": CT, "config_groups": {"a": {"format": "int-quantized"}, "b": {"format": "pack-quantized"}}},
-            r"several layouts in one checkpoint \(int-quantized, pack-quantized\)",
+            r"several layouts in one checkpoint \(ct-int, ct-packed\)",
         ),
         ({"quant_method": "quark"}, "global_quant_config: expected a mapping"),
         ({"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp4"}}}, r"weight\.dtype: cannot read 'fp4'"),

@@ -33,7 +33,7 @@ class TestGptq(FormatContract):
     )
     REFUSALS = (
         Refusal(V1, WEIGHT, w(5, 32), "num_bits 2 or 3 or 4 or 8, found 5"),
-        Refusal(V1, WEIGHT, w(4, 32, symmetric=False), "write asymmetric weights with checkpoint_format gptq_v2"),
+        Refusal(V1, WEIGHT, w(4, 32, symmetric=False), "write asymmetric weights in the format gptq-v2"),
         Refusal(V1, TensorSpec("m.weight", BF16, (20, 128)), w(4, 32), "out_features divisible by 32 .* found 20"),
         Refusal(V1, TensorSpec("m.weight", BF16, (32, 80)), w(4, -1), "in_features divisible by 32"),
         Refusal(V1, TensorSpec("m.weight", BF16, (32, 96)), w(4, 64), "use a divisor such as 48 or 96"),

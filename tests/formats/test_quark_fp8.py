@@ -16,7 +16,7 @@ class TestQuarkFp8(FormatContract):
     CASES = (Case(LAYOUT, FP8), Case(LAYOUT, Scheme(type="fp8", rule="quark", scale_dtype=BF16)))
     REFUSALS = (Refusal(LAYOUT, TensorSpec("m.weight", BF16, (8, 8)), Scheme(type="fp8", block=(128, 128)), "block None"),)
     MUTATIONS = (
-        Mutation((*GENERAL, "qscheme"), "per_tensor", "qscheme: found 'per_tensor'"),
+        Mutation((*GENERAL, "qscheme"), "per_group", "qscheme: found 'per_group'"),
         Mutation((*GENERAL,), [{}, {}], "weights quantized in 2 stages"),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
-from tensorsurgeon.formats.layouts import LAYOUTS
+from tensorsurgeon.formats.registry import FORMATS, format_named
 from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.planning.plan import make_plan
 from tensorsurgeon.running.run import run_plan
@@ -18,8 +18,8 @@ from tests.ops.arrays import BF16
 
 MLP = "model.layers.0.mlp"
 CONFIG: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
-FLOAT_LAYOUTS = ("ct-float", "hf-fp8", "quark-fp8", "ct-nvfp4", "ct-mxfp4")
-INT_LAYOUTS = tuple(name for name in LAYOUTS if name not in FLOAT_LAYOUTS)
+FLOAT_LAYOUTS = tuple(name for name in FORMATS if format_named(name).default_scheme().type != "int")
+INT_LAYOUTS = tuple(name for name in FORMATS if name not in FLOAT_LAYOUTS)
 
 
 def dense(columns: int = 128, rows: int = 256, seed: int = 0) -> Tensors:

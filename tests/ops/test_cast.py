@@ -86,7 +86,7 @@ def test_a_large_tensor_is_cast_in_pieces_to_the_same_bytes(tmp_path, monkeypatc
     monkeypatch.setattr("tensorsurgeon.ops.cast._CHUNK_BYTES", 1000)
     x = random_array(RNG, (37, 3, 11), np.float32)
     source = write_checkpoint(tmp_path / "s", {"x": x, "v": x[:, 0, 0].copy()})
-    apply(Cast(where=("{n}",), dtype="BF16"), source, tmp_path / "t", workers=3, max_ram_bytes=2000)
+    apply(Cast(where=("{n}",), dtype="BF16"), source, tmp_path / "t", workers=3, max_ram_bytes=20_000)
     assert read_all(tmp_path / "t")["x"].tobytes() == x.astype(BF16).tobytes()
 
 

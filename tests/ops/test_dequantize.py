@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
-from tensorsurgeon.errors import NotReversibleError, NumericError, PlanError, SurgeonError
-from tensorsurgeon.formats.layouts import LAYOUTS
+from tensorsurgeon.errors import NumericError, PlanError, SurgeonError
+from tensorsurgeon.formats.registry import FORMATS
 from tensorsurgeon.ops.dequantize import Dequantize
 from tensorsurgeon.planning.plan import make_plan
-from tensorsurgeon.planning.rewriting import Chain
 from tensorsurgeon.running.run import run_plan
 from tensorsurgeon.tensors.dtypes import DTYPES
 from tests.checkpoints import apply, read_all, write_checkpoint
@@ -66,7 +65,7 @@ class TestDequantize(OpContract):
             Dequantize(),
             {"m.a.weight": CODES, "m.a.weight_scale": SCALES, "m.a.low_rank": SCALES},
             PlanError,
-            "m.a.low_rank: ct_int has no such tensor, and it would be lost",
+            "m.a.low_rank: ct-int has no such tensor, and it would be lost",
             {**CONFIG, "quantization_config": INT8},
         ),
     )
@@ -85,7 +84,7 @@ def by_hand(layout, quantized, scheme):
     return codes * scale
 
 
-@pytest.mark.parametrize("name", sorted(LAYOUTS))
+@pytest.mark.parametrize("name", sorted(FORMATS))
 def test_every_layout_gives_codes_times_scale(name, tmp_path):
     source = write_quantized(tmp_path / "q", name)
     apply(Dequantize(dtype="F32"), source, tmp_path / "f32")
@@ -93,7 +92,7 @@ def test_every_layout_gives_codes_times_scale(name, tmp_path):
     assert found.keys() == dense().keys()
     assert "quantization_config" not in config_of(tmp_path / "f32")
     op = quantize(name)
-    scheme = op.scheme_for(DTYPES["BF16"])
+    scheme = op.layout.resolve_scheme(op.scheme, DTYPES["BF16"])
     for weight in (n for n in found if ".mlp." in n):
         prefix = weight.removesuffix("weight")
         arrays = {n.removeprefix(prefix): a for n, a in stored.items() if n.startswith(prefix)}
@@ -161,11 +160,9 @@ def test_static_scales_of_the_inputs_go_with_the_quantization(tmp_path):
     assert read_all(tmp_path / "t").keys() == dense().keys()
 
 
-def test_dequantizing_what_was_dequantized_and_undoing_it_are_refused(tmp_path):
+def test_dequantizing_what_was_dequantized_is_refused(tmp_path):
     source = write_quantized(tmp_path / "q", "ct-int")
     plan = make_plan(Dequantize(), open_checkpoint(source))
-    with pytest.raises(NotReversibleError, match="dequantize loses information"):
-        Chain(plan.steps).inverse(plan.rewrites)
     run_plan(plan, tmp_path / "t")
     with pytest.raises(PlanError, match="not quantized"):
         make_plan(Dequantize(), open_checkpoint(tmp_path / "t"))

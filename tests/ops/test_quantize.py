@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.errors import NumericError, PlanError, RecipeError, SpecError
-from tensorsurgeon.formats.layouts import LAYOUTS
+from tensorsurgeon.formats.registry import FORMATS
 from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.planning.plan import make_plan
 from tensorsurgeon.planning.rewriting import advance
-from tensorsurgeon.quant import bitpack
-from tensorsurgeon.quant.loops.loader import Kernel, Kernels
-from tensorsurgeon.quant.rtn import fast
-from tensorsurgeon.running.run import run_plan
 from tests.checkpoints import apply, read_all, write_checkpoint
 from tests.contract.ops import Case, OpContract, Refusal, array_of, spec_map
 from tests.ops.arrays import BF16
@@ -85,7 +87,7 @@ class TestQuantize(OpContract):
     )
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("layout", sorted(FORMATS))
 def test_every_layout_makes_the_tensors_it_planned_and_leaves_the_weight_alone(layout):
     tensors = dense()
     specs = spec_map(tensors, CONFIG)
@@ -107,7 +109,7 @@ def test_every_layout_makes_the_tensors_it_planned_and_leaves_the_weight_alone(l
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("layout", sorted(FORMATS))
 def test_a_weight_that_is_not_finite_stops_the_run_and_is_named(layout, wrong, tmp_path):
     tensors = dense()
     tensors[f"{MLP}.up_proj.weight"][5, 7] = wrong
@@ -129,7 +131,7 @@ def test_a_large_weight_goes_in_pieces_to_the_same_bytes(tmp_path, monkeypatch):
     weight = np.random.default_rng(0).normal(0, 1, (1000, 64)).astype(BF16)
     source = write_checkpoint(tmp_path / "s", {"a.weight": weight}, config=CONFIG)
     apply(int8("a.weight"), source, tmp_path / "whole")
-    monkeypatch.setattr("tensorsurgeon.ops.quantize._CHUNK_BYTES", 20_000)
+    monkeypatch.setattr("tensorsurgeon.ops.row_blocks.CHUNK_BYTES", 20_000)
     plan = make_plan(int8("a.weight"), open_checkpoint(source))
     assert len(plan.units) == 8
     apply(int8("a.weight"), source, tmp_path / "pieces", workers=3)
@@ -157,20 +159,39 @@ def test_an_unknown_format_names_the_nearest():
         quantize("ct-pakced").plan(spec_map(dense()))
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_warming_up_loads_the_very_code_that_the_weights_need(layout, tmp_path, monkeypatch):
+WARMED_UP = """
+import json, sys
+from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.quant.loops import bitpack, float_codes, integer_codes
+from tensorsurgeon.planning.plan import make_plan
+from tensorsurgeon.running.run import run_plan
+from tensorsurgeon.running.work_queue import warming_up
+from tests.ops.quantized import quantize
+
+def prepared():
+    loops = [loop for module in (bitpack, float_codes, integer_codes) for loop in vars(module).values() if hasattr(loop, "stats")]
+    found = {(loop.__name__, str(types)) for loop in loops for types in (*loop.stats.cache_hits, *loop.stats.cache_misses)}
+    return sorted(found)
+
+layout, source, target = sys.argv[1:]
+plan = make_plan(quantize(layout), open_checkpoint(source))
+with warming_up(plan, range(len(plan.units))):
+    pass
+warmed = prepared()
+run_plan(plan, target, workers=1)
+print(json.dumps([warmed, prepared()]))
+"""
+
+
+@pytest.mark.parametrize("layout", sorted(FORMATS))
+def test_warming_up_loads_the_very_code_that_the_weights_need(layout, tmp_path):
     """A worker that finds other code missing would load it, or compile it, with all others waiting."""
     source = write_checkpoint(tmp_path / "s", dense(), config=CONFIG)
-    step = quantize(layout)
-    plan = make_plan(step, open_checkpoint(source))
-    monkeypatch.setattr(fast, "_integers", Kernels("integer_codes"))
-    monkeypatch.setattr(fast, "_floats", Kernels("float_codes"))
-    monkeypatch.setattr(bitpack, "_kernels", Kernels("bitpack"))
-    prepared = []
-    whole = Kernel._prepare
-    monkeypatch.setattr(Kernel, "_prepare", lambda self, arguments: prepared.append(self._name) or whole(self, arguments))
-    step.warm_up()
-    assert prepared
-    warmed = list(prepared)
-    run_plan(plan, tmp_path / "t", workers=1)
-    assert prepared == warmed
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", WARMED_UP, layout, str(source), str(tmp_path / "t")]
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    warmed, needed = json.loads(done.stdout)
+    assert warmed
+    assert needed == warmed

@@ -52,7 +52,7 @@ class TestRepack(OpContract):
             Repack(to="quark-int8"),
             {"m.a.weight": CODES, "m.a.weight_scale": SCALES, "m.a.input_scale": SCALES[0]},
             PlanError,
-            "m.a.input_scale: ct_int has no such tensor, and it would be lost",
+            "m.a.input_scale: ct-int has no such tensor, and it would be lost",
             CT,
         ),
     )

@@ -23,7 +23,7 @@ from tensorsurgeon.ops.transpose import Transpose
 from tensorsurgeon.ops.unsqueeze import Unsqueeze
 from tensorsurgeon.ops.unstack import Unstack
 from tensorsurgeon.planning.resolving import Piece, resolve, units_of
-from tensorsurgeon.planning.rewriting import Chain, Moves, Rewrite, advance, move_arrays
+from tensorsurgeon.planning.rewriting import Rewrite, advance
 from tensorsurgeon.tensors.dtypes import F4, F32, U8
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 from tests.checkpoints import Tensors, assert_same
@@ -164,19 +164,6 @@ def test_any_chain_of_ops_gives_the_bytes_that_numpy_gives(seed, length):
     assert_same(carry_out(ops, start), wanted)
 
 
-@settings(max_examples=200)
-@given(seeds, lengths)
-def test_any_chain_that_can_be_undone_is_undone_to_the_byte(seed, length):
-    start, ops, _ = random_chain(seed, length)
-    ops = [op for op in ops if not isinstance(op, Cast | Drop)]
-    try:
-        there = resolve(ops, spec_map(start))
-    except PlanError:
-        return  # what the removed ops made is missing
-    back = Chain(ops).inverse(there.rewrites)
-    assert_same(carry_out([*ops, *back.steps], start), start)
-
-
 def test_splitting_and_fusing_again_is_one_piece_of_the_source():
     start = {"e.gate_up": np.zeros((64, 8, 4), np.float32)}
     ops = [
@@ -216,7 +203,7 @@ class Says:
         return self.rewrites
 
     def apply(self, rewrite, inputs):
-        return move_arrays(rewrite, inputs)
+        raise AssertionError("these plans are refused")
 
 
 A = TensorSpec("a", F32, (4, 2))
@@ -282,12 +269,3 @@ def test_elements_narrower_than_a_byte_move_whole_and_in_rows_of_whole_bytes():
     resolved = resolve([Rename(where=("p",), to="q"), Split(where=("q",), into=("x", "y"))], SpecMap([even]))
     assert resolved.contents == {"x": (Piece(0, 0, 6),), "y": (Piece(0, 6, 6),)}
     assert resolve([Rename(where=("p",), to="q")], SpecMap([PACKED])).contents == {"q": (Piece(0, 0, 6),)}
-
-
-def test_moves_say_in_their_repr_what_they_do_and_no_address():
-    rewrites = (Rewrite((Region(A),), (Region(B),), True),)
-    assert repr(Moves(rewrites)) == repr(Moves(tuple(rewrites)))
-    assert repr(Moves(rewrites)) != repr(Moves((Rewrite((Region(B),), (Region(A),), True),)))
-    assert "0x" not in repr(Moves(rewrites))
-    with pytest.raises(PlanError, match=r"a: expected a F32\[4, 2\], found no such tensor"):
-        Moves(rewrites).plan(SpecMap([B]))

@@ -289,20 +289,11 @@ from tensorsurgeon.tensors.dtypes import F32
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.quant.rtn.backend import choose_backend
 codes = choose_backend("auto", Scheme(), F32).quantize(np.eye(4, dtype=np.float32), Scheme()).codes
-print(json.dumps({"codes": codes.tolist(), "torch": "torch" in sys.modules, "compiled": "numba" in sys.modules}))
+print(json.dumps({"codes": codes.tolist(), "torch": "torch" in sys.modules}))
 """
 
 
-def run_script(**environment: str) -> dict[str, object]:
-    root = Path(__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": str(root), **environment}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
-
-
-def test_compiled_once_and_then_loaded_without_torch_or_the_compiler(tmp_path: Path) -> None:
-    codes = (127 * np.eye(4, dtype=int)).tolist()
-    cache = {"TENSORSURGEON_CACHE": str(tmp_path / "cache")}
-    assert run_script(**cache) == {"codes": codes, "torch": False, "compiled": True}
-    assert run_script(**cache) == {"codes": codes, "torch": False, "compiled": False}
+def test_the_fast_backend_needs_no_torch() -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    assert json.loads(done.stdout) == {"codes": (127 * np.eye(4, dtype=int)).tolist(), "torch": False}

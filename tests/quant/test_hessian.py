@@ -10,13 +10,12 @@ from tensorsurgeon.errors import NumericError
 from tensorsurgeon.quant.gptq import hessian as module
 from tensorsurgeon.quant.gptq.hessian import (
     CHUNK_TOKENS,
-    DiagonalAccumulator,
     HessianAccumulator,
-    damp,
     damp_for_tokens,
     flipped_cholesky,
     visiting_order,
 )
+from tests.quant.damping import damp
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -44,15 +43,6 @@ def test_bits_of_the_sums_do_not_depend_on_how_tokens_were_batched(data: st.Data
     batched, whole = accumulate(tokens, cuts), accumulate(tokens, [])
     assert torch.equal(batched.result(), whole.result())
     assert batched.tokens == count
-    diagonals = []
-    for pieces in (cuts, []):
-        diagonal = DiagonalAccumulator(24)
-        for start, stop in zip([0, *pieces], [*pieces, count], strict=True):
-            diagonal.add(tokens[start:stop])
-        diagonals.append(diagonal.result())
-        assert diagonal.tokens == count
-    assert torch.equal(*diagonals)
-    assert torch.allclose(diagonals[0], whole.result().diagonal(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("in_features", [1, 24, 300, 700])
@@ -84,18 +74,20 @@ def test_bfloat16_inputs_with_leading_axes_are_summed_in_f32() -> None:
 
 
 def test_inputs_of_the_wrong_width_are_refused() -> None:
-    for accumulator in (HessianAccumulator(24), DiagonalAccumulator(24)):
-        with pytest.raises(NumericError, match="23 features, the layer takes 24"):
-            accumulator.add(torch.zeros(3, 23))
+    with pytest.raises(NumericError, match="23 features, the layer takes 24"):
+        HessianAccumulator(24).add(torch.zeros(3, 23))
 
 
 def test_bits_of_sum_and_factor_do_not_depend_on_the_number_of_threads() -> None:
-    tokens = random_tokens(1500, 640)
+    # From about 2,048 terms on MKL splits a product between threads, where it may.
+    tokens = random_tokens(1500, 2048)
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
+            if threads > 1:
+                assert torch.get_num_threads() == threads
             hessian = accumulate(tokens, []).result()
             factor = flipped_cholesky(hessian, 0.01)
             assert factor is not None

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorsurgeon.quant.gptq.hessian import damp
 from tensorsurgeon.quant.gptq.polish import Polish, polish
 from tensorsurgeon.quant.gptq.scale_search import dequantize, round_to_nearest
+from tests.quant.damping import damp
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 

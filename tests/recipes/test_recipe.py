@@ -108,8 +108,8 @@ FAULTS = {
         r"my.yaml:3: step 1 \(use split-expert\): unknown transform 'split-expert'; did you mean 'split-experts'",
     ),
     "use_unknown_parameter": (
-        HEAD + "steps:\n  - use: split-experts\n    with: {prefixx: a}\n",
-        r"my.yaml:3: step 1 \(use split-experts\): split-experts has no parameter 'prefixx'; did you mean 'prefix'",
+        HEAD + "steps:\n  - use: split-experts\n    with: {excludee: a}\n",
+        r"my.yaml:3: step 1 \(use split-experts\): split-experts has no parameter 'excludee'; did you mean 'exclude'",
     ),
     "a_circle": (HEAD + "steps:\n  - use: my.yaml\n", "in a circle"),
 }
@@ -194,7 +194,7 @@ def test_a_list_inside_a_longer_text_is_refused(tmp_path):
 
 
 def test_a_parameter_without_a_type_takes_what_the_text_looks_like():
-    (step,) = steps_of(
+    *_, step = steps_of(
         load_transform("quantize-linears", {"num_bits": "4", "group_size": "32", "split_experts": "false", "format": "ct-packed"})
     )
     assert (step.num_bits, step.group_size) == (4, 32)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.checkpoint.sink import Sink
+from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.errors import BudgetError, Interrupted, PlanViolationError, SinkError, SourceError
 from tensorsurgeon.ops.cast import Cast
 from tensorsurgeon.ops.rename import Rename
@@ -122,7 +123,7 @@ def test_the_source_is_not_changed_by_a_byte(tmp_path):
 
 def test_a_cap_below_one_unit_is_refused_before_anything_is_written(tmp_path):
     source = write_checkpoint(tmp_path / "s", {"big.weight": np.zeros((1000, 100), np.float32)})
-    with pytest.raises(BudgetError, match=r"big.weight: needs 800000 bytes at once, more than --max-ram 1000; give at least 1MB"):
+    with pytest.raises(BudgetError, match=r"big.weight: needs 800000 bytes at once, more than max_ram 1000; give at least 1MB"):
         apply(Transpose(where=("big.weight",)), source, tmp_path / "t", max_ram_bytes=1000)
     assert not (tmp_path / "t").exists()
 
@@ -198,12 +199,12 @@ def test_no_step_can_write_into_its_input(chained, tmp_path):
 
 def test_a_source_that_becomes_shorter_during_the_run_is_named(tmp_path):
     source = write_checkpoint(tmp_path / "s", tiny_moe(), config=moe_config())
-    plan = make_plan(Transpose(where=("lm_head.weight",)), open_checkpoint(source))
     path = source / "model.safetensors"
-    with open(path, "r+b") as file:
-        file.truncate(path.stat().st_size // 2)
-    with pytest.raises(SourceError, match=r"model.safetensors: ends at byte .*the file changed during the run"):
-        run_plan(plan, tmp_path / "t")
+    size = path.stat().st_size
+    with Source(open_checkpoint(source)) as opened:
+        os.truncate(path, size // 2)
+        with pytest.raises(SourceError, match=r"model.safetensors: ends at byte .*the file changed during the run"):
+            opened.read_into(0, size - 8, memoryview(bytearray(8)))
 
 
 def test_a_stop_ends_in_order_and_the_same_call_with_resume_completes(tmp_path, monkeypatch):
@@ -303,6 +304,8 @@ def test_the_record_has_a_digest_for_every_byte_of_every_shard(tmp_path):
         assert xxhash.xxh3_64_hexdigest(shards[shard][offset : offset + nbytes]) == digest
         ends[shard] = offset + nbytes
     assert ends == {name: len(content) for name, content in shards.items()}
+    others = {n: b for n, b in folder_bytes(tmp_path / "t").items() if n not in shards and n != "surgeon.json"}
+    assert record["files"] == {n: [len(b), xxhash.xxh3_64_hexdigest(b)] for n, b in others.items()}
     # Nothing in it tells when or where: the same run writes the same record everywhere.
     assert str(tmp_path) not in (tmp_path / "t" / "surgeon.json").read_text()
 
@@ -320,7 +323,7 @@ def test_thousands_of_short_copies_need_one_buffer(tmp_path, monkeypatch):
     from tensorsurgeon.tensors.arrays import empty
 
     asked = []
-    monkeypatch.setattr("tensorsurgeon.running.executor.empty", lambda shape, dtype: asked.append(shape) or empty(shape, dtype))
+    monkeypatch.setattr("tensorsurgeon.running.unit.empty", lambda shape, dtype: asked.append(shape) or empty(shape, dtype))
     tensors = {f"s.{i}": np.asarray(i, np.float64) for i in range(2000)}
     tensors["pad"] = np.zeros(1, np.int8)
     source = write_checkpoint(tmp_path / "s", tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -12,11 +13,21 @@ import numpy as np
 import pytest
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
-from tensorsurgeon.errors import JournalError, SinkError, TargetError
+from tensorsurgeon.errors import JournalError, SinkError, SourceError, TargetError
 from tensorsurgeon.ops.transpose import Transpose
 from tensorsurgeon.planning.plan import make_plan
 from tensorsurgeon.running.run import run_plan
-from tests.checkpoints import apply, assert_same, folder_bytes, moe_config, read_all, tiny_moe, write_checkpoint, write_snapshot
+from tests.checkpoints import (
+    INDEX,
+    apply,
+    assert_same,
+    folder_bytes,
+    moe_config,
+    read_all,
+    tiny_moe,
+    write_checkpoint,
+    write_snapshot,
+)
 
 STEPS = [Transpose(where=("lm_head.weight",))]
 
@@ -42,24 +53,74 @@ def test_a_folder_that_holds_anything_is_refused_and_left_alone(options, moe, tm
     target = tmp_path / "t"
     target.mkdir()
     (target / "thesis.tex").write_text("years of work")
-    with pytest.raises(TargetError, match=r"not empty \(thesis.tex\).*--overwrite"):
+    with pytest.raises(TargetError, match=r"not empty \(thesis.tex\).*overwrite=True"):
         apply(STEPS, moe, target, **options)
     assert folder_bytes(target) == {"thesis.tex": b"years of work"}
 
 
-def test_overwriting_takes_a_checkpoint_but_nobody_s_home(moe, tmp_path, done):
+def test_overwriting_takes_neither_somebody_s_home_nor_another_checkpoint(moe, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("years of work")
-    with pytest.raises(TargetError, match="does not look like a checkpoint"):
+    with pytest.raises(TargetError, match=r"no run of surgeon wrote, or that were changed since: thesis\.tex"):
         apply(STEPS, moe, home, overwrite=True)
     assert folder_bytes(home) == {"thesis.tex": b"years of work"}
 
+    # Another tool's checkpoint is somebody's too.
     other = write_checkpoint(tmp_path / "other", {"a": np.zeros(3)}, shards=1)
-    (other / "sub").mkdir()
-    (other / "sub" / "old.json").write_text("{}")
-    apply(STEPS, moe, other, overwrite=True)
-    assert folder_bytes(other) == folder_bytes(done)
+    before = folder_bytes(other)
+    with pytest.raises(TargetError, match=r"model\.safetensors"):
+        apply(STEPS, moe, other, overwrite=True)
+    assert folder_bytes(other) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "sub/README.md", "model-of-mine.safetensors", "config.json", "README.md", "link"])
+def test_overwriting_touches_nothing_that_a_run_did_not_write(name, moe, tmp_path):
+    (moe / "README.md").write_text("a card")
+    target = tmp_path / "t"
+    apply(STEPS, moe, target, max_shard_bytes=3000)
+    (target / name).parent.mkdir(exist_ok=True)
+    if name == "link":
+        (target / name).symlink_to(moe)
+    else:
+        (target / name).write_text("by hand")
+    before = folder_bytes(target)
+    with pytest.raises(TargetError, match=re.escape(f"changed since: {name};")):
+        apply(STEPS[:1], moe, target, overwrite=True)
+    assert folder_bytes(target) == before
+
+
+def test_overwriting_replaces_every_file_of_the_run_before(moe, tmp_path):
+    (moe / "sub").mkdir()
+    (moe / "sub" / "code.py").write_text("x = 1")
+    apply(STEPS, moe, tmp_path / "t", max_shard_bytes=3000)
+    shutil.rmtree(moe / "sub")
+    apply([], moe, tmp_path / "t", overwrite=True)
+    apply([], moe, tmp_path / "fresh")
+    assert folder_bytes(tmp_path / "t") == folder_bytes(tmp_path / "fresh")
+    assert not (tmp_path / "t" / "sub").exists()
+
+
+def test_an_overwrite_that_dies_while_it_clears_can_be_done_again(moe, tmp_path, monkeypatch):
+    target = tmp_path / "t"
+    apply(STEPS, moe, target, max_shard_bytes=3000)
+    unlink, count = Path.unlink, []
+
+    def dies(path, *args, **kwargs):
+        if path.parent == target:
+            count.append(path)
+            if len(count) == 3:
+                raise KeyboardInterrupt
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", dies)
+    with pytest.raises(KeyboardInterrupt):
+        apply([], moe, target, overwrite=True)
+    monkeypatch.undo()
+    assert not (target / INDEX).exists()
+    apply([], moe, target, overwrite=True)
+    apply([], moe, tmp_path / "fresh")
+    assert folder_bytes(target) == folder_bytes(tmp_path / "fresh")
 
 
 def test_overwriting_an_empty_or_new_folder_is_no_fault(moe, tmp_path, done):
@@ -92,14 +153,29 @@ def test_resuming_the_finished_output_of_another_run_is_refused(moe, done):
     assert folder_bytes(done) == before
 
 
-@pytest.mark.parametrize("missing", ["model.safetensors.index.json", "model-00001-of-00003.safetensors"])
-def test_an_output_that_lost_a_file_is_not_called_complete(missing, moe, tmp_path):
-    size = {"max_shard_bytes": 2500}
-    apply(STEPS, moe, tmp_path / "t", **size)
-    shards = sorted(p.name for p in (tmp_path / "t").glob("*.safetensors"))
-    (tmp_path / "t" / (missing if missing.endswith("json") else shards[0])).unlink()
-    with pytest.raises(TargetError, match="there is no stopped run to resume"):
-        apply(STEPS, moe, tmp_path / "t", resume=True, **size)
+@pytest.mark.parametrize("what", ["lost", "cut", "flipped", "config", "tokenizer", "index"])
+def test_resuming_what_was_complete_looks_whether_it_still_is(what, moe, tmp_path):
+    (moe / "tokenizer.json").write_text("{}")
+    target = tmp_path / "t"
+    apply(STEPS, moe, target, max_shard_bytes=3000)
+    shard = sorted(target.glob("*.safetensors"))[1]
+    match what:
+        case "lost":
+            shard.unlink()
+        case "cut":
+            os.truncate(shard, 2000)
+        case "flipped":
+            data = bytearray(shard.read_bytes())
+            data[-1] ^= 1
+            shard.write_bytes(data)
+        case "config":
+            (target / "config.json").write_text("{}")
+        case "tokenizer":
+            (target / "tokenizer.json").unlink()
+        case "index":
+            (target / INDEX).write_text("{}")
+    with pytest.raises(TargetError, match=r"there is no stopped run to resume.* since then .* was changed or removed"):
+        apply(STEPS, moe, target, resume=True, max_shard_bytes=3000)
 
 
 @pytest.mark.parametrize(
@@ -182,11 +258,129 @@ def test_beside_a_single_file_there_may_be_a_target(tmp_path):
         apply(STEPS, folder / "model.safetensors", folder, overwrite=True)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to mount")
+@pytest.mark.parametrize("deep", ["", "out"])
+def test_a_second_path_to_the_source_by_a_mount_is_the_source(deep, moe, tmp_path):
+    (tmp_path / "mnt").mkdir()
+    if subprocess.run(["mount", "--bind", moe, tmp_path / "mnt"], capture_output=True).returncode:
+        pytest.skip("no mounts here")
+    try:
+        refused(STEPS, moe, tmp_path / "mnt" / deep, overwrite=True)
+    finally:
+        subprocess.run(["umount", tmp_path / "mnt"], check=True)
+
+
+def stopped_before_publishing(source, target, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("tensorsurgeon.running.run._publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            apply(STEPS, source, target)
+
+
+def test_a_hard_link_to_the_source_in_a_stopped_target_is_not_written_through(moe, tmp_path, monkeypatch):
+    source = write_checkpoint(tmp_path / "s", tiny_moe(), config=moe_config())
+    stopped_before_publishing(source, tmp_path / "t", monkeypatch)
+    partial = tmp_path / "t" / "model.safetensors.partial"
+    partial.unlink()
+    os.link(source / "model.safetensors", partial)
+    before = folder_bytes(source)
+    apply(STEPS, source, tmp_path / "t", resume=True)
+    apply(STEPS, source, tmp_path / "fresh")
+    assert folder_bytes(source) == before
+    assert folder_bytes(tmp_path / "t") == folder_bytes(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("place", ["sub", ".surgeon", "tokenizer.json.partial"])
+def test_a_link_in_a_stopped_target_leads_no_write_out_of_it(place, moe, tmp_path, monkeypatch):
+    (moe / "sub").mkdir()
+    (moe / "sub" / "a.txt").write_text("new")
+    (moe / "tokenizer.json").write_text("{}")
+    stopped_before_publishing(moe, tmp_path / "t", monkeypatch)
+    home = tmp_path / "home"
+    if place == ".surgeon":
+        (tmp_path / "t" / place).rename(home)
+    else:
+        home.mkdir()
+        (home / "a.txt").write_text("precious")
+    (tmp_path / "t" / place).symlink_to(home / "a.txt" if "." in place[1:] else home)
+    before = folder_bytes(home)
+    if place == "tokenizer.json.partial":
+        apply(STEPS, moe, tmp_path / "t", resume=True)
+    else:
+        with pytest.raises((TargetError, SinkError), match="is a link"):
+            apply(STEPS, moe, tmp_path / "t", resume=True)
+    assert folder_bytes(home) == before
+
+
+def test_a_stranger_s_setuid_bit_does_not_become_ours(moe, tmp_path):
+    (moe / "tool").write_text("#!/bin/sh")
+    (moe / "tool").chmod(0o4755)
+    (moe / "secret.json").write_text("{}")
+    (moe / "secret.json").chmod(0o400)
+    apply(STEPS, moe, tmp_path / "t")
+    mask = os.umask(0)
+    os.umask(mask)
+    for name in ("tool", "secret.json"):
+        assert (tmp_path / "t" / name).stat().st_mode & 0o7777 == 0o666 & ~mask
+        assert (tmp_path / "t" / name).stat().st_mtime_ns == (moe / name).stat().st_mtime_ns
+
+
+# --- a source that changes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["written", "replaced", "removed", "config", "side file"])
+@pytest.mark.parametrize("when", ["before the run", "during the run"])
+def test_a_source_that_changes_after_it_was_planned_is_found_out(when, how, moe, tmp_path, monkeypatch):
+    (moe / "tokenizer.json").write_text("{}")
+    plan = make_plan(STEPS, open_checkpoint(moe))
+    shard = moe / "model-00001-of-00003.safetensors"
+
+    def change():
+        match how:
+            case "written":
+                with open(shard, "r+b") as file:
+                    file.seek(-1, os.SEEK_END)
+                    file.write(b"\x01")
+            case "replaced":
+                shutil.copy2(shard, tmp_path / "copy")
+                os.replace(tmp_path / "copy", shard)
+            case "removed":
+                shard.unlink()
+            case "config":
+                (moe / "config.json").write_text("{}")
+            case "side file":
+                (moe / "tokenizer.json").write_text("[]")
+
+    if when == "before the run":
+        change()
+        with pytest.raises(SourceError) as caught:
+            run_plan(plan, tmp_path / "t")
+        assert not (tmp_path / "t").exists()
+    else:
+        told = []
+        with pytest.raises(SourceError) as caught:
+            run_plan(plan, tmp_path / "t", progress=lambda part: told.append(part) or (len(told) == 1 and change()))
+        assert not list((tmp_path / "t").glob("*.safetensors"))
+        assert not (tmp_path / "t" / "surgeon.json").exists()
+    assert not caught.value.can_resume
+    if when == "during the run" and how != "removed":
+        with pytest.raises(JournalError, match="source"):
+            apply(STEPS, moe, tmp_path / "t", resume=True)
+
+
+def test_more_shards_than_may_be_open_are_told_before_anything_is_written(moe, tmp_path, monkeypatch):
+    monkeypatch.setattr("tensorsurgeon.running.run.open_files_limit", lambda: 43)
+    with pytest.raises(TargetError, match=r"have 3 and 1 shards, all open at once, .*ulimit -n 44"):
+        apply(STEPS, moe, tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
 def test_a_link_planted_in_a_stopped_target_is_not_written_through(moe, tmp_path):
     plan = make_plan(STEPS, open_checkpoint(moe))
     from tensorsurgeon.running.journal import Journal
+    from tensorsurgeon.running.target import identity_of
 
-    Journal.start(tmp_path / "t", {"fingerprint": plan.fingerprint}).close()
+    Journal.start(tmp_path / "t", identity_of(plan)).close()
     victim = moe / "model-00001-of-00003.safetensors"
     before = victim.read_bytes()
     (tmp_path / "t" / "model.safetensors.partial").symlink_to(victim)
@@ -238,7 +432,7 @@ def test_a_disk_that_fills_up_when_files_are_reserved_is_told_and_resumed(
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"\1" * (22 << 20))
     for _ in range(1 + resumed_with_more_than):
-        with pytest.raises(SinkError, match=r"the disk is full; free some space and run the same command with --resume"):
+        with pytest.raises(SinkError, match=r"the disk is full; free some space and run the same command with resume=True"):
             apply(steps, larger, small_disk / "t", resume=(small_disk / "t").exists())
         assert not list((small_disk / "t").glob("*.safetensors"))
     ballast.unlink()

@@ -11,6 +11,7 @@ from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.ops.cast import Cast
 from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.planning.plan import Plan, make_plan
+from tensorsurgeon.running import work_queue
 from tensorsurgeon.running.run import run_plan
 from tensorsurgeon.running.work_queue import WorkQueue
 from tests.checkpoints import read_all, write_checkpoint
@@ -75,11 +76,11 @@ def test_what_goes_wrong_while_warming_up_is_left_to_the_steps_themselves(tmp_pa
     plan = make_plan([Quantize(where=("a.weight",), format="ct-int")], open_checkpoint(source))
     asked = []
 
-    def failing(step):
-        asked.append(step)
+    def failing(*kind):
+        asked.append(kind)
         raise OSError("no room for compiled code")
 
-    monkeypatch.setattr(Quantize, "warm_up", failing)
+    monkeypatch.setattr(work_queue, "_quantize_small", failing)
     run_plan(plan, tmp_path / "t")
     assert len(asked) == 1
     assert capfd.readouterr().err == ""

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.formats.registry import detect, quantization_config
 from tensorsurgeon.verifying.described import check_described
 from tensorsurgeon.verifying.dialects import DIALECTS, read_claims
 from tensorsurgeon.verifying.findings import Findings
-from tensorsurgeon.verifying.reading import Reader
-from tensorsurgeon.verifying.weights import CodedWeight
+from tensorsurgeon.verifying.layouts import stored_weight
 from tests.verifying.subjects import GOLDEN, RECIPES, subject
 from tests.verifying.test_good_checkpoints import PEERS
 
@@ -33,7 +33,7 @@ def test_judge_and_format_see_the_same_modules_and_codes(name: str) -> None:
     assert layout is not None
     assert config is not None
     schemes = layout.read_config(config, specs)
-    with Reader(checkpoint) as reader:
+    with TensorReader(checkpoint) as reader:
         findings = Findings()
         modules = check_described(reader, read_claims(specs, findings), findings, known_method=True).modules
         assert modules.keys() == schemes.keys()
@@ -43,7 +43,7 @@ def test_judge_and_format_see_the_same_modules_and_codes(name: str) -> None:
             assert layout.weight_shape(local, scheme) == module.shape
             arrays = {k: reader.array(f"{module.name}.{k}") for k in module.tensors}
             quantized = layout.unpack(arrays, scheme)
-            mine = CodedWeight(reader, module.name, module.claim, module.shape)
+            mine = stored_weight(reader, module.name, module.claim, module.shape)
             rows = module.shape[0]
             codes = mine.codes(0, rows).astype(np.float32)
             if mine.zero_point is not None:
@@ -63,20 +63,17 @@ def test_judge_and_format_see_the_same_modules_and_codes(name: str) -> None:
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_rows_do_not_depend_on_where_they_are_cut(name: str) -> None:
     checkpoint = open_checkpoint(folder_of(name), tolerant=True)
-    with Reader(checkpoint) as reader:
+    with TensorReader(checkpoint) as reader:
         findings = Findings()
         modules = check_described(reader, read_claims(checkpoint.specs, findings), findings, known_method=True).modules
         module = next(iter(modules.values()))
-        weight = CodedWeight(reader, module.name, module.claim, module.shape)
+        weight = stored_weight(reader, module.name, module.claim, module.shape)
         whole = weight.rows(0, module.shape[0])
         cut = [weight.rows(start, min(start + 24, module.shape[0])) for start in range(0, module.shape[0], 24)]
         np.testing.assert_array_equal(whole, np.concatenate(cut))
 
 
 def test_every_method_of_the_registry_has_a_dialect_here() -> None:
-    from importlib import import_module
-
     from tensorsurgeon.formats.registry import FORMATS
 
-    methods = {getattr(import_module(t.partition(":")[0]), t.partition(":")[2]).quant_method for t in FORMATS.values()}
-    assert methods <= DIALECTS.keys()
+    assert {entry.quant_method for entry in FORMATS.values()} <= DIALECTS.keys()

@@ -7,11 +7,12 @@ from typing import Any, Final
 import pytest
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.tensors.dtypes import F8_E4M3
 from tensorsurgeon.verifying import fidelity
 from tensorsurgeon.verifying.claims import Claim
-from tensorsurgeon.verifying.reading import Reader
-from tensorsurgeon.verifying.weights import CodedWeight, FloatWeight
+from tensorsurgeon.verifying.layouts import stored_weight
+from tensorsurgeon.verifying.weights import FloatWeight
 from tests.verifying.subjects import GOLDEN
 
 MATRICES: Final = GOLDEN.parent / "matrices"
@@ -66,15 +67,16 @@ CLAIMS: Final[dict[str, Claim]] = {
     "quark-uint4-g32-order": quark(32, **UINT4),
     "quark-uint4-g128-reorder": quark(128, interleaved=True, **UINT4),
 }
-# GPTQModel takes half the range for groups without a negative weight, of which only made-up matrices have any.
-CLIPPED: Final = {"gptqmodel-int8-g32-v1": ("edges",)}
+# GPTQModel takes half the range for groups without a negative weight, of which only made-up matrices have any. Its v1
+# subtracts one from whole words of zero points, and where one of them is 0 its neighbours lose one too: the judge says so.
+CLIPPED: Final = {"gptqmodel-int8-g32-v1": ("edges",), "gptqmodel-int4-g32-asym-v1": ("edges",)}
 
 
 @pytest.mark.parametrize("stem", CLAIMS)
 def test_matrices_of_the_tool_are_their_source(stem: str) -> None:
     claim = CLAIMS[stem]
     source, stored = open_checkpoint(MATRICES / "source.safetensors"), open_checkpoint(MATRICES / f"{stem}.safetensors")
-    with Reader(source) as original, Reader(stored) as reader:
+    with TensorReader(source) as original, TensorReader(stored) as reader:
         # Infinite scales of the largest weights are the tools' own; stacks are no matrices.
         modules = {name.rpartition(".")[0] for name in stored.specs} - {"extremes", "stacked", *CLIPPED.get(stem, ())}
         assert modules
@@ -84,5 +86,5 @@ def test_matrices_of_the_tool_are_their_source(stem: str) -> None:
             if claim.group_size > 0 and columns % claim.group_size:
                 continue
             weight = FloatWeight(original, spec.name, (rows, columns))
-            found = fidelity.compare(module, weight, CodedWeight(reader, module, claim, (rows, columns)), claim)
+            found = fidelity.compare(module, weight, stored_weight(reader, module, claim, (rows, columns)), claim)
             assert found.is_sound, found

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.look.inspecting import inspect_checkpoint
 from tensorsurgeon.tensors.spec import SpecMap
 from tensorsurgeon.verifying import verify
 from tensorsurgeon.verifying.described import check_config_copies, check_described
 from tensorsurgeon.verifying.dialects import read_claims
 from tensorsurgeon.verifying.findings import Findings
-from tensorsurgeon.verifying.reading import Reader
 from tests.verifying.planting import E1
 from tests.verifying.subjects import Spoilt, subject
 
@@ -52,7 +52,7 @@ def test_no_value_of_a_config_stops_the_judge(name: str) -> None:
         for value in STRANGE:
             spoilt = replace(checkpoint, specs=SpecMap(checkpoint.specs.values(), put(config, place, value)))
             findings = Findings()
-            with Reader(spoilt) as reader:
+            with TensorReader(spoilt) as reader:
                 claims = read_claims(spoilt.specs, findings)
                 check_described(reader, claims, findings, known_method=claims is not None)
                 check_config_copies(spoilt, findings)

@@ -62,7 +62,7 @@ def named_among_the_unconverted_fp8(s: Spoilt) -> None:
 
 
 @planted("quark-int8", "not-in-config", E1, "no quantization_config")
-@planted("gptq", "not-in-config", E1, "no quantization_config", copies=False)
+@planted("gptq", "config-copy", "quantize_config.json", "config.json has no quantization_config", copies=False)
 def the_config_is_lost(s: Spoilt) -> None:
     del s.config["quantization_config"]
 

@@ -88,6 +88,8 @@ def test_a_wrong_total_size(sharded: Path) -> None:
 
 
 def test_a_total_size_as_two_other_tools_write_it_is_a_note(sharded: Path) -> None:
+    # With the record the index would be known to have changed.
+    (sharded / "surgeon.json").unlink()
     for total in (0, sum(p.stat().st_size for p in sharded.glob("*.safetensors"))):
         edit_index(sharded, total_size=total)
         found = verify(sharded)
@@ -254,6 +256,7 @@ def test_a_copy_of_a_config_that_is_gone(tmp_path: Path) -> None:
 )
 def test_a_config_of_the_wrong_kind(tmp_path: Path, value: object, where: str, words: str) -> None:
     shutil.copytree(subject("ct-int"), tmp_path / "out")
+    (tmp_path / "out" / "surgeon.json").unlink()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
     assert words in the_fault(tmp_path / "out", "config", where).message
@@ -261,6 +264,7 @@ def test_a_config_of_the_wrong_kind(tmp_path: Path, value: object, where: str, w
 
 def test_a_method_of_others_is_noted_and_nothing_is_guessed(tmp_path: Path) -> None:
     shutil.copytree(subject("ct-int"), tmp_path / "out")
+    (tmp_path / "out" / "surgeon.json").unlink()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "modelopt"}}))
     found = verify(tmp_path / "out")

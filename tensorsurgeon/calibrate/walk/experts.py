@@ -47,6 +47,16 @@ class ExpertStack(NamedTuple):
         return f"{self.name}.{self.first}"
 
     @property
+    def first_shape(self) -> torch.Size:
+        """[experts, its outputs, hidden]."""
+        return self.module.get_parameter(self.first).shape
+
+    @property
+    def down_shape(self) -> torch.Size:
+        """[experts, hidden, intermediate]."""
+        return self.module.get_parameter("down_proj").shape
+
+    @property
     def down_name(self) -> str:
         """The parameter of the down projection, by full name."""
         return f"{self.name}.down_proj"
@@ -91,7 +101,7 @@ class ExpertInputs:
     """
 
     def __init__(self, path: Path, tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
-        self._states = HiddenStates(path, (tokens, 1, hidden_size), dtype, create=True)
+        self._states = HiddenStates(path, (tokens, 1, hidden_size), dtype, create=True, is_scratch=True)
         self.tokens = tokens
         self._index: np.ndarray | None = None
 
@@ -104,8 +114,8 @@ class ExpertInputs:
         """Inputs [t, hidden] and chosen experts [t, k] of tokens from ``first_token`` on; any thread, any order."""
         assert self._index is not None
         rows = slice(first_token, first_token + len(chosen))
-        self._states.write(first_token, hidden.cpu())
-        self._index[rows] = chosen.cpu().numpy()
+        self._states.write(first_token, hidden)
+        self._index[rows] = chosen.numpy()
 
     def routed(self, expert: int) -> np.ndarray:
         """Tokens that the router sent to an expert, in order."""
@@ -154,7 +164,7 @@ class ExpertStatistics:
             logger.warning("%s: its router was not found; %d cold experts are not topped up", self.stack.name, len(cold))
             return
         logits = np.empty((self._inputs.tokens, len(cold)), np.float32)
-        rows = router[torch.from_numpy(cold)].float().cpu().T.contiguous()
+        rows = router[torch.from_numpy(cold)].float().T.contiguous()
         for start in range(0, self._inputs.tokens, _TOKENS):
             stop = min(start + _TOKENS, self._inputs.tokens)
             logits[start:stop] = (self._inputs.gather(slice(start, stop)).float() @ rows).numpy()
@@ -182,14 +192,14 @@ class ExpertStatistics:
         before = HessianAccumulator(up.shape[1]) if first else None
         after = HessianAccumulator(module.down_proj.shape[2])
         for start in range(0, len(chosen), _TOKENS):
-            hidden = self._inputs.gather(chosen[start : start + _TOKENS]).to(up.device)
+            hidden = self._inputs.gather(chosen[start : start + _TOKENS])
             if before is not None:
-                before.add(hidden.cpu())
-            after.add(_activated(module, nn.functional.linear(hidden, up)).cpu())
+                before.add(hidden)
+            after.add(activated(module, nn.functional.linear(hidden, up)))
         return (None if before is None else summed(before)), summed(after)
 
 
-def _activated(module: Any, projected: Tensor) -> Tensor:
+def activated(module: Any, projected: Tensor) -> Tensor:
     """What the module itself does between its two projections."""
     if getattr(module, "has_gate", True) and hasattr(module, "_apply_gate"):
         result: Tensor = module._apply_gate(projected)

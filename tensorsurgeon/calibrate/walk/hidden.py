@@ -13,18 +13,26 @@ from typing import Self
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from tensorsurgeon.errors import JournalError
+from tensorsurgeon.machine.files import make_durable
 
 
 class HiddenStates:
-    """``[samples, sequence, hidden]`` in one dtype; rows of samples are read and written from any thread."""
+    """``[samples, sequence, hidden]`` in one dtype; rows of samples are read and written from any thread.
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, *, create: bool) -> None:
+    ``is_scratch``: nobody will go on from them, so no digest is taken.
+    """
+
+    def __init__(
+        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, *, create: bool, is_scratch: bool = False
+    ) -> None:
         self.path = path
         self.shape = shape
         self.dtype = dtype
+        self._digests: dict[int, str] | None = None if is_scratch else {}
         self._sample_bytes = shape[1] * shape[2] * dtype.itemsize
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if create else 0)
         self._fd = os.open(path, flags, 0o644)
@@ -53,14 +61,33 @@ class HiddenStates:
 
     def write(self, start: int, states: Tensor) -> None:
         """Samples from ``start`` on."""
-        data = states.contiguous().view(-1).view(torch.uint8).numpy().data
+        data = states.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        if self._digests is not None:
+            for number in range(len(states)):
+                sample = data[number * self._sample_bytes : (number + 1) * self._sample_bytes]
+                self._digests[start + number] = xxhash.xxh3_128_hexdigest(sample)
         done = 0
         while done < len(data):
             done += os.pwrite(self._fd, data[done:], start * self._sample_bytes + done)
 
+    @property
+    def digest(self) -> str:
+        """Of all that was written, however it was cut into batches."""
+        known = self._digests or {}
+        return xxhash.xxh3_128_hexdigest("".join(known[number] for number in sorted(known)).encode())
+
+    def check(self, digest: str) -> None:
+        """Read what is on disk and raise JournalError unless it has this digest."""
+        self._digests = {}
+        for number in range(self.shape[0]):
+            sample = self.read(number, number + 1).view(-1).view(torch.uint8).numpy().data
+            self._digests[number] = xxhash.xxh3_128_hexdigest(sample)
+        if self.digest != digest:
+            raise JournalError("are not the hidden states that were written there", where=str(self.path))
+
     def sync(self) -> None:
         """Make everything written so far durable."""
-        os.fdatasync(self._fd)
+        make_durable(self._fd)
 
     def close(self) -> None:
         """The file stays."""

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from tensorsurgeon.calibrate.walk.naming import Loading, NameMap, ParameterRows, map_names, trace_rows
-from tensorsurgeon.calibrate.walk.reading import TensorReader
 from tensorsurgeon.checkpoint.folder import Checkpoint
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import CheckpointError, PlanError
 from tensorsurgeon.quant.rtn.plain_torch import tensor_of
 
 logger = logging.getLogger(__name__)
 
+_CPU = torch.device("cpu")
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -29,9 +30,11 @@ class StreamedModel:
     where it is None; ``eager`` is the fastest on a CPU.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, experts_implementation: str | None = "eager", device: str = "cpu") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, experts_implementation: str | None = "eager", device: torch.device = _CPU
+    ) -> None:
         self.checkpoint = checkpoint
-        self.device = torch.device(device)
+        self.device = device
         self.model = _build_on_meta(checkpoint, experts_implementation)
         self.dtype: torch.dtype = self.model.dtype
         self.layer_names, self.layers = _decoder_layers(self.model)
@@ -110,7 +113,7 @@ class StreamedModel:
         # First, while parameters are on the meta device: transformers initialises a module's weights along with its buffers.
         _make_buffers(self.model, prefix, module, self.layers if not complete else (), self.device)
         for loading in loadings:
-            tensors = {name: tensor_of(reader.whole(name)) for name in loading.names}
+            tensors = {name: _weight(reader, name) for name in loading.names}
             for target, value in self.names.convert(loading, tensors).items():
                 self._set(target, value)
         if complete:
@@ -137,6 +140,17 @@ class StreamedModel:
             owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             owner._buffers[leaf] = value
+
+
+def _weight(reader: TensorReader, name: str) -> Tensor:
+    """A whole tensor in its own dtype; CheckpointError for one that is no plain float."""
+    spec = reader.specs[name]
+    if not spec.dtype.is_float or spec.dtype.bits < 16:
+        raise CheckpointError(
+            f"{spec}: the walk needs weights in BF16, F16 or F32; dequantize the checkpoint first",
+            where=str(reader.checkpoint.root),
+        )
+    return tensor_of(reader.array(name))
 
 
 def _build_on_meta(checkpoint: Checkpoint, experts_implementation: str | None) -> Any:

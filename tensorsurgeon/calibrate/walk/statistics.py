@@ -26,6 +26,7 @@ from tensorsurgeon.calibrate.walk.experts import (
 )
 from tensorsurgeon.calibrate.walk.workers import Turns
 from tensorsurgeon.errors import PlanError, RecipeError
+from tensorsurgeon.machine.files import make_durable, make_folder_durable
 from tensorsurgeon.quant.gptq.hessian import HessianAccumulator
 
 
@@ -53,7 +54,11 @@ class LayerObserver:
     """
 
     def __init__(
-        self, linears: Mapping[str, nn.Module], stacks: Sequence[ExpertStack], inputs: Mapping[str, ExpertInputs], turns: Turns
+        self,
+        linears: Mapping[str, nn.Module],
+        stacks: Sequence[ExpertStack],
+        inputs: Mapping[str, ExpertInputs],
+        turns: Turns,
     ) -> None:
         self._linears = dict(sorted(linears.items()))
         self._stacks = {stack.name: stack for stack in stacks}
@@ -114,7 +119,7 @@ class LayerObserver:
                 for tensor, _ in mine:
                     if name not in self._sums:
                         self._sums[name] = HessianAccumulator(tensor.shape[-1])
-                    self._sums[name].add(tensor.cpu())
+                    self._sums[name].add(tensor)
         self._local.seen, self._local.chosen = {}, {}
         return result
 
@@ -182,10 +187,6 @@ class StoredStatistics:
         """The key under which a shared input is kept."""
         return self._aliases.get(key, key)
 
-    def inputs(self) -> list[str]:
-        """The keys of distinct inputs."""
-        return sorted(self.tokens)
-
     def of(self, key: str) -> InputStatistics | None:
         """The statistics of an input; None if it was never seen."""
         key = self.shared_key(key)
@@ -202,16 +203,14 @@ def layer_path(folder: Path, number: int) -> Path:
     return folder / f"layer-{number:05d}.safetensors"
 
 
-def write_layer(
-    folder: Path, number: int, statistics: Mapping[str, InputStatistics], aliases: Mapping[str, str], *, full: bool = True
-) -> None:
-    """Keep a layer's statistics by key; ``full`` False keeps diagonals only (the cheap form, enough for ``imatrix``)."""
+def write_layer(folder: Path, number: int, statistics: Mapping[str, InputStatistics], aliases: Mapping[str, str]) -> None:
+    """Keep a layer's statistics by key, durably; ``aliases`` say under which key a shared input is kept."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for key, found in statistics.items():
-        if full and found.hessian is not None:
+        if found.hessian is not None:
             tensors[f"{key}.hessian"] = found.hessian
         else:
             tensors[f"{key}.diagonal"] = found.diagonal
@@ -222,24 +221,10 @@ def write_layer(
     path = layer_path(folder, number)
     partial = path.with_name(path.name + ".partial")
     save_file(dict(sorted(tensors.items())), partial, metadata=metadata)
+    with open(partial, "rb") as file:
+        make_durable(file.fileno())
     os.replace(partial, path)
-
-
-def describe_statistics(folder: Path) -> list[dict[str, Any]]:
-    """What a folder of statistics holds: layer, key, tokens, features, kind, mean of the diagonal."""
-    rows = []
-    for path in sorted(folder.glob("layer-*.safetensors")):
-        stored = StoredStatistics(path)
-        for key in stored.inputs():
-            found = stored.of(key)
-            assert found is not None
-            kind = "diagonal" if found.hessian is None else "hessian"
-            mean_square = float(found.diagonal.mean()) / max(1, found.tokens)
-            entry = {"layer": int(path.stem.partition("-")[2]), "input": key, "tokens": found.tokens}
-            rows.append({**entry, "features": len(found.diagonal), "kind": kind, "mean_square": mean_square})
-    if not rows:
-        raise RecipeError(f"{folder}: holds no statistics (layer-*.safetensors)")
-    return rows
+    make_folder_durable(folder)
 
 
 def is_finite(statistics: InputStatistics) -> bool:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
 from tensorsurgeon.calibrate.walk.model import StreamedModel
-from tensorsurgeon.calibrate.walk.reading import TensorReader
 from tensorsurgeon.calibrate.walk.workers import Turns, run_parallel
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import NumericError, PlanError
 
 # Tokens per forward call. Part of the result's bits (kernels differ with the shape), so never a tuning knob.
@@ -95,7 +95,7 @@ class Walk:
                     )
                 if write is not None:
                     check_finite(hidden, "the embeddings", start)
-                    write(start, hidden.cpu())
+                    write(start, hidden)
 
     def _record(self, whole: Any, ids: Tensor) -> tuple[Tensor, list[Call]]:
         calls: list[Call] = []
@@ -152,7 +152,7 @@ class Walk:
             result = forward() if observer is None else observer(batch, start * self.tokens.shape[1], forward)
             check_finite(result, self.model.layer_names[number], start)
             if outputs is not None:
-                outputs.write(start, result.cpu())
+                outputs.write(start, result)
 
         run_parallel(len(self.batches), work, workers=workers, stop=stop, turns=turns)
         if outputs is not None:

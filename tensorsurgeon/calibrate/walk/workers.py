@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from contextlib import contextmanager
 
 import torch
 
 from tensorsurgeon.errors import Interrupted
-from tensorsurgeon.quant.threads import one_torch_thread
+from tensorsurgeon.quant.threads import one_torch_thread, torch_pool
 
 
 class Turns:
@@ -68,7 +68,7 @@ def run_parallel(
                     if turns is not None:
                         turns.fail()
 
-    with one_torch_thread(), ThreadPoolExecutor(max(1, workers), thread_name_prefix="calibrate") as pool:
+    with one_torch_thread(), torch_pool(max(1, workers)) as pool:
         try:
             wait([pool.submit(loop) for _ in range(max(1, min(workers, count)))])
         except BaseException:

@@ -13,7 +13,7 @@ which is the same number. As ``tr(D H D^T) = |D U|^2``, the loss falls out of th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -34,15 +34,13 @@ from tensorsurgeon.quant.gptq.scale_search import (
     stored,
     zero_rows,
 )
-from tensorsurgeon.quant.loops.loader import Kernels
+from tensorsurgeon.quant.loops import gptq as loops
 from tensorsurgeon.quant.loops.tiles import TILE_ROWS
-from tensorsurgeon.quant.threads import map_in_threads
+from tensorsurgeon.quant.threads import one_torch_thread
 from tensorsurgeon.tensors.arrays import aligned
 
-# Rows that `gptq_stack` quantizes together: more fall out of the cache (a third slower at 4,096).
+# Rows that share a Hessian and go together as one weight: more fall out of the cache (a third slower at 4,096).
 STACK_ROWS = 1024
-
-_kernels = Kernels("gptq")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,19 +103,8 @@ class GptqResult:
         """(codes - zero_point) * scale, F32 [N, K]."""
         return dequantize(self.codes, self.scale, self.zero_point)
 
-    def rows(self, start: int, stop: int) -> GptqResult:
-        """The part of a stack that is its rows start..stop; its tensors are copies."""
-        part = slice(start, stop)
-        return replace(
-            self,
-            codes=self.codes[part].clone(),
-            scale=self.scale[part].clone(),
-            zero_point=None if self.zero_point is None else self.zero_point[part].clone(),
-            row_loss=self.row_loss[part].clone(),
-            row_energy=None if self.row_energy is None else self.row_energy[part].clone(),
-        )
 
-
+@one_torch_thread()
 def gptq(
     weight: Tensor,
     hessian: Tensor,
@@ -137,8 +124,8 @@ def gptq(
     ``scale`` [N, G] is the base scale of each group (it may be negative), ``zero_point`` [N, G] lies in [qmin, qmax];
     ``store_scale`` rounds scales to what the format stores, and codes are chosen for that. ``group_size`` -1 is one
     group per row. ``tokens``, how many the Hessian sums, guards against fitting the noise of too few.
-    Matrices that share a Hessian share one factorisation: stacked as rows (``gptq_stack``), or through ``factor``, the
-    ``flipped_cholesky`` of the same Hessian, whose damping and order then stand.
+    Matrices that share a Hessian share one factorisation: stacked as rows, ``STACK_ROWS`` at a time, or through ``factor``,
+    the ``flipped_cholesky`` of the same Hessian, whose damping and order then stand.
     Raises NumericError for weights, scales or a Hessian that are not finite or do not fit each other.
     """
     options = options or GptqOptions()
@@ -178,46 +165,6 @@ def gptq(
     )  # fmt: skip
 
 
-def gptq_stack(
-    weights: Tensor,
-    hessian: Tensor,
-    *,
-    scale: Tensor,
-    zero_point: Tensor | None = None,
-    qmin: int,
-    qmax: int,
-    group_size: int,
-    options: GptqOptions | None = None,
-    store_scale: StoreScale,
-    tokens: int | None = None,
-    workers: int = 1,
-) -> list[GptqResult]:
-    """GPTQ of ``weights`` [E, N, K] that share one Hessian [K, K], such as experts' gates: one factor, rows side by side.
-
-    ``scale`` and ``zero_point`` are [E, N, G]. Matrices with a Hessian each gain nothing from a batch on a CPU (a tenth):
-    call ``gptq`` for each. At most ``STACK_ROWS`` rows go together (or one matrix), a fixed number, so that the bits
-    do not depend on how much memory there is, nor on ``workers``, the threads that take such pieces in turn.
-    """
-    options = options or GptqOptions()
-    experts, rows, columns = weights.shape
-    factor = flipped_cholesky(hessian, damp_for_tokens(options.damp_percent, tokens, columns), options.act_order)
-    together = max(1, STACK_ROWS // max(1, rows))
-
-    def quantize(first: int) -> list[GptqResult]:
-        part = slice(first, first + together)
-        stacked = gptq(
-            weights[part].reshape(-1, columns), hessian, scale=scale[part].flatten(0, 1),
-            zero_point=None if zero_point is None else zero_point[part].flatten(0, 1), qmin=qmin, qmax=qmax,
-            group_size=group_size, options=options, store_scale=store_scale, factor=factor,
-        )  # fmt: skip
-        if stacked.codes.shape[0] == rows:
-            return [stacked]
-        return [stacked.rows(start, start + rows) for start in range(0, stacked.codes.shape[0], rows)]
-
-    pieces = map_in_threads(quantize, range(0, experts, together), workers)
-    return [result for piece in pieces for result in piece]
-
-
 def output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
     """The diagonal of W H W^T, F64 [N]: the squared length of each output over the tokens behind ``hessian``."""
     return ((weight @ hessian) * weight).to(torch.float64).sum(1)
@@ -246,7 +193,7 @@ def _quantize_columns(
     rows, columns = weight.shape
     group = (factor.order // (columns if group_size == -1 else group_size)).numpy()
     original = torch.empty(columns, rows)
-    _kernels.take_columns(weight.contiguous().numpy(), factor.order.numpy(), original.numpy())
+    loops.take_columns(weight.contiguous().numpy(), factor.order.numpy(), original.numpy())
     residual = torch.empty_like(original)
     codes = torch.empty(columns, rows, dtype=code_dtype(qmin, qmax))
     scale_rows = scale.T.contiguous()
@@ -258,7 +205,7 @@ def _quantize_columns(
     for stop in range(columns, 0, -block_size):
         start = max(0, stop - block_size)
         owed = factor.lower[stop:, start:stop].T @ residual[stop:]
-        _kernels.column_loop(
+        loops.column_loop(
             original[start:stop].numpy(),
             owed.numpy(),
             factor.lower[start:stop, start:stop].contiguous().numpy(),

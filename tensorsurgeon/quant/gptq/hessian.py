@@ -1,8 +1,8 @@
 """Second moments of a linear layer's input, and the triangular factor of them that GPTQ walks along.
 
 ``H = X^T X`` over the calibration tokens, ``X`` being [tokens, in_features]: the squared error that a change ``D`` of
-the weight makes in the layer's output is ``tr(D H D^T)``. Everything here is F32 on the CPU and gives the same bits for
-any number of threads: see ``flipped_cholesky`` and ``HessianAccumulator`` for the two places where that needed care.
+the weight makes in the layer's output is ``tr(D H D^T)``. Everything here is F32 on the CPU and runs on one torch thread,
+whatever torch was told: with several, MKL and LAPACK give other bits. Pieces of work run in threads of ours.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tensorsurgeon.errors import NumericError
-from tensorsurgeon.quant.loops.loader import Kernels
+from tensorsurgeon.quant.loops import hessian as loops
+from tensorsurgeon.quant.threads import one_torch_thread
 from tensorsurgeon.tensors.arrays import aligned
 
 ActOrder = Literal["static", "none"]
@@ -32,8 +33,6 @@ _PIVOT_FLOOR = 4e-6
 _PROBE_TOLERANCE = 1e-3
 _FIRST_DAMPING = 1e-4
 _LAST_DAMPING = 10.0
-
-_kernels = Kernels("hessian")
 
 
 class HessianAccumulator:
@@ -76,44 +75,6 @@ class HessianAccumulator:
         return torch.tril(total) + torch.tril(total, -1).T
 
 
-class DiagonalAccumulator:
-    """Sums ``x^2`` per input column: the Hessian's diagonal, and the importance that ``imatrix`` methods use.
-
-    Summed in F64, token by token; in_features floats instead of their square.
-    """
-
-    def __init__(self, in_features: int) -> None:
-        self.in_features = in_features
-        self.tokens = 0
-        self._sum = torch.zeros(in_features, dtype=torch.float64)
-
-    def add(self, inputs: Tensor) -> None:
-        """Take inputs of any float dtype, [..., in_features]."""
-        rows = _token_rows(inputs, self.in_features)
-        self.tokens += rows.shape[0]
-        # One token after another in F64: batch boundaries cannot show.
-        for start in range(0, rows.shape[0], CHUNK_TOKENS):
-            squares = rows[start : start + CHUNK_TOKENS].to(torch.float64).square_().contiguous().numpy()
-            _kernels.add_rows(self._sum.numpy(), squares)
-
-    def result(self) -> Tensor:
-        """The sums so far, [in_features] F32; a new tensor."""
-        return self._sum.to(torch.float32)
-
-
-def damp(hessian: Tensor, damp_percent: float) -> Tensor:
-    """H + damp_percent * mean(diag H) * I, so that a Cholesky factor exists. [in, in] -> [in, in], a new tensor.
-
-    The mean is over columns that were ever used; columns that were not (diagonal 0) get that mean itself, which makes
-    them independent of the rest and so rounded to nearest.
-    """
-    diagonal = hessian.diagonal()
-    live, mean = _live_columns(diagonal)
-    damped = hessian.clone()
-    damped.diagonal().copy_(torch.where(live, diagonal + damp_percent * mean, torch.full_like(diagonal, mean)))
-    return damped
-
-
 def damp_for_tokens(damp_percent: float, tokens: int | None, in_features: int) -> float:
     """Damping raised by 4 (in_features / tokens)^2, between 1 and 100 times: fewer tokens than columns say little.
 
@@ -145,6 +106,7 @@ class FlippedFactor:
         return cost
 
 
+@one_torch_thread()
 def flipped_cholesky(hessian: Tensor, damp_percent: float, act_order: ActOrder = "static") -> FlippedFactor | None:
     """Factor the damped Hessian, raising the damping tenfold until a sound factor exists; None without any tokens.
 
@@ -164,7 +126,7 @@ def flipped_cholesky(hessian: Tensor, damp_percent: float, act_order: ActOrder =
     while attempt <= max(_LAST_DAMPING, damp_percent):
         damped_diagonal = torch.where(live, diagonal + attempt * mean, torch.full_like(diagonal, mean))
         lower = torch.empty_like(hessian, memory_format=torch.contiguous_format)
-        _kernels.gather_lower(lower.numpy(), hessian.contiguous().numpy(), damped_diagonal.numpy(), order.numpy())
+        loops.gather_lower(lower.numpy(), hessian.contiguous().numpy(), damped_diagonal.numpy(), order.numpy())
         if _factor_in_place(lower) and _probe_agrees(lower, hessian, damped_diagonal, order):
             return FlippedFactor(lower=lower, order=order, diagonal=damped_diagonal, damp_percent=attempt)
         attempt = max(_FIRST_DAMPING, attempt * 10)
@@ -211,6 +173,7 @@ def _token_rows(inputs: Tensor, in_features: int) -> Tensor:
     return inputs.detach().reshape(-1, in_features)
 
 
+@one_torch_thread()
 def _add_outer(lower: Tensor, chunk: Tensor) -> None:
     """lower += chunk^T chunk, blocks on and below the diagonal only."""
     for start in range(0, chunk.shape[1], _SYRK_BLOCK):
@@ -221,8 +184,8 @@ def _add_outer(lower: Tensor, chunk: Tensor) -> None:
 def _factor_in_place(matrix: Tensor) -> bool:
     """Replace the lower half of ``matrix`` by its Cholesky factor; False if a pivot is lost in rounding.
 
-    LAPACK's factorisation gives other bits with two threads than with one (measured with MKL 2024.2), matrix products do
-    not: so panels are factored here, one thread, F64 inside a panel, and the rest is products.
+    Panels are factored here, F64 inside a panel in one order of operations, and the rest is products: LAPACK's own gives
+    other bits with two threads than with one (measured with MKL 2024.2).
     """
     size = matrix.shape[0]
     diagonal = matrix.diagonal().clone().numpy()
@@ -233,7 +196,7 @@ def _factor_in_place(matrix: Tensor) -> bool:
         pivot = matrix[start:stop, start:stop].contiguous()
         inverse = torch.empty_like(pivot)
         scratch = aligned((2, *pivot.shape), np.float64)
-        if not _kernels.factor_panel(pivot.numpy(), inverse.numpy(), diagonal[start:stop], _PIVOT_FLOOR, scratch):
+        if not loops.factor_panel(pivot.numpy(), inverse.numpy(), diagonal[start:stop], _PIVOT_FLOOR, scratch):
             return False
         matrix[start:stop, start:stop] = pivot
         if stop < size:

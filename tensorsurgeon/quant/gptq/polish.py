@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from tensorsurgeon.quant.gptq.scale_search import StoreScale, zero_rows
-from tensorsurgeon.quant.loops.loader import Kernels
+from tensorsurgeon.quant.loops import polish as loops
 from tensorsurgeon.quant.loops.tiles import PANEL_COLUMNS, TILE_ROWS
 from tensorsurgeon.tensors.arrays import aligned
-
-_kernels = Kernels("polish")
 
 # Columns per block of descent, sized for the kernel's tiles.
 _BLOCK = 128
@@ -93,7 +91,7 @@ def polish(
             gradient, damped = state.gradient(start, stop), state.damped(start, stop)
             if not large_groups:
                 _refit_scales(state, start, stop, gradient, damped, store_scale)
-            _kernels.descend(
+            loops.descend(
                 gradient.numpy(),
                 damped.numpy(),
                 torch.argsort(importance[start:stop], descending=True, stable=True).numpy(),
@@ -180,7 +178,7 @@ def _refit_scales(state: _State, start: int, stop: int, gradient: Tensor, damped
         pull = damped[:, first - start : last - start] @ level
         inside = slice(first - start, last - start)
         numerator, curvature = torch.empty_like(level[0]), torch.empty_like(level[0])
-        _kernels.slopes(level.numpy(), pull[inside].numpy(), gradient[inside].numpy(), numerator.numpy(), curvature.numpy())
+        loops.slopes(level.numpy(), pull[inside].numpy(), gradient[inside].numpy(), numerator.numpy(), curvature.numpy())
         old = state.scale[group]
         best = old + torch.where(curvature > 0, numerator / curvature, torch.zeros_like(old))
         new = store_scale(torch.where(torch.isfinite(best), best, old)).to(torch.float32)

@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from tensorsurgeon.errors import NumericError
-from tensorsurgeon.quant.loops.loader import Kernels
+from tensorsurgeon.quant.loops import scale_search as loops
 from tensorsurgeon.quant.loops.tiles import TILE_ROWS
 from tensorsurgeon.tensors.arrays import aligned
 
 # Rounds F32 scales to what the format will store, F32 in and out.
 StoreScale = Callable[[Tensor], Tensor]
-
-_kernels = Kernels("scale_search")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +72,7 @@ def search_scale(
     candidates = store_scale(base * ratios[:, None, None]).to(torch.float32)
     candidates = torch.where(torch.isfinite(candidates), candidates, safe).contiguous()
     best = np.zeros(base.shape, np.int64)
-    _kernels.best_candidate(
+    loops.best_candidate(
         weight.T.contiguous().numpy(),
         weights.contiguous().numpy(),
         candidates.numpy(),

@@ -1,1 +1,1 @@
-"""Compiled loops, one module per subject, and how they come to run: compiled once, kept on disk, loaded without numba."""
+"""Compiled loops, one module per subject: compiled by numba at the first call, and kept between processes by its cache."""

@@ -12,23 +12,26 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
 from tensorsurgeon.quant.loops.compiled import inline
 
 
+def _same_bits(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
+
+
 @intrinsic
 def f32_of(_context: Any, bits: Any) -> tuple[Any, Callable[..., Any]]:
     """The float32 with these bits (uint32)."""
-    return types.float32(types.uint32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.FloatType())
+    return types.float32(types.uint32), _same_bits
 
 
 @intrinsic
 def bits_of(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
     """The bits (uint32) of a float32."""
-    return types.uint32(types.float32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.IntType(32))
+    return types.uint32(types.float32), _same_bits
 
 
 def widen(bits: Any) -> Any:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from tensorsurgeon.quant.loops.bits import bits_of, f32_of, infinity, like, to_bf16, to_f16_digits, widen
+from tensorsurgeon.quant.loops.choices import AS_BF16, AS_F16
 from tensorsurgeon.quant.loops.compiled import inline, kernel
-from tensorsurgeon.quant.loops.integer_codes import AS_BF16, AS_F16, round_to, run_amax
+from tensorsurgeon.quant.loops.integer_codes import round_to, run_amax
 
 _SIXTEEN = np.uint64(16)
 
@@ -53,14 +54,14 @@ def weight_amax(weight: np.ndarray) -> float:
 
 
 @inline
-def e4m3_codes(row, first, size, divisor, how, made):
+def e4m3_codes(row, first, size, divisor, quotient, made):
     """E4M3 bytes of a run of a row."""
     start = np.uint64(first)
     for k in range(np.uint64(size)):
         q = widen(row[start + k]) / divisor
-        if how == AS_BF16:
+        if quotient == AS_BF16:
             q = to_bf16(q)
-        elif how == AS_F16:
+        elif quotient == AS_F16:
             q = to_f16_digits(q)
         made[start + k] = e4m3_of(min(max(q, np.float32(-448.0)), np.float32(448.0)))
 
@@ -72,7 +73,7 @@ def fp8(
     width: int,
     math: int,
     stored: int,
-    how: int,
+    quotient: int,
     floor: np.float32,
     codes: np.ndarray,
     scale: np.ndarray,
@@ -92,7 +93,7 @@ def fp8(
             divisor = floor if divisor == 0 else divisor
             scale[i, j] = divisor
             for n in range(top, bottom):
-                e4m3_codes(weight[n], left, right - left, divisor, how, codes[n])
+                e4m3_codes(weight[n], left, right - left, divisor, quotient, codes[n])
     return -1
 
 

@@ -1,4 +1,4 @@
-"""The compiled loops of ``quant.hessian``: one thread, in a fixed order of operations."""
+"""The compiled loops of ``quant.gptq.hessian``: one thread, in a fixed order of operations."""
 
 from __future__ import annotations
 
@@ -6,14 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorsurgeon.quant.loops.compiled import kernel
-
-
-@kernel
-def add_rows(total: NDArray[np.float64], rows: NDArray[np.float64]) -> None:
-    """total[j] += rows[i, j] for every row, from the first to the last."""
-    for row in range(rows.shape[0]):
-        for column in range(rows.shape[1]):
-            total[column] += rows[row, column]
 
 
 @kernel

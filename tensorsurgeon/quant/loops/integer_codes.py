@@ -13,13 +13,19 @@ from __future__ import annotations
 import numpy as np
 
 from tensorsurgeon.quant.loops.bits import infinity, like, magnitude, ordered, to_bf16, to_f16, to_f16_digits, widen
+from tensorsurgeon.quant.loops.choices import (
+    AS_BF16,
+    AS_F16,
+    AS_F32,
+    BY_RECIPROCAL,
+    LIFT_TO_FLOOR,
+    REPLACE_ZERO,
+    UNIT_RANGE,
+    ZERO_CLAMPED,
+    ZERO_OF_SPAN,
+)
 from tensorsurgeon.quant.loops.compiled import inline, kernel
 
-# Precisions, and how the quotient is taken. Plain numbers, because kernels branch on them.
-AS_F32, AS_BF16, AS_F16, BY_RECIPROCAL = 0, 1, 2, 3
-REPLACE_ZERO, LIFT_TO_FLOOR, UNIT_RANGE = 0, 1, 2
-# Zero points: from the unrounded scale and added before rounding, clamped, or as they come.
-ZERO_OF_SPAN, ZERO_CLAMPED, ZERO_ROUNDED = 0, 1, 2
 _EIGHT = np.uint64(8)
 _LONG = 128
 _BLOCK = np.uint64(32)
@@ -87,14 +93,17 @@ def group_range(row, groups, size, low, high):
 
 
 @inline
-def settle_scales(span, steps, math, stored, zero_group, floor, late, scale, divisor):
-    """Scale on disk and divisor of each group from its span: ``span / steps`` and the tool's care of zeros."""
+def settle_scales(span, steps, unit, math, stored, zero_group, floor, rounds_late, scale, divisor):
+    """Scale on disk and divisor of each group from its span: ``span / steps`` and the tool's care of zeros.
+
+    ``unit`` is the span of [-1, 1], as this kind of scheme measures it.
+    """
     if zero_group == UNIT_RANGE:
         for g in range(span.size):
-            span[g] = floor if span[g] / steps == 0 else span[g]
+            span[g] = unit if span[g] / steps == 0 else span[g]
     for g in range(span.size):
         value = round_to(span[g] / steps, math)
-        divisor[g] = value if late else round_to(value, stored)
+        divisor[g] = value if rounds_late else round_to(value, stored)
     if zero_group == REPLACE_ZERO:
         for g in range(span.size):
             divisor[g] = floor if divisor[g] == 0 else divisor[g]
@@ -106,13 +115,13 @@ def settle_scales(span, steps, math, stored, zero_group, floor, late, scale, div
 
 
 @inline
-def code_of(value, divisor, factor, low, high, how):
+def code_of(value, divisor, factor, low, high, quotient):
     """One code: quotient, clamp, round half-even."""
-    if how == BY_RECIPROCAL:
+    if quotient == BY_RECIPROCAL:
         q = value * factor
-    elif how == AS_BF16:
+    elif quotient == AS_BF16:
         q = to_bf16(value / divisor)
-    elif how == AS_F16:
+    elif quotient == AS_F16:
         q = to_f16_digits(value / divisor)
     else:
         q = value / divisor
@@ -120,34 +129,34 @@ def code_of(value, divisor, factor, low, high, how):
 
 
 @inline
-def block_codes(row, start, blocks, by, low, high, how, codes):
-    """Codes of blocks of 32: with ``how`` known where it is inlined, each block is straight vector code."""
+def block_codes(row, start, blocks, by, low, high, quotient, codes):
+    """Codes of blocks of 32: with ``quotient`` known where it is inlined, each block is straight vector code."""
     for _ in range(blocks):
         for k in range(_BLOCK):
-            codes[start + k] = code_of(widen(row[start + k]), by, by, low, high, how)
+            codes[start + k] = code_of(widen(row[start + k]), by, by, low, high, quotient)
         start += _BLOCK
 
 
 @inline
-def group_codes(row, first, size, divisor, low, high, how, codes):
+def group_codes(row, first, size, divisor, low, high, quotient, codes):
     """Codes of the group that begins at ``first``; see ``run_amax`` for its manner of indexing."""
     start, blocks = np.uint64(first), size // 32
     factor = np.float32(1.0) / divisor
-    if how == AS_F32:
+    if quotient == AS_F32:
         block_codes(row, start, blocks, divisor, low, high, AS_F32, codes)
-    elif how == AS_BF16:
+    elif quotient == AS_BF16:
         block_codes(row, start, blocks, divisor, low, high, AS_BF16, codes)
-    elif how == AS_F16:
+    elif quotient == AS_F16:
         block_codes(row, start, blocks, divisor, low, high, AS_F16, codes)
     else:
         block_codes(row, start, blocks, factor, low, high, BY_RECIPROCAL, codes)
     start += np.uint64(blocks) * _BLOCK
     for k in range(np.uint64(size - 32 * blocks)):
-        codes[start + k] = code_of(widen(row[start + k]), divisor, factor, low, high, how)
+        codes[start + k] = code_of(widen(row[start + k]), divisor, factor, low, high, quotient)
 
 
 @inline
-def zero_of(least, span, divisor, low, high, math, how, zeros):
+def zero_of(least, span, divisor, low, high, math, quotient, zeros):
     """The zero point of one group, as the tool counts."""
     if zeros == ZERO_OF_SPAN:
         # compressed-tensors takes it before a zero scale is replaced: a minimum over 0 is clamped, and 0 / 0 becomes
@@ -155,15 +164,15 @@ def zero_of(least, span, divisor, low, high, math, how, zeros):
         scale = round_to(span / (high - low), math)
         if scale == 0:
             return high if least < 0 else np.float32(0.0)
-        quotient = round_to(least / scale, math)
-        return np.rint(min(max(round_to(low - quotient, math), low), high))
+        steps = round_to(least / scale, math)
+        return np.rint(min(max(round_to(low - steps, math), low), high))
     if zeros == ZERO_CLAMPED:
         return min(max(low - np.rint(round_to(least / divisor, math)), low), high)
-    return np.rint(round_to(-least / divisor, how))
+    return np.rint(round_to(-least / divisor, quotient))
 
 
 @inline
-def shifted_codes(row, first, size, divisor, zero, low, high, how, zeros, shift, codes):
+def shifted_codes(row, first, size, divisor, zero, low, high, quotient, zeros, shift, codes):
     """Codes of one group with a zero point, less ``shift``."""
     start = np.uint64(first)
     factor = np.float32(1.0) / divisor
@@ -171,9 +180,9 @@ def shifted_codes(row, first, size, divisor, zero, low, high, how, zeros, shift,
         for k in range(np.uint64(size)):
             q = widen(row[start + k]) / divisor
             # the sum is rounded like every intermediate, and only then to an integer
-            if how == AS_BF16:
+            if quotient == AS_BF16:
                 q = to_bf16(to_bf16(q) + zero)
-            elif how == AS_F16:
+            elif quotient == AS_F16:
                 q = to_f16_digits(to_f16_digits(q) + zero)
             else:
                 q = q + zero
@@ -181,9 +190,9 @@ def shifted_codes(row, first, size, divisor, zero, low, high, how, zeros, shift,
         return
     for k in range(np.uint64(size)):
         value = widen(row[start + k])
-        if how == BY_RECIPROCAL:
+        if quotient == BY_RECIPROCAL:
             q = value * factor
-        elif how == AS_F16:
+        elif quotient == AS_F16:
             q = to_f16_digits(value / divisor)
         else:
             q = value / divisor
@@ -199,10 +208,10 @@ def symmetric(
     steps: np.float32,
     math: int,
     stored: int,
-    how: int,
+    quotient: int,
     zero_group: int,
     floor: np.float32,
-    late: bool,
+    rounds_late: bool,
     signed: bool,
     codes: np.ndarray,
     scale: np.ndarray,
@@ -228,7 +237,7 @@ def symmetric(
             finite = group_amax(row, groups, size, span)
         if not finite:
             return n
-        settle_scales(span, steps, math, stored, zero_group, floor, late, scales, divisor)
+        settle_scales(span, steps, np.float32(1.0), math, stored, zero_group, floor, rounds_late, scales, divisor)
         if signed:
             for g in range(groups):
                 # a scale that the dtype rounds to 0 has lost its sign, and is lifted to the positive floor
@@ -236,7 +245,7 @@ def symmetric(
                 divisor[g] *= sign
                 scales[g] *= sign
         for g in range(groups):
-            group_codes(row, g * size, size, divisor[g], low, high, how, made)
+            group_codes(row, g * size, size, divisor[g], low, high, quotient, made)
     return -1
 
 
@@ -248,10 +257,10 @@ def asymmetric(
     high: np.float32,
     math: int,
     stored: int,
-    how: int,
+    quotient: int,
     zero_group: int,
     floor: np.float32,
-    late: bool,
+    rounds_late: bool,
     zeros: int,
     shift: int,
     codes: np.ndarray,
@@ -275,10 +284,10 @@ def asymmetric(
             span[g] = round_to(most[g] - least[g], math)
             if zero_group == UNIT_RANGE and span[g] / (high - low) == 0:
                 least[g] = np.float32(-1.0)
-        settle_scales(span, high - low, math, stored, zero_group, floor, late, scales, divisor)
+        settle_scales(span, high - low, np.float32(2.0), math, stored, zero_group, floor, rounds_late, scales, divisor)
         for g in range(groups):
-            zero[g] = zero_of(least[g], span[g], divisor[g], low, high, math, how, zeros)
+            zero[g] = zero_of(least[g], span[g], divisor[g], low, high, math, quotient, zeros)
             zero_points[g] = np.int8(np.int32(zero[g]) - shift)
         for g in range(groups):
-            shifted_codes(row, g * size, size, divisor[g], zero[g], low, high, how, zeros, shift, made)
+            shifted_codes(row, g * size, size, divisor[g], zero[g], low, high, quotient, zeros, shift, made)
     return -1

@@ -69,6 +69,13 @@ class TorchBackend:
             height, width = scheme.block
             full = scale.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
             return array_of((values * full).to(TORCH_DTYPES[dtype]), dtype)
+        if scheme.group_size > 0 and columns % scheme.group_size:
+            # The last group is short.
+            if quantized.zero_point is not None:
+                zero = tensor_of(quantized.zero_point).to(self.device).float()
+                values = values - zero.repeat_interleave(scheme.group_size, 1)[:, :columns]
+            full = scale.repeat_interleave(scheme.group_size, 1)[:, :columns]
+            return array_of((values * full).to(TORCH_DTYPES[dtype]), dtype)
         groups = values.view(rows, scheme.groups(columns), -1)
         if quantized.zero_point is not None:
             groups = groups - tensor_of(quantized.zero_point).to(self.device).float()[:, :, None]

@@ -62,9 +62,7 @@ def read(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> Claim
         for targets, _, claim in groups:
             if targets.matches(module):
                 return claim
-        if module == "lm_head" or module.endswith(".lm_head"):
-            # vLLM's output head is no Linear, and every publisher keeps it out by name besides.
-            return None
+        # vLLM's output head is no Linear, but that of transformers is: who leaves it in float keeps it out by name.
         return next((claim for _, takes_all, claim in groups if takes_all), None)
 
     return Claims(f"compressed-tensors {general}", of, entries, "ignore")

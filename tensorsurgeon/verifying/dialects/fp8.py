@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tensorsurgeon.models.experts import expert_list
 from tensorsurgeon.tensors.dtypes import F8_E4M3
 from tensorsurgeon.tensors.spec import SpecMap
-from tensorsurgeon.verifying.claims import TOP, Claim, Claims, Entry, EntryList, experts_parent, strings_of
+from tensorsurgeon.verifying.claims import TOP, Claim, Claims, Entry, EntryList, strings_of
 from tensorsurgeon.verifying.findings import Findings
 
 
@@ -38,7 +39,7 @@ def read(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> Claim
     def of(module: str) -> Claim | None:
         if kept_out.matches(module) or module == "lm_head" or module.endswith(".lm_head"):
             return None
-        parent = experts_parent(module)
+        parent = expert_list(module)
         return None if parent is not None and kept_out.matches(parent) else claim
 
     return Claims(claim.describe(), of, entries, "modules_to_not_convert")

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from tensorsurgeon.errors import did_you_mean
+from tensorsurgeon.models.experts import expert_list
 from tensorsurgeon.tensors.dtypes import F8_E4M3, I8
 from tensorsurgeon.tensors.spec import SpecMap
-from tensorsurgeon.verifying.claims import TOP, Claim, Claims, Entry, EntryList, experts_parent, mapping_of, strings_of
+from tensorsurgeon.verifying.claims import TOP, Claim, Claims, Entry, EntryList, mapping_of, strings_of
 from tensorsurgeon.verifying.findings import Findings
 
 _DTYPES: Final = ("int8", "int4", "uint4", "fp8_e4m3")
@@ -52,7 +53,7 @@ def read(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> Claim
 
     def of(module: str) -> Claim | None:
         # vLLM leaves all experts of a layer alone where an entry names their list.
-        if lists.matches(module) or experts_parent(module) in by_layer:
+        if lists.matches(module) or expert_list(module) in by_layer:
             return None
         return next((claim for entry, claim in special if entry.matches(module)), general)
 

@@ -1,0 +1,157 @@
+"""Layers quantized on the way through the model: statistics from one pass, the next layer's inputs from another."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tensorsurgeon.calibrate.codes.assembly import Assemblies
+from tensorsurgeon.calibrate.codes.layer import quantize_on_cpu
+from tensorsurgeon.calibrate.codes.linears import Linear, Part, keys_of, parts_of
+from tensorsurgeon.calibrate.codes.stage import Layer, Stage, layer_of
+from tensorsurgeon.calibrate.options import CalibrationOptions
+from tensorsurgeon.calibrate.state import CalibrationState
+from tensorsurgeon.calibrate.walk.experts import ExpertInputs, ExpertStack, ExpertStatistics, InputStatistics, find_stacks
+from tensorsurgeon.calibrate.walk.hidden import HiddenStates
+from tensorsurgeon.calibrate.walk.model import StreamedModel
+from tensorsurgeon.calibrate.walk.statistics import LayerObserver, WalkedStatistics, write_layer
+from tensorsurgeon.calibrate.walk.walk import Walk
+from tensorsurgeon.calibrate.walk.workers import Turns, run_parallel
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
+from tensorsurgeon.errors import JournalError
+from tensorsurgeon.quant.gptq.scale_search import dequantize
+from tensorsurgeon.quant.rtn.plain_torch import tensor_of
+from tensorsurgeon.quant.scheme import Quantized
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WalkedLayers:
+    """The walk, and where its states lie between layers."""
+
+    model: StreamedModel
+    reader: TensorReader
+    options: CalibrationOptions
+    walk: Walk
+    state: CalibrationState
+    workers: int
+    stop: threading.Event
+
+    def first(self) -> Stage:
+        states = self._states(0, create=True)
+        self.walk.embed(states.write)
+        states.sync()
+        return Stage(0, states)
+
+    def resumed(self, layer: int, digest: str | None) -> Stage:
+        if digest is None:
+            return Stage(layer, None)
+        try:
+            states = self._states(layer, create=False)
+        except OSError as error:
+            raise JournalError(f"cannot be read: {error.strerror}", where=str(self.state.states_path(layer))) from error
+        states.check(digest)
+        self.walk.embed(None)
+        return Stage(layer, states)
+
+    def _states(self, layer: int, *, create: bool) -> HiddenStates:
+        return HiddenStates(self.state.states_path(layer), self.walk.shape, self.model.dtype, create=create)
+
+    def quantize(self, stage: Stage, linears: Sequence[Linear], *, is_last: bool) -> Layer:
+        inputs = stage.states
+        if inputs is None:
+            raise JournalError(
+                f"nothing goes into layer {stage.layer}; start over with --overwrite", where=str(self.state.folder)
+            )
+        with self.model.layer(stage.layer, self.reader) as module, inputs:
+            outputs = None if is_last else self._states(stage.layer + 1, create=True)
+            following = Stage(stage.layer + 1, outputs)
+            name = self.model.layer_names[stage.layer]
+            stacks = find_stacks(name, module)
+            own = {stack.first_name: self.options.expert_hessian == "own" for stack in stacks}
+            parts, without = parts_of(linears, self.model.traced_rows(stage.layer), keys_of(name, module, stacks, own))
+            made = self._quantized(stage.layer, module, inputs, outputs, linears, parts, stacks)
+            if outputs is not None and (self.options.sequential or not parts):
+                self._put_back(parts, made.quantized())
+                self._run(stage.layer, module, inputs, outputs)
+            return layer_of(linears, made, without, following)
+
+    def _quantized(
+        self,
+        number: int,
+        module: nn.Module,
+        inputs: HiddenStates,
+        outputs: HiddenStates | None,
+        linears: Sequence[Linear],
+        parts: Sequence[Part],
+        stacks: Sequence[ExpertStack],
+    ) -> Assemblies:
+        """Statistics from one pass over the layer's inputs, and codes; the original layer's outputs where those are wanted."""
+        keep = self.options.write_statistics if linears else None
+        used: dict[str, InputStatistics] = {}
+        aliases: dict[str, str] = {}
+        made = Assemblies(linears, parts)
+        if parts:
+            passing = None if self.options.sequential else outputs
+            with ExitStack() as scratch:
+                statistics = self._watched(number, module, inputs, passing, stacks, parts, scratch)
+                made = quantize_on_cpu(
+                    linears, parts, statistics, self.options, self.reader, workers=self.workers, stop=self.stop,
+                    used=None if keep is None else used,
+                )  # fmt: skip
+                aliases = {part.key: statistics.shared_key(part.key) for part in parts}
+        if keep is not None:
+            write_layer(keep, number, used, aliases)
+        return made
+
+    def _watched(
+        self,
+        number: int,
+        module: nn.Module,
+        inputs: HiddenStates,
+        outputs: HiddenStates | None,
+        stacks: Sequence[ExpertStack],
+        parts: Sequence[Part],
+        scratch: ExitStack,
+    ) -> WalkedStatistics:
+        """Run the layer and sum what the linears of ``parts`` see; ``scratch`` lets go of what experts were fed."""
+        wanted = {part.rows.parameter.rpartition(".")[0] for part in parts}
+        name = self.model.layer_names[number]
+        linears = {f"{name}.{n}": m for n, m in module.named_modules() if f"{name}.{n}" in wanted and isinstance(m, nn.Linear)}
+        used = [stack for stack in stacks if stack.name in wanted]
+        samples, length, hidden = self.walk.shape
+        fed = {}
+        for k, stack in enumerate(used):
+            fed[stack.name] = ExpertInputs(self.state.folder / f"experts-{k}.bin", samples * length, hidden, self.model.dtype)
+            scratch.callback(fed[stack.name].close)
+        turns = Turns()
+        observer = LayerObserver(linears, used, fed, turns)
+        with observer.watching():
+            self._run(number, module, inputs, outputs, observer=observer.observe, turns=turns)
+        experts = {}
+        for stack in used:
+            experts[stack.name] = ExpertStatistics(stack, fed[stack.name], self.options)
+            experts[stack.name].choose(None if stack.router is None else module.get_submodule(stack.router)._parameters["weight"])
+        return observer.result(experts)
+
+    def _run(self, number: int, module: nn.Module, inputs: HiddenStates, outputs: HiddenStates | None, **observing: Any) -> None:
+        self.walk.run_layer(number, module, inputs, outputs, workers=self.workers, stop=self.stop, **observing)
+
+    def _put_back(self, parts: Sequence[Part], codes: Mapping[int, Quantized]) -> None:
+        """Overwrite the layer's weights by what a reader of the output will compute with."""
+
+        def put(number: int) -> None:
+            part = parts[number]
+            found = codes[part.linear]
+            rows = slice(part.start, part.stop)
+            zero_point = None if found.zero_point is None else tensor_of(found.zero_point[rows])
+            weight = dequantize(tensor_of(found.codes[rows]), tensor_of(found.scale[rows]), zero_point)
+            parameter = self.model.model.get_parameter(part.rows.parameter)
+            flat = parameter.view(-1, parameter.shape[-1])
+            flat[part.rows.start : part.rows.stop] = weight.to(dtype=parameter.dtype)
+
+        run_parallel(len(parts), put, workers=self.workers, stop=self.stop)

@@ -1,0 +1,274 @@
+"""What every tensor of a checkpoint is for.
+
+``describe_model(specs).role(name)``: from the family's table where there is one, else from structure. Tensors that
+differ in their numbers only are one form, decided once: the 35 B model has 62,000 tensors and some sixty forms.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from typing import Any, Final, NamedTuple
+
+from tensorsurgeon.errors import RecipeError, did_you_mean
+from tensorsurgeon.models.experts import EXPERTS, is_expert_list
+from tensorsurgeon.models.families import Family, family_of
+from tensorsurgeon.models.roles import LINEARS, NO_LINEARS, PARTS, WITHOUT_CONFIG, Role, Use
+from tensorsurgeon.models.rules import LAYERS, Known, part_of, role_inside, role_outside
+from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
+
+_FIRST: Final = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
+_LAYER_COUNTS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+_TEXT_CONFIGS: Final = ("text_config", "language_config", "llm_config", "thinker_config", "ffn_config")
+ROLES: Final[dict[str, frozenset[Role]]] = {role.value: frozenset((role,)) for role in Role} | {"linear": LINEARS}
+"""What may stand behind ``role:``; ``linear`` is every linear of the decoder layers that engines build with a config."""
+
+
+class _Place(NamedTuple):
+    """Where a module lies: ``head`` before the first number, ``inside`` what follows it, numbers masked."""
+
+    head: str
+    is_layer: bool
+    is_beyond: bool
+    inside: str
+
+
+class Model:
+    """A checkpoint's tensors by role; cheap to make, lazy, and only for the specs it was made of."""
+
+    def __init__(self, specs: SpecMap) -> None:
+        self._specs = specs
+        self._uses: dict[tuple[_Place, tuple[int, ...]], Use] = {}
+        self._by_name: dict[str, Use] = {}
+        self._insides: dict[str, str] = {}
+        self._is_layers: dict[str, bool] = {}
+
+    @cached_property
+    def family(self) -> Family | None:
+        """What is known of this model by name; None where there is no data file for it."""
+        return family_of(self._specs.config)
+
+    @property
+    def expert_count(self) -> int:
+        """Experts of a layer: by the config, else one for each row of a router; 0 if neither says."""
+        rows = (spec.shape[0] for spec in self._specs.values() if len(spec.shape) == 2 and self.role(spec.name) is Role.ROUTER)
+        return max(self._numbers(_EXPERT_COUNTS), default=0) or next(rows, 0)
+
+    @property
+    def hidden_size(self) -> int:
+        """Features that layers pass on, by the config; 0 if it does not say."""
+        return max(self._numbers(("hidden_size", "n_embd", "d_model")), default=0)
+
+    @property
+    def expert_width(self) -> int:
+        """Features between the stages of an expert, by the config; 0 if it does not say."""
+        for key in ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"):
+            found = self._numbers((key,))
+            if found:
+                return max(found)
+        return 0
+
+    def use(self, name: str) -> Use:
+        """What a tensor is for; of a tensor that is not there, what its name tells."""
+        known = self._by_name.get(name)
+        if known is not None:
+            return known
+        spec = self._specs.get(name)
+        shape = () if spec is None else spec[2]
+        key = self._place(name), shape
+        found = self._uses.get(key)
+        if found is None:
+            found = self._uses[key] = self._decide(key[0], shape)
+        self._by_name[name] = found
+        return found
+
+    def role(self, name: str) -> Role | None:
+        """The role of a tensor, of MTP heads and towers the part; None where nothing known decides it."""
+        return self.use(name).role
+
+    def module_use(self, module: str) -> Use:
+        """What a module's weight is for, whatever tensors hold it."""
+        return self.use(module + ".weight")
+
+    def is_mtp(self, module: str) -> bool:
+        """Whether a module belongs to the head for multi-token prediction."""
+        return self.use(module + ".weight").role is Role.MTP
+
+    def considered(self, name: str) -> str:
+        """What was looked at for a tensor of unknown role, in words."""
+        known = f"model_type {self._specs.config.get('model_type', 'not given')!r} has no table that names it"
+        place = self._place(name)
+        where = f"inside layer {place.inside!r}" if place.is_layer else "outside the layers"
+        return f"{known}, and {where} no rule of names or sizes applies"
+
+    def chooser(self, *texts: str) -> Callable[[str], bool]:
+        """A test for names by any of what stands behind ``role:``: a role, or a part and a role in it (``mtp.expert``).
+
+        RecipeError for words that are no roles.
+        """
+        whole: set[Role | None] = set()
+        asked = "linear" not in texts
+        inner: set[tuple[Role | None, Role | None]] = set()
+        for text in texts:
+            first, _, second = text.partition(".")
+            for word in filter(None, (first, second)):
+                if word not in ROLES:
+                    raise RecipeError(f"'role:{text}': {word!r} is no role{did_you_mean(word, list(ROLES))}")
+            if second and not ROLES[first] <= PARTS:
+                raise RecipeError(f"'role:{text}': only {', '.join(sorted(PARTS))} have roles within them")
+            whole.update(() if second else ROLES[first])
+            inner.update((part, role) for part in ROLES[first] for role in ROLES.get(second, ()))
+        use = self.use
+
+        def chosen(name: str) -> bool:
+            found = use(name)
+            return (found[0] in whole or found[:2] in inner) and (asked or found[3])
+
+        return chosen
+
+    def linears(self) -> list[str]:
+        """Modules with a float matrix that an engine may take for a linear's weight, in file order.
+
+        Not among them: embeddings, norms, convolutions. Routers are, although engines give them no config.
+        """
+        return [name[:-7] for name in self._matrices() if self.use(name).kind not in NO_LINEARS]
+
+    def linears_with_config(self) -> list[str]:
+        """Those of ``linears`` that an engine may build with a quantization config.
+
+        Not among them: routers and shared-expert gates (formats.md section 7), and the output head, which "all
+        linears" means to some readers only.
+        """
+        kept_out = NO_LINEARS | WITHOUT_CONFIG | {Role.HEAD}
+        return [name[:-7] for name in self._matrices() if self.use(name).kind not in kept_out]
+
+    def _matrices(self) -> list[str]:
+        # Most tensors of a quantized model are codes and scales.
+        return [
+            name
+            for name, dtype, shape in self._specs.values()
+            if len(shape) == 2 and dtype in WEIGHT_DTYPES and name.endswith(".weight")
+        ]
+
+    @cached_property
+    def expert_parents(self) -> tuple[str, ...]:
+        """Masked paths below which experts lie (``model.layers.*.mlp``)."""
+        found: dict[str, None] = {}
+        last = "\n"
+        for name, _, shape in self._specs.values():
+            # By far most names are another expert of the list just met.
+            if name.startswith(last):
+                continue
+            at = name.find(EXPERTS)
+            if at >= 0:
+                last = name[: at + len(EXPERTS)]
+                found[masked(name[:at])] = None
+            elif len(shape) == 3 and shape[0] in self._expert_counts:
+                found[masked(name.removesuffix(".weight").rpartition(".")[0])] = None
+        return tuple(found)
+
+    @cached_property
+    def _expert_counts(self) -> frozenset[int]:
+        counts = self._numbers(_EXPERT_COUNTS)
+        return counts | {count + extra for count in counts for extra in self._numbers(("zero_expert_num",))}
+
+    @cached_property
+    def _layer_count(self) -> int:
+        """Layers of the text model, 0 if no config says so."""
+        return 0 if self._specs.config.get("is_encoder_decoder") else max(self._numbers(_LAYER_COUNTS), default=0)
+
+    def _numbers(self, keys: Iterable[str]) -> frozenset[int]:
+        config = self._specs.config
+        inner = [found for key in _TEXT_CONFIGS if isinstance(found := config.get(key), Mapping)]
+        parts: list[Mapping[str, Any]] = inner if any(key in part for part in inner for key in keys) else [config]
+        return frozenset(value for part in parts for key in keys if type(value := part.get(key)) is int and value > 0)
+
+    @cached_property
+    def _known(self) -> Known:
+        return Known(self._expert_counts, self._numbers(("vocab_size",)), self.expert_parents)
+
+    def _place(self, name: str) -> _Place:
+        found = _FIRST.search(name)
+        if found is None:
+            return _Place("", False, False, name)
+        start, stop = found.span()
+        head, tail = name[:start], name[stop + 1 :]
+        is_layer = self._is_layers.get(head)
+        if is_layer is None:
+            is_layer = self._is_layers[head] = LAYERS.search(head[:-1].rpartition(".")[2]) is not None
+        inside = self._insides.get(tail)
+        if inside is None:
+            inside = self._insides[tail] = masked(tail)
+        beyond = is_layer and int(name[start:stop]) >= self._layer_count > 0
+        return _Place(head, is_layer, beyond, inside)
+
+    def _decide(self, place: _Place, shape: tuple[int, ...]) -> Use:
+        head, is_layer, is_beyond, inside = place
+        path = inside.split(".")
+        leaf = path.pop()
+        outer = [*head[:-1].split("."), "*"] if head else []
+        module = ".".join([*outer, *path])
+        part = part_of(head, False, False, [*outer, *path])
+        if part is None and is_beyond:
+            part = part_of(head, True, True, [*outer, *path])
+        found, has_config = self._of_family(module, f"{module}.{leaf}"), True
+        if found is not None and found[0] in PARTS:
+            part, found = found, None
+        if self.family is not None and part is None:
+            has_config = not any(p.match(module) is not None for p in self.family.without_config)
+        if found is None and is_layer:
+            found = role_inside(f"{head}*", path, leaf, shape, self._known)
+        elif found is None:
+            found = role_outside([*outer, *path], leaf, shape)
+        if part is not None:
+            return Use(part[0], Role.OTHER if found is None else found[0], part[1])
+        if found is None:
+            return Use(None, None, "no rule knows it")
+        return Use(found[0], None, found[1] if has_config else "engines build it without a quantization config", has_config)
+
+    def _of_family(self, module: str, name: str) -> tuple[Role, str] | None:
+        """What the family's table says of a module, or of one tensor of it."""
+        if self.family is None:
+            return None
+        for pattern, role in self.family.roles:
+            if pattern.match(module) is not None or pattern.match(name) is not None:
+                return role, f"table of {self.family.name}"
+        return None
+
+
+_NUMBER: Final = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
+
+
+def masked(name: str) -> str:
+    """A name with ``*`` for its numbers."""
+    return _NUMBER.sub("*", name)
+
+
+def describe_model(specs: SpecMap) -> Model:
+    """What is known of the model that these tensors make; made once for each set of specs."""
+    found = specs.model
+    if not isinstance(found, Model):
+        found = specs.model = Model(specs)
+    return found
+
+
+def unquantized_linears(specs: SpecMap, quantized: Mapping[str, Any]) -> list[str]:
+    """Modules with a float weight that an engine could take for a linear, and stacked experts, in file order."""
+    model = describe_model(specs)
+    linears = frozenset(model.linears())
+    found: dict[str, None] = {}
+    for name, dtype, shape in specs.values():
+        if len(shape) not in (2, 3) or dtype not in WEIGHT_DTYPES:
+            continue
+        module = name.rpartition(".")[0]
+        if (len(shape) == 2 and module in linears and module not in quantized) or (len(shape) == 3 and is_expert_list(module)):
+            found[module] = None
+    return list(found)
+
+
+def stacked_weight(spec: TensorSpec) -> bool:
+    """Whether a tensor holds the experts of a layer, stacked."""
+    return len(spec.shape) == 3 and is_expert_list(spec.module)
