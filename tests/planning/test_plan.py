@@ -18,7 +18,8 @@ from tensorsurgeon.ops.drop import Drop
 from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.ops.rename import Rename
 from tensorsurgeon.ops.transpose import Transpose
-from tensorsurgeon.planning.plan import COPY_BYTES, make_plan
+from tensorsurgeon.planning.plan import make_plan
+from tensorsurgeon.planning.work import COPY_BYTES
 from tensorsurgeon.recipes.library import load_transform
 from tests.checkpoints import FIXTURE, moe_config, tiny_moe, write_checkpoint
 
