@@ -34,7 +34,7 @@ class Dequantize:
 
     dtype: Literal["BF16", "F16", "F32"] = "BF16"
     if_quantized: bool = False
-    backend: str = field(default="auto", repr=False)
+    backend: str = field(default="auto", repr=False, metadata={"recipe": False})
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         if self.if_quantized and quantization_config(specs.config) is None:

@@ -51,7 +51,7 @@ class Quantize:
     clip_search: bool = False
     activations: str | None = None
     # Which backend makes the numbers changes no bit of them, so it is no part of the recipe's identity.
-    backend: str = field(default="auto", repr=False)
+    backend: str = field(default="auto", repr=False, metadata={"recipe": False})
 
     def __post_init__(self) -> None:
         if self.num_bits is not None and not 2 <= self.num_bits <= 8:

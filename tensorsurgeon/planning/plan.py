@@ -17,8 +17,9 @@ from typing import Any
 
 from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.layout import DEFAULT_MAX_SHARD_BYTES, Layout, lay_out
-from tensorsurgeon.errors import BudgetError, CheckpointError, RecipeError
+from tensorsurgeon.errors import BudgetError, CheckpointError
 from tensorsurgeon.formats.coding import Written
+from tensorsurgeon.planning.identity import step_identity
 from tensorsurgeon.planning.output_files import OutputFiles, output_files, written_modules
 from tensorsurgeon.planning.resolving import Resolved, resolve, units_of
 from tensorsurgeon.planning.rewriting import AnyTransform, Rewrite, Transform, steps_of
@@ -101,7 +102,7 @@ class Plan:
         digest = hashlib.sha256()
         digest.update(f"tensorsurgeon {__version__}\n{self.source.fingerprint()}\n{self.max_shard_bytes}\n".encode())
         for step in self.steps:
-            digest.update(f"{type(step).__name__} {step!r}\n".encode())
+            digest.update(f"{step_identity(step)}\n".encode())
         if self.calibration:
             digest.update(json.dumps(self.calibration, sort_keys=True).encode())
         for shard in self.layout.shards:
@@ -138,7 +139,8 @@ def make_plan(transform: AnyTransform, source: Checkpoint, *, max_shard_bytes: i
     """
     with _no_collector():
         steps = steps_of(transform)
-        _refuse_nameless(steps)
+        for step in steps:
+            step_identity(step)  # a setting by which no stopped run could be known again is told now
         resolved = resolve(steps, source.specs)
         if not resolved.specs:
             raise CheckpointError("no tensor would be left in the output", where=str(source.root))
@@ -156,16 +158,6 @@ def make_plan(transform: AnyTransform, source: Checkpoint, *, max_shard_bytes: i
         written=written,
         max_shard_bytes=max_shard_bytes,
     )
-
-
-def _refuse_nameless(steps: Sequence[Transform]) -> None:
-    """A run is named by its steps' repr: an address in memory would make every run another one, never to be resumed."""
-    for step in steps:
-        if type(step).__repr__ is object.__repr__:
-            raise RecipeError(
-                f"{type(step).__name__} has no repr, by which a stopped run is known again; make it a frozen dataclass, "
-                "or give it a __repr__ that says its settings"
-            )
 
 
 @contextmanager
