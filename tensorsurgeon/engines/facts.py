@@ -18,7 +18,7 @@ from tensorsurgeon.formats.registry import detect, quantization_config
 from tensorsurgeon.models.describe import Model, describe_model, masked
 from tensorsurgeon.models.experts import GATED, is_expert_list, numbered
 from tensorsurgeon.models.fused import FUSED, FUSED_NAME, describe
-from tensorsurgeon.models.roles import Role
+from tensorsurgeon.models.roles import NO_LINEARS, Role
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
@@ -198,7 +198,7 @@ def _unquantized(specs: SpecMap, modules: Mapping[str, Scheme], model: Model) ->
         expert = numbered(module)
         if expert is not None:
             split[expert.experts] = None
-        if model.is_mtp(module):
+        if model.is_mtp(module) and model.use(name).kind not in NO_LINEARS:
             float_mtp[module] = None
     return tuple(stacked), tuple(split), tuple(stacked_quantized), tuple(float_mtp)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from tensorsurgeon.engines.facts import Facts
 from tensorsurgeon.models.experts import expert_list
-from tensorsurgeon.models.mtp import MTP_EXPRESSION, MTP_RULE, MTP_WORD, inside_blocks
+from tensorsurgeon.models.mtp import MTP_RULE, MTP_WORD, head_expressions, inside_blocks, named_apart
 from tensorsurgeon.tensors.expressions import Expression
 
 
@@ -26,13 +26,14 @@ def mtp_left_alone(facts: Facts) -> str | None:
         return "one part of the MTP head is quantized and another is not"
     method = settings.get("quant_method")
     if method == "gptq":
-        dynamic = settings.get("dynamic") or {}
-        named = any(key.startswith("-:") and MTP_WORD in key for key in dynamic)
-        return None if named else f"dynamic has no rule {MTP_RULE!r}"
+        rules = [key.removeprefix("-:") for key in settings.get("dynamic") or {} if key.startswith("-:")]
+        if any(map(named_apart, facts.float_mtp)):
+            return None if any(MTP_WORD in rule for rule in rules) else f"dynamic has no rule {MTP_RULE!r}"
+        return _unmatched(facts, [f"re:{rule}" for rule in rules], "dynamic has no rule that leaves the MTP head's layer out")
     if method == "compressed-tensors":
-        return _unmatched(facts, settings.get("ignore") or (), f"ignore has no expression {MTP_EXPRESSION!r}")
+        return _unmatched(facts, settings.get("ignore") or (), f"ignore has no expression {_wanted(facts)!r}")
     if method == "quark":
-        return _unmatched(facts, settings.get("exclude") or (), f"exclude has no expression {MTP_EXPRESSION!r}")
+        return _unmatched(facts, settings.get("exclude") or (), f"exclude has no expression {_wanted(facts)!r}")
     if method == "awq":
         left = settings.get("modules_to_not_convert") or ()
         missed = next((name for name in facts.float_mtp if not any(entry in name for entry in left)), None)
@@ -45,6 +46,10 @@ def mtp_left_alone(facts: Facts) -> str | None:
     left = settings.get("modules_to_not_convert") or settings.get("ignored_layers") or ()
     missed = next((name for name in facts.float_mtp if name not in left and expert_list(name) not in left), None)
     return None if missed is None or not left else f"modules_to_not_convert lacks {missed}"
+
+
+def _wanted(facts: Facts) -> str:
+    return f"re:{head_expressions(facts.float_mtp)[0]}"
 
 
 def _unmatched(facts: Facts, entries: Iterable[str], why: str) -> str | None:

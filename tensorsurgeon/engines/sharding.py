@@ -64,7 +64,9 @@ class Linear(NamedTuple):
             elif leaf == "in_proj_qkv" and rows == 2 * heads.linear_keys + heads.linear_values:
                 sizes += [heads.linear_keys // tp, heads.linear_keys // tp, heads.linear_values // tp]
             elif leaf in ("qkv", "qkv_proj"):
-                sizes += [rows // 3 // tp] * 3
+                sizes += _heads_of(rows, tp, heads)
+            elif leaf == "gate_up_proj":
+                sizes += [rows // 2 // tp] * 2
             else:
                 sizes.append(rows // tp)
         return tuple(sizes)
@@ -79,6 +81,16 @@ class Linear(NamedTuple):
                 if not repeated and rows % tp:
                     return f"out_features {rows} of {leaf}"
         return None
+
+
+def _heads_of(rows: int, tp: int, heads: Heads) -> list[int]:
+    """Outputs of queries, keys and values on a rank where they are stored as one; thirds where the config names no heads."""
+    units = heads.attention + 2 * heads.key_values
+    if not heads.key_values or rows % units:
+        return [rows // 3 // tp] * 3
+    each = rows // units
+    shared = each * heads.key_values // tp if heads.key_values >= tp else each
+    return [each * heads.attention // tp, shared, shared]
 
 
 class Experts(NamedTuple):

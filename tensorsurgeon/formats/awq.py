@@ -21,7 +21,7 @@ from tensorsurgeon.formats.coverage import Coverage, activations_of, cover
 from tensorsurgeon.formats.scales import with_scale_dtype
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_multiple, check_scheme
 from tensorsurgeon.models.fused import fused_name
-from tensorsurgeon.models.mtp import MTP_WORD
+from tensorsurgeon.models.mtp import MTP_WORD, head_paths
 from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import F16, I32, DType
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
@@ -135,8 +135,8 @@ def modules_to_not_convert(coverage: Coverage) -> list[str]:
         return next((name for name in quantized if text in name), None)
 
     found = dict.fromkeys(_first_unused(_candidates(module), hit, module) for module in left)
-    if coverage.float_mtp:
-        found[_first_unused((MTP_WORD,), hit, coverage.float_mtp[0])] = None
+    for path in head_paths(coverage.float_mtp):
+        found[_first_unused((path if path == MTP_WORD else f"{path}.",), hit, coverage.float_mtp[0])] = None
     return [text for text in found if not any(other != text and other in text for other in found)]
 
 

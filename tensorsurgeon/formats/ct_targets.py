@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from tensorsurgeon.formats.coverage import Coverage
-from tensorsurgeon.models.mtp import MTP_EXPRESSION
+from tensorsurgeon.models.mtp import head_expressions
 from tensorsurgeon.models.patterns import exact_pattern, patterns_for
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.expressions import Expression
@@ -49,7 +49,7 @@ def ignore_list(coverage: Coverage) -> list[str]:
         *coverage.float_linears,
         *(f"re:{pattern}" for pattern in experts),
         *(["lm_head"] if coverage.tied_head else []),
-        *([MTP_EXPRESSION] if coverage.float_mtp else []),
+        *(f"re:{pattern}" for pattern in head_expressions(coverage.float_mtp)),
     ]
 
 

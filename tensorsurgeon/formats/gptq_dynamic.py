@@ -17,7 +17,7 @@ from tensorsurgeon.errors import ConfigError, SpecError
 from tensorsurgeon.formats.config_reading import TOP, boolean, integer
 from tensorsurgeon.formats.coverage import Coverage
 from tensorsurgeon.models.fused import fused_name
-from tensorsurgeon.models.mtp import MTP_RULE, MTP_WORD, named_apart
+from tensorsurgeon.models.mtp import MTP_RULE, MTP_WORD, head_expressions, head_paths, named_apart
 from tensorsurgeon.models.patterns import patterns_for
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.expressions import Expression
@@ -37,11 +37,13 @@ def dynamic_rules(coverage: Coverage) -> dict[str, dict[str, Any]]:
     rules: dict[str, dict[str, Any]] = {
         f"-:{pattern}": {} for pattern in patterns_for(dict.fromkeys(left), coverage.float_experts, quantized)
     }
-    if coverage.float_mtp:
-        named = next((name for name in quantized if MTP_WORD in name), None)
+    for path, expression in zip(head_paths(coverage.float_mtp), head_expressions(coverage.float_mtp), strict=True):
+        # vLLM looks for the word itself in a rule.
+        rule = MTP_RULE if path == MTP_WORD else f"-:{expression}"
+        named = next((name for name in quantized if re.match(rule.removeprefix("-:"), name)), None)
         if named is not None:
-            raise SpecError(f"{named} is quantized, but the rule {MTP_RULE!r} for the MTP head would keep it out")
-        rules[MTP_RULE] = {}
+            raise SpecError(f"{named} is quantized, but the rule {rule!r} for the MTP head would keep it out")
+        rules[rule] = {}
     base = base_scheme(coverage)
     groups = coverage.schemes()
     for scheme, modules in groups.items():

@@ -16,7 +16,7 @@ from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel, Word
 from tensorsurgeon.formats.config_reading import TOP, schemes_of, section, strings
 from tensorsurgeon.formats.coverage import Coverage, cover
 from tensorsurgeon.models.experts import expert_list
-from tensorsurgeon.models.mtp import MTP_EXPRESSION
+from tensorsurgeon.models.mtp import head_expressions
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.expressions import Expression
 from tensorsurgeon.tensors.spec import SpecMap
@@ -93,7 +93,7 @@ def exclude(coverage: Coverage) -> list[str]:
     vLLM drops plain names under ``mtp.`` when it maps the main model's names, so only an expression reaches the MTP
     model; and it leaves a layer's experts alone if an entry equals or lies under ``<layer>.mlp.experts``.
     """
-    return [*coverage.left_out(), *([MTP_EXPRESSION] if coverage.float_mtp else [])]
+    return [*coverage.left_out(), *(f"re:{e}" for e in head_expressions(coverage.float_mtp))]
 
 
 def read_config(

@@ -9,10 +9,11 @@ from typing import Any
 
 from tensorsurgeon.checkpoint.folder import STATE_FOLDER, Checkpoint, open_checkpoint
 from tensorsurgeon.errors import SurgeonError
-from tensorsurgeon.models.describe import unquantized_linears
+from tensorsurgeon.models.describe import describe_model, unquantized_linears
 from tensorsurgeon.planning.report import group_specs, grouped_name, table
 from tensorsurgeon.running.record import read_record
 from tensorsurgeon.tensors.sizes import show_size
+from tensorsurgeon.tensors.spec import SpecMap
 from tensorsurgeon.verifying.described import tensors_by_module
 from tensorsurgeon.verifying.dialects import quantization_of, read_claims
 from tensorsurgeon.verifying.findings import Findings
@@ -39,7 +40,8 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         },
         "shards": [{"name": s.path.name, "bytes": s.file_bytes, "tensors": len(s.entries)} for s in checkpoint.shards],
         "has_index": checkpoint.has_index,
-        "groups": group_specs(checkpoint.specs.values()),
+        "family": describe_model(checkpoint.specs).known_by,
+        "groups": _groups(checkpoint.specs),
         "quantization": quantization,
         "made_by": _made_by(checkpoint),
         "metadata": checkpoint.metadata,
@@ -48,6 +50,15 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         "unfinished": Path(path).is_dir() and (checkpoint.root / STATE_FOLDER).is_dir(),
         "oddities": [*map(str, checkpoint.oddities), *oddities],
     }
+
+
+def _groups(specs: SpecMap) -> list[dict[str, Any]]:
+    """Tensors that differ in their numbers only, with what they are for."""
+    model = describe_model(specs)
+    roles: dict[str, dict[str, None]] = defaultdict(dict)
+    for name in specs:
+        roles[grouped_name(name)][str(model.use(name))] = None
+    return [{**group, "role": " or ".join(roles[group["pattern"]])} for group in group_specs(specs.values())]
 
 
 def _quantization(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None, list[str]]:
@@ -110,6 +121,7 @@ def inspection_as_text(data: dict[str, Any]) -> str:
         f"{data['tensors']} tensors, {show_size(data['bytes'])} in {len(shards)} shard{'s' if len(shards) != 1 else ''}"
         + ("" if data["has_index"] or len(shards) == 1 else " without an index"),
     ]
+    lines.append(f"family: {data['family']}")
     lines.append(table([["  " + n, f"x {d['tensors']}", show_size(d["bytes"])] for n, d in data["dtypes"].items()], right={1, 2}))
     quantization = data["quantization"]
     if quantization is not None:
@@ -122,7 +134,7 @@ def inspection_as_text(data: dict[str, Any]) -> str:
         "",
         table(
             [
-                ["  " + g["pattern"], f"x {g['count']}", g["dtype"], str(g["shape"]), show_size(g["bytes"])]
+                ["  " + g["pattern"], f"x {g['count']}", g["dtype"], str(g["shape"]), show_size(g["bytes"]), g["role"]]
                 for g in data["groups"]
             ],
             right={1, 4},

@@ -7,24 +7,30 @@ differ in their numbers only are one form, decided once: the 35 B model has 62,0
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 from tensorsurgeon.errors import RecipeError, did_you_mean
+from tensorsurgeon.models.asked.answers import Answer, answer_for
 from tensorsurgeon.models.experts import EXPERTS, is_expert_list
 from tensorsurgeon.models.families import Family, family_of
 from tensorsurgeon.models.roles import LINEARS, NO_LINEARS, PARTS, WITHOUT_CONFIG, Role, Use
 from tensorsurgeon.models.rules import LAYERS, Known, part_of, role_inside, role_outside
+from tensorsurgeon.models.sizes import Sizes
 from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 _FIRST: Final = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
-_LAYER_COUNTS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
-_TEXT_CONFIGS: Final = ("text_config", "language_config", "llm_config", "thinker_config", "ffn_config")
-ROLES: Final[dict[str, frozenset[Role]]] = {role.value: frozenset((role,)) for role in Role} | {"linear": LINEARS}
-"""What may stand behind ``role:``; ``linear`` is every linear of the decoder layers that engines build with a config."""
+ROLES: Final[dict[str, frozenset[Role]]] = {role.value: frozenset((role,)) for role in Role} | {
+    "linear": LINEARS,
+    "expert-else-linear": LINEARS,
+}
+"""What may stand behind ``role:``. ``linear`` is every linear of the decoder layers that engines build with a config,
+``expert-else-linear`` the experts, or all of these in a model that has no experts."""
+
+
+_LANGUAGE_MODEL: Final = re.compile(r"(?:^|\.)(?:language_model|text_model|llm)\.")
 
 
 class _Place(NamedTuple):
@@ -41,6 +47,7 @@ class Model:
 
     def __init__(self, specs: SpecMap) -> None:
         self._specs = specs
+        self.sizes = Sizes(specs.config)
         self._uses: dict[tuple[_Place, tuple[int, ...]], Use] = {}
         self._by_name: dict[str, Use] = {}
         self._insides: dict[str, str] = {}
@@ -51,25 +58,24 @@ class Model:
         """What is known of this model by name; None where there is no data file for it."""
         return family_of(self._specs.config)
 
+    @cached_property
+    def answer(self) -> Answer | None:
+        """What an engine's own class said of this model; None where it was not asked."""
+        return answer_for(self._specs.config)
+
+    @property
+    def known_by(self) -> str:
+        """By what the model is known, in words: the engine's answer, the data file, or structure alone."""
+        known = [] if self.family is None else [f"table of {self.family.name}"]
+        if self.answer is not None:
+            known.append(f"{self.answer.engine} {self.answer.how} of {self.answer.architecture}")
+        return ", ".join([*known, "structure"]) if known else "structure alone: no table names this family"
+
     @property
     def expert_count(self) -> int:
         """Experts of a layer: by the config, else one for each row of a router; 0 if neither says."""
         rows = (spec.shape[0] for spec in self._specs.values() if len(spec.shape) == 2 and self.role(spec.name) is Role.ROUTER)
-        return max(self._numbers(_EXPERT_COUNTS), default=0) or next(rows, 0)
-
-    @property
-    def hidden_size(self) -> int:
-        """Features that layers pass on, by the config; 0 if it does not say."""
-        return max(self._numbers(("hidden_size", "n_embd", "d_model")), default=0)
-
-    @property
-    def expert_width(self) -> int:
-        """Features between the stages of an expert, by the config; 0 if it does not say."""
-        for key in ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"):
-            found = self._numbers((key,))
-            if found:
-                return max(found)
-        return 0
+        return max(self.sizes.experts, default=0) or next(rows, 0)
 
     def use(self, name: str) -> Use:
         """What a tensor is for; of a tensor that is not there, what its name tells."""
@@ -111,6 +117,7 @@ class Model:
         """
         whole: set[Role | None] = set()
         asked = "linear" not in texts
+        texts = tuple(self._resolved(text) for text in texts)
         inner: set[tuple[Role | None, Role | None]] = set()
         for text in texts:
             first, _, second = text.partition(".")
@@ -128,6 +135,11 @@ class Model:
             return (found[0] in whole or found[:2] in inner) and (asked or found[3])
 
         return chosen
+
+    def _resolved(self, text: str) -> str:
+        if text != "expert-else-linear":
+            return text
+        return Role.EXPERT.value if any(self.role(name) is Role.EXPERT for name in self._specs) else "linear"
 
     def linears(self) -> list[str]:
         """Modules with a float matrix that an engine may take for a linear's weight, in file order.
@@ -166,29 +178,18 @@ class Model:
             if at >= 0:
                 last = name[: at + len(EXPERTS)]
                 found[masked(name[:at])] = None
-            elif len(shape) == 3 and shape[0] in self._expert_counts:
+            elif len(shape) == 3 and shape[0] in self.sizes.experts:
                 found[masked(name.removesuffix(".weight").rpartition(".")[0])] = None
         return tuple(found)
 
     @cached_property
-    def _expert_counts(self) -> frozenset[int]:
-        counts = self._numbers(_EXPERT_COUNTS)
-        return counts | {count + extra for count in counts for extra in self._numbers(("zero_expert_num",))}
-
-    @cached_property
-    def _layer_count(self) -> int:
-        """Layers of the text model, 0 if no config says so."""
-        return 0 if self._specs.config.get("is_encoder_decoder") else max(self._numbers(_LAYER_COUNTS), default=0)
-
-    def _numbers(self, keys: Iterable[str]) -> frozenset[int]:
-        config = self._specs.config
-        inner = [found for key in _TEXT_CONFIGS if isinstance(found := config.get(key), Mapping)]
-        parts: list[Mapping[str, Any]] = inner if any(key in part for part in inner for key in keys) else [config]
-        return frozenset(value for part in parts for key in keys if type(value := part.get(key)) is int and value > 0)
+    def _has_language_model(self) -> bool:
+        """Whether the text model is one part of several, under a name of its own."""
+        return "text_config" in self._specs.config and any(_LANGUAGE_MODEL.search(name) for name in self._specs)
 
     @cached_property
     def _known(self) -> Known:
-        return Known(self._expert_counts, self._numbers(("vocab_size",)), self.expert_parents)
+        return Known(self.sizes.experts, self.expert_parents)
 
     def _place(self, name: str) -> _Place:
         found = _FIRST.search(name)
@@ -202,7 +203,7 @@ class Model:
         inside = self._insides.get(tail)
         if inside is None:
             inside = self._insides[tail] = masked(tail)
-        beyond = is_layer and int(name[start:stop]) >= self._layer_count > 0
+        beyond = is_layer and int(name[start:stop]) >= self.sizes.layers > 0
         return _Place(head, is_layer, beyond, inside)
 
     def _decide(self, place: _Place, shape: tuple[int, ...]) -> Use:
@@ -214,20 +215,39 @@ class Model:
         part = part_of(head, False, False, [*outer, *path])
         if part is None and is_beyond:
             part = part_of(head, True, True, [*outer, *path])
-        found, has_config = self._of_family(module, f"{module}.{leaf}"), True
+        found = self._of_family(module, f"{module}.{leaf}")
         if found is not None and found[0] in PARTS:
             part, found = found, None
-        if self.family is not None and part is None:
-            has_config = not any(p.match(module) is not None for p in self.family.without_config)
         if found is None and is_layer:
             found = role_inside(f"{head}*", path, leaf, shape, self._known)
         elif found is None:
             found = role_outside([*outer, *path], leaf, shape)
+        if part is None and is_layer and self._has_language_model and _LANGUAGE_MODEL.search(head) is None:
+            return Use(Role.OTHER, None, "layers outside the language model")
         if part is not None:
             return Use(part[0], Role.OTHER if found is None else found[0], part[1])
         if found is None:
             return Use(None, None, "no rule knows it")
-        return Use(found[0], None, found[1] if has_config else "engines build it without a quantization config", has_config)
+        why = self._without_config(module, ".".join(path), found[0]) if is_layer and found[0] in LINEARS else None
+        return Use(found[0], None, why or found[1], why is None)
+
+    def _without_config(self, module: str, path: str, role: Role) -> str | None:
+        """Why engines build a linear of the main model without a quantization config, in words; None if they do not."""
+        if self.family is not None and any(p.match(module) is not None for p in self.family.without_config):
+            return f"engines build it without a quantization config (table of {self.family.name})"
+        answer = self.answer
+        if answer is None:
+            return None
+        if role is not Role.EXPERT and answer.builds_without_config(path):
+            return f"{answer.engine} builds it without a quantization config ({answer.how})"
+        parent, leaf = module.rpartition(".")[::2]
+        for fused, parts in answer.fused.items():
+            # The indexer stays as it is, so what is fused with it cannot be quantized either.
+            if leaf in parts:
+                others = [f"{parent}.{part}.weight" for part in parts if "." in part]
+                if others and any(masked(name) in others for name in self._specs if name.endswith(others[0].rpartition(".*")[2])):
+                    return f"{answer.engine} fuses it into {fused} with {others[0].rpartition('.*.')[2]}, which stays"
+        return None
 
     def _of_family(self, module: str, name: str) -> tuple[Role, str] | None:
         """What the family's table says of a module, or of one tensor of it."""

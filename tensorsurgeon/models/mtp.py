@@ -6,6 +6,8 @@ names are mapped, so that most dialects must name it by an expression.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Final
 
 MTP_WORD: Final = "mtp"
@@ -16,6 +18,35 @@ MTP_RULE: Final = "-:.*mtp.*"
 """The rule of GPTQModel's ``dynamic`` that leaves it alone; vLLM looks for the word in it."""
 
 _PREFIX: Final = "mtp."
+_OPTIONAL: Final = r"^(model\.)?(language_model\.)?(model\.)?"
+_NAMED: Final = re.compile(r"(.*?\bmtp\w*)(?=\.)")
+_LAYER: Final = re.compile(r"(.*?\.\d+)(?=\.)")
+_ENGINES_OWN: Final = re.compile(r"^(model\.)?(language_model\.)?(model\.)?")
+
+
+def head_expressions(modules: Iterable[str]) -> list[str]:
+    """Expressions for ``re.match`` that take in the heads which these modules belong to, whatever else is in them.
+
+    ``mtp.layers.0.x`` gives ``^mtp.*``, a head that is one more layer of the model the layer by its number.
+    """
+    found: dict[str, None] = {}
+    for module in modules:
+        if named_apart(module):
+            found[MTP_EXPRESSION.removeprefix("re:")] = None
+            continue
+        path = _NAMED.match(module) or _LAYER.match(module)
+        text = module if path is None else path[1]
+        found[_OPTIONAL + re.escape(_ENGINES_OWN.sub("", text)) + r"\..*"] = None
+    return list(found)
+
+
+def head_paths(modules: Iterable[str]) -> list[str]:
+    """The paths that lead to the heads which these modules belong to, such as ``mtp`` or ``layers.61``."""
+    found: dict[str, None] = {}
+    for module in modules:
+        path = None if named_apart(module) else _NAMED.match(module) or _LAYER.match(module)
+        found[MTP_WORD if path is None else _ENGINES_OWN.sub("", path[1])] = None
+    return list(found)
 
 
 def named_apart(module: str) -> bool:

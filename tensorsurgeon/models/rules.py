@@ -50,7 +50,6 @@ class Known(NamedTuple):
     """What is known of the model when rules are asked. ``beside_experts``: masked paths below which experts lie."""
 
     experts: Collection[int]
-    vocabulary: Collection[int]
     beside_experts: Collection[str]
 
 

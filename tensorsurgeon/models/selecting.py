@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tensorsurgeon.errors import NoMatchError, PlanError, SpecError
 from tensorsurgeon.models.describe import Model, describe_model, masked, stacked_weight
 from tensorsurgeon.models.experts import after_splitting, numbered
-from tensorsurgeon.models.roles import NO_LINEARS, PARTS, Role
+from tensorsurgeon.models.roles import LINEARS, NO_LINEARS, PARTS, Role
 from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
 from tensorsurgeon.tensors.names import Pattern, Selector
 from tensorsurgeon.tensors.spec import SpecMap
@@ -107,6 +107,8 @@ def why_left(specs: SpecMap, name: str, where: Sequence[str], exclude: Sequence[
     for text in exclude:
         if Pattern.parse(text).tested(model.chooser)(name) is not None:
             return f"excluded by {text.removeprefix('maybe:')}"
-    if any(Pattern.parse(text).role for text in where):
-        return f"{model.use(name)} ({model.use(name).how})"
-    return "outside " + " and ".join(text.removeprefix("maybe:") for text in where)
+    outside = "outside " + " and ".join(text.removeprefix("maybe:") for text in where)
+    use = model.use(name)
+    if not any(Pattern.parse(text).role for text in where):
+        return outside
+    return f"{use}, {outside}" if use.role in LINEARS and use.has_config else f"{use} ({use.how})"

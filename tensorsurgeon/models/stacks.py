@@ -90,7 +90,7 @@ def _checked(model: Model, stacked: Stacked) -> Stacked:
         raise SpecError(f"{spec}: experts below each other, but neither config.json nor a router says how many there are")
     if len(spec.shape) != (2 if stack.flat else 3) or (stack.flat and spec.shape[0] % stacked.experts):
         raise SpecError(f"{spec}: no stack of {stacked.experts} experts as {_table(model)} describes it")
-    hidden = model.hidden_size
+    hidden = model.sizes.hidden
     down = stack.parts[0] in ("down_proj", "w2")
     rows, columns = _matrix(stacked)
     out, in_ = (rows, columns) if stack.axes == ("out", "in") else (columns, rows)
@@ -119,7 +119,7 @@ def _usual(model: Model, spec: TensorSpec) -> Stacked:
     parts = _USUAL.get(spec.name.rpartition(".")[2])
     if parts is None:
         raise SpecError(f"{spec}: a stack of experts, but not known is which linears it holds, and how")
-    experts, hidden, inner = model.expert_count, model.hidden_size, model.expert_width
+    experts, hidden, inner = model.expert_count, model.sizes.hidden, model.sizes.expert_width
     if not (experts and hidden and inner):
         raise SpecError(
             f"{spec.name}: config.json has no num_experts, hidden_size or moe_intermediate_size, so the layout of the fused "

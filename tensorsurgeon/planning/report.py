@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from tensorsurgeon.formats.coding import Written, written_by
+from tensorsurgeon.formats.coding import Stored, Written, written_by
 from tensorsurgeon.models.describe import describe_model, unquantized_linears
 from tensorsurgeon.models.experts import is_expert_list
+from tensorsurgeon.models.fused import describe
 from tensorsurgeon.models.roles import Role
 from tensorsurgeon.models.selecting import why_left
 from tensorsurgeon.planning.plan import Plan
@@ -76,6 +77,8 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
     inputs = {spec.name for spec in plan.source.specs.values()}
     steps = plan.step_names()
     return {
+        "family": describe_model(plan.source.specs).known_by,
+        "dequantized": _dequantized(plan),
         "source": {
             "path": str(plan.source.root),
             "tensors": len(plan.source.specs),
@@ -108,6 +111,13 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
         "tensors": group_specs(plan.specs.values()),
         "one_way_steps": one_way_steps(plan),
     }
+
+
+def _dequantized(plan: Plan) -> dict[str, int]:
+    """Modules of a quantized source that become float weights on the way, by what they were."""
+    found = (rewrite.detail for rewrites in plan.rewrites for rewrite in rewrites)
+    stored = (detail for detail in found if isinstance(detail, Stored))
+    return dict(Counter(f"{s.format.name}: {describe(s.scheme)}" for s in stored))
 
 
 def _counted_linears(plan: Plan, kept: Iterable[str]) -> list[str]:
@@ -159,6 +169,8 @@ def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
     lines = [
         f"source  {data['source']['path']}: {data['source']['tensors']} tensors, "
         f"{show_size(data['source']['bytes'])} in {data['source']['shards']} shards",
+        f"family  {data['family']}",
+        *(f"read as {what}: {count} modules, dequantized on the way" for what, count in data["dequantized"].items()),
         "steps   " + ", ".join(f"{s['op']} {s['read']} -> {s['made']}" for s in data["steps"] if s["read"]),
     ]
     if plan.quantized:

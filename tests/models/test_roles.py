@@ -1,0 +1,202 @@
+"""What a tensor is for: by rule for families that no table names, by table where a name or a shape hides it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tensorsurgeon.errors import NoMatchError, PlanError, RecipeError, SpecError
+from tensorsurgeon.models.describe import describe_model
+from tensorsurgeon.models.families import family_names, family_of, read_family
+from tensorsurgeon.models.mtp import head_expressions, head_paths
+from tensorsurgeon.models.roles import Role
+from tensorsurgeon.models.selecting import selected, selected_linears, why_left
+from tests.families.skeletons import EXPERTS, HIDDEN, INNER, VOCABULARY, attention, ends, gated, numbered, specs_of
+
+LAYER = "model.layers.0"
+
+# Router by its full name, and what makes it one: a name, or one row per expert beside experts.
+ROUTERS = {
+    "mlp.gate.weight": "mlp.experts",
+    "mlp.router.gate.weight": "mlp.experts",
+    "mlp.gate.wg.weight": "mlp.experts",
+    "mixer.gate.weight": "mixer.experts",
+    "router.proj.weight": "experts",
+    "feed_forward.gate.weight": "feed_forward.experts",
+    "block_sparse_moe.gate.weight": "block_sparse_moe.experts",
+    "mlp.router.classifier.weight": "mlp.experts",
+    "moe.gate.weight": "moe.experts",
+}
+
+
+@pytest.mark.parametrize(("router", "experts"), ROUTERS.items())
+def test_routers_are_told_from_linears_under_any_name(router, experts):
+    specs = specs_of(
+        {**ends(), **attention(f"{LAYER}.self_attn"), **numbered(f"{LAYER}.{experts}"), f"{LAYER}.{router}": (EXPERTS, HIDDEN)}
+    )
+    model = describe_model(specs)
+    assert model.role(f"{LAYER}.{router}") is Role.ROUTER
+    assert f"{LAYER}.{router}" not in selected_linears(specs, ["role:linear"])
+    assert model.role(f"{LAYER}.{experts}.0.gate_proj.weight") is Role.EXPERT
+
+
+def test_a_matrix_with_as_many_rows_as_experts_is_no_router_elsewhere():
+    specs = specs_of({**numbered(f"{LAYER}.mlp.experts"), f"{LAYER}.self_attn.g_proj.weight": (EXPERTS, HIDDEN)})
+    assert describe_model(specs).role(f"{LAYER}.self_attn.g_proj.weight") is Role.ATTENTION
+
+
+@pytest.mark.parametrize("head", ["mtp.layers.0", "model.layers.1", "model.mtp.layers.0", "model.mtp_block.layers.0"])
+def test_a_head_for_multi_token_prediction_is_found_wherever_it_lies(head):
+    inside = {
+        **attention(f"{head}.self_attn"),
+        f"{head}.eh_proj.weight": (HIDDEN, 2 * HIDDEN),
+        f"{head}.embed_tokens.weight": (VOCABULARY, HIDDEN),
+    }
+    specs = specs_of({**ends(), **attention(f"{LAYER}.self_attn"), **inside})
+    model = describe_model(specs)
+    assert {model.role(name) for name in inside} == {Role.MTP}
+    assert model.use(f"{head}.self_attn.q_proj.weight").within is Role.ATTENTION
+    assert model.use(f"{head}.embed_tokens.weight").kind is Role.EMBEDDING
+    assert selected_linears(specs, ["role:linear"]) == list(attention(f"{LAYER}.self_attn"))
+    assert set(selected_linears(specs, ["role:mtp.linear"])) == set(attention(f"{head}.self_attn"))
+
+
+@pytest.mark.parametrize(
+    ("module", "expression"),
+    [
+        ("mtp.layers.0.mlp.gate", "^mtp.*"),
+        ("model.layers.61.eh_proj", r"^(model\.)?(language_model\.)?(model\.)?layers\.61\..*"),
+        ("model.mtp.layers.0.x", r"^(model\.)?(language_model\.)?(model\.)?mtp\..*"),
+    ],
+)
+def test_configs_name_a_head_by_one_expression(module, expression):
+    assert head_expressions([module, module]) == [expression]
+    assert len(head_paths([module])) == 1
+
+
+@pytest.mark.parametrize(
+    ("tower", "role"),
+    [
+        ("vision_tower.transformer.layers.0.attention", Role.VISION),
+        ("model.visual.blocks.0.attn", Role.VISION),
+        ("vision_model.encoder.layers.0.self_attn", Role.VISION),
+        ("model.audio_tower.layers.0.self_attn", Role.AUDIO),
+        ("model.embed_tokens_extend.image_embed.img_processor.encoder.layers.0.self_attn", Role.VISION),
+        ("multi_modal_projector", Role.PROJECTOR),
+        ("model.visual.merger", Role.PROJECTOR),
+    ],
+)
+def test_towers_and_projectors_are_no_layers_of_the_text_model(tower, role):
+    specs = specs_of({**ends(), **attention(f"{LAYER}.self_attn"), f"{tower}.q_proj.weight": (HIDDEN, HIDDEN)})
+    assert describe_model(specs).role(f"{tower}.q_proj.weight") is role
+    assert selected_linears(specs, ["role:linear"]) == list(attention(f"{LAYER}.self_attn"))
+    assert selected_linears(specs, [f"role:{role}"]) == [f"{tower}.q_proj.weight"]
+
+
+def test_layers_beside_a_language_model_are_a_tower_whatever_they_are_called():
+    tower = "model.seer.layers.0.self_attn.q_proj.weight"
+    shapes = {**attention("model.language_model.layers.0.self_attn"), tower: (HIDDEN, HIDDEN)}
+    assert describe_model(specs_of(shapes, text_config={"num_hidden_layers": 1})).role(tower) is Role.OTHER
+
+
+def test_the_indexer_the_residuals_and_what_is_no_matrix_stay():
+    others = {
+        f"{LAYER}.self_attn.indexer.wq_b.weight": (HIDDEN, HIDDEN),
+        f"{LAYER}.attn_hyper_connection.input_mix_weight_down.weight": (8, HIDDEN),
+        f"{LAYER}.self_attention_res_proj.weight": (1, HIDDEN),
+        f"{LAYER}.linear_attn.conv1d.weight": (HIDDEN, 1, 4),
+        f"{LAYER}.linear_attn.in_proj_ba.weight": (4, HIDDEN),
+        f"{LAYER}.mlp.shared_expert_gate.weight": (1, HIDDEN),
+    }
+    specs = specs_of({**others, **attention(f"{LAYER}.self_attn")})
+    assert set(selected_linears(specs, ["role:linear"], ["role:linear-attention-gate"])) == set(attention(f"{LAYER}.self_attn"))
+
+
+def test_a_matrix_that_nobody_knows_stops_the_plan_and_says_what_decides_it():
+    strange = f"{LAYER}.whatsit.proj_in.weight"
+    specs = specs_of({**attention(f"{LAYER}.self_attn"), strange: (HIDDEN, HIDDEN)})
+    with pytest.raises(
+        PlanError, match=r"whatsit.proj_in.weight BF16\[64, 64\].*'unheard_of'.*\{path\*\}.whatsit.proj_in.weight"
+    ):
+        selected_linears(specs, ["role:linear"])
+    assert strange not in selected_linears(specs, ["role:linear"], ["{path*}.whatsit.proj_in.weight"])
+    assert strange in selected_linears(specs, ["role:linear", "{path*}.whatsit.proj_in.weight"])
+    # A step that speaks of names only was told what to take.
+    assert len(selected_linears(specs, ["{path*}.q_proj.weight"])) == 1
+
+
+def test_a_role_takes_weights_and_passes_over_what_lies_beside_them():
+    shapes = {**attention(f"{LAYER}.self_attn"), f"{LAYER}.self_attn.q_proj.bias": (HIDDEN,)}
+    specs = specs_of(shapes)
+    assert f"{LAYER}.self_attn.q_proj.bias" in selected(specs, ["role:attention"])
+    assert f"{LAYER}.self_attn.q_proj.bias" not in selected_linears(specs, ["role:attention"])
+
+
+def test_experts_that_quantize_cannot_take_do_not_stay_behind_in_silence():
+    specs = specs_of({f"{LAYER}.ffn.experts.mlp.w1": (EXPERTS * INNER, HIDDEN), **attention(f"{LAYER}.attn")})
+    with pytest.raises(SpecError, match="experts stored in one tensor"):
+        selected_linears(specs, ["role:linear"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "error", "message"),
+    [
+        ("role:experts", RecipeError, "'experts' is no role; did you mean 'expert'"),
+        ("role:attention.norm", RecipeError, "have roles within them"),
+        ("role:audio", NoMatchError, "no tensor has the role of 'role:audio'"),
+        ("role:", RecipeError, "is empty"),
+    ],
+)
+def test_a_role_that_is_none(pattern, error, message):
+    with pytest.raises(error, match=message):
+        selected(specs_of({**ends(), **attention(f"{LAYER}.self_attn")}), [pattern])
+
+
+def test_experts_where_there_are_any_and_else_every_linear():
+    dense = specs_of({**ends(), **attention(f"{LAYER}.self_attn"), **gated(f"{LAYER}.mlp")})
+    sparse = specs_of({**attention(f"{LAYER}.self_attn"), **numbered(f"{LAYER}.mlp.experts")})
+    assert len(selected_linears(dense, ["role:expert-else-linear"])) == 7
+    assert len(selected_linears(sparse, ["role:expert-else-linear"])) == 3 * EXPERTS
+    reason = why_left(sparse, f"{LAYER}.self_attn.q_proj.weight", ["role:expert-else-linear"], [])
+    assert reason == "attention, outside role:expert-else-linear"
+
+
+def test_linears_that_an_engine_builds_without_a_config_are_left_and_the_reason_names_it():
+    mamba = {f"{LAYER}.mamba.{x}.weight": (HIDDEN, HIDDEN) for x in ("in_proj", "out_proj")}
+    specs = specs_of({**mamba, **gated(f"{LAYER}.feed_forward")}, "jamba")
+    assert set(selected_linears(specs, ["role:linear"])) == set(gated(f"{LAYER}.feed_forward"))
+    assert "without a quantization config" in why_left(specs, f"{LAYER}.mamba.in_proj.weight", ["role:linear"], [])
+    assert set(selected_linears(specs, ["role:linear-attention"])) == set(mamba)
+
+
+def test_what_is_fused_with_an_indexer_stays_with_it():
+    at = "model.language_model.layers.0.self_attn"
+    indexer = {f"{at}.indexer.index_qk_proj.weight": (INNER, HIDDEN)}
+    specs = specs_of({**attention(at), **indexer}, "qwen4_exp")
+    assert selected_linears(specs, ["role:linear"]) == [f"{at}.o_proj.weight"]
+    assert len(selected_linears(specs_of(attention(at), "qwen4_exp"), ["role:linear"])) == 4
+
+
+def test_every_data_file_is_read_and_found_by_what_it_says_it_is_for():
+    assert family_names()
+    for name in family_names():
+        found = family_of({"model_type": name})
+        assert found is None or found.name == name or name in found.model_types
+    for kind in ("gpt_oss", "llama4_text", "granitemoehybrid"):
+        family = family_of({"text_config": {"model_type": kind}})
+        assert family is not None
+        assert kind in family.model_types
+        assert family.experts
+    assert family_of({"architectures": ["DbrxForCausalLM"]}).name == "dbrx"
+    assert family_of({"model_type": "unheard_of"}) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("evidence: read\nrolls: {}\n", "unknown keys"), ("model_types: [x]\n", "evidence is missing"),
+     ("evidence: read\nexperts: [{tensor: a, parts: [b], axes: [in, in]}]\n", "axes of a")],
+)  # fmt: skip
+def test_a_data_file_with_a_fault_is_named(text, message, tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        read_family(path)
