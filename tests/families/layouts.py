@@ -29,7 +29,7 @@ def as_published(family: Family, saved: Tensors, native: Tensors) -> Tensors:
             ("model.layers.", "layers."),
             ("model.embed_tokens.", "embed."),
             ("model.norm.", "norm."),
-            ("model.hc_head.", ""),
+            ("model.hc_head.hc_", "hc_head_"),
         )
         for old, new in names:
             saved = {new + n.removeprefix(old) if n.startswith(old) else n: t for n, t in saved.items()}
