@@ -25,6 +25,14 @@ _USUAL: Final = {
 _BIAS: Final = ("_bias", ".bias")
 
 
+class ExpertCut(NamedTuple):
+    """The detail of a rewrite that computes: how the parts of one expert lie in its slice."""
+
+    parts: int
+    transposed: bool
+    interleaved: bool
+
+
 class Stacked(NamedTuple):
     """A stacked tensor of a checkpoint. ``into``: the path of the numbered experts; ``is_bias``: vectors, one per expert."""
 

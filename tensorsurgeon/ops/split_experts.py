@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 
 from tensorsurgeon.errors import NoMatchError, PlanViolationError
 from tensorsurgeon.models.selecting import selected
-from tensorsurgeon.models.stacks import Stacked, stacked_tensors
+from tensorsurgeon.models.stacks import ExpertCut, Stacked, stacked_tensors
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
-
-
-class _Cut(NamedTuple):
-    """The detail of a rewrite that computes: how the parts of one expert lie in its slice."""
-
-    parts: int
-    transposed: bool
-    interleaved: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +39,7 @@ class SplitExperts:
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         cut = rewrite.detail
-        if not isinstance(cut, _Cut):
+        if not isinstance(cut, ExpertCut):
             raise PlanViolationError(f"{rewrite.inputs[0]}: split_experts moves bytes, and was asked to compute")
         (piece,) = inputs
         if rewrite.outputs[0].spec.shape[1:] == ():
@@ -58,7 +50,7 @@ class SplitExperts:
         return [np.ascontiguousarray(part) for part in _parts(rows, cut)]
 
 
-def _parts(rows: Array, cut: _Cut) -> Iterator[Array]:
+def _parts(rows: Array, cut: ExpertCut) -> Iterator[Array]:
     each = len(rows) // cut.parts
     for number in range(cut.parts):
         yield rows[number :: cut.parts] if cut.interleaved else rows[number * each : (number + 1) * each]
@@ -67,7 +59,7 @@ def _parts(rows: Array, cut: _Cut) -> Iterator[Array]:
 def _rewrites(stacked: Stacked) -> Iterator[Rewrite]:
     spec, stack = stacked.spec, stacked.stack
     transposed = stack.axes == ("in", "out") and not stacked.is_bias
-    cut = _Cut(len(stack.parts), transposed, stack.interleaved and len(stack.parts) > 1)
+    cut = ExpertCut(len(stack.parts), transposed, stack.interleaved and len(stack.parts) > 1)
     leaf = "bias" if stacked.is_bias else "weight"
     rows = 1 if stacked.is_bias else spec.rows // stacked.experts
     if stacked.is_bias:

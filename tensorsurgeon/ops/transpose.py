@@ -33,7 +33,7 @@ class Transpose:
             if spec.dtype.numpy is None:
                 raise SpecError(f"{name}: {spec.dtype.name} is narrower than a byte and cannot be transposed")
             target = spec._replace(shape=tuple(spec.shape[a] for a in axes))
-            rewrites.append(Rewrite((Region(spec),), (Region(target),)))
+            rewrites.append(Rewrite((Region(spec),), (Region(target),), detail=axes))
         return tuple(rewrites)
 
     def _axes(self, name: str, rank: int) -> tuple[int, ...]:

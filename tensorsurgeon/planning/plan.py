@@ -13,55 +13,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.layout import DEFAULT_MAX_SHARD_BYTES, Layout, lay_out
-from tensorsurgeon.errors import BudgetError, CheckpointError, RecipeError
+from tensorsurgeon.errors import BudgetError, CheckpointError
 from tensorsurgeon.formats.coding import Written
+from tensorsurgeon.planning.identity import step_identity
 from tensorsurgeon.planning.output_files import OutputFiles, output_files, written_modules
-from tensorsurgeon.planning.resolving import Resolved, Task, resolve, units_of
-from tensorsurgeon.planning.rewriting import AnyTransform, Rewrite, Transform, scratch_bytes, steps_of
+from tensorsurgeon.planning.resolving import Resolved, resolve, units_of
+from tensorsurgeon.planning.rewriting import AnyTransform, Rewrite, Transform, steps_of
+from tensorsurgeon.planning.work import Unit, peak_bytes, plan_units
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.names import canonical_order
 from tensorsurgeon.tensors.spec import SpecMap
 from tensorsurgeon.version import __version__
-
-# Long copies are cut, so that workers share them and a stopped run loses little; short ones are put together.
-COPY_BYTES = 32 << 20
-
-
-class Copy(NamedTuple):
-    """Bytes that go from a source shard to an output shard as they are."""
-
-    source_shard: int
-    source_offset: int
-    nbytes: int
-    shard: int
-    offset: int
-
-
-class Write(NamedTuple):
-    """Bytes of a made array that go to an output shard."""
-
-    origin: int
-    start: int
-    nbytes: int
-    shard: int
-    offset: int
-
-
-class Unit(NamedTuple):
-    """The smallest piece of work that can go alone; ``peak_bytes`` is what it holds at its fullest."""
-
-    tasks: tuple[Task, ...]
-    writes: tuple[Write, ...]
-    copies: tuple[Copy, ...]
-    peak_bytes: int
-
-    @property
-    def written_bytes(self) -> int:
-        return sum(w.nbytes for w in self.writes) + sum(c.nbytes for c in self.copies)
 
 
 @dataclass(frozen=True)
@@ -105,7 +71,7 @@ class Plan:
     def units(self) -> tuple[Unit, ...]:
         """All the work, in the order of the source; made when it is first asked for, since looking at a plan does not."""
         with _no_collector():
-            return _plan_units(self.resolved, self.source, self.layout, self.steps)
+            return plan_units(self.resolved, self.source, self.layout, self.steps)
 
     @property
     def output_bytes(self) -> int:
@@ -128,7 +94,7 @@ class Plan:
         """What the largest unit holds; a memory cap below this cannot work."""
         tasks = self.resolved.tasks
         groups = units_of(tasks, self.resolved.made)
-        return max((_peak_bytes([tasks[number] for number in group], self.steps) for group in groups), default=0)
+        return max((peak_bytes([tasks[number] for number in group], self.steps) for group in groups), default=0)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -136,7 +102,7 @@ class Plan:
         digest = hashlib.sha256()
         digest.update(f"tensorsurgeon {__version__}\n{self.source.fingerprint()}\n{self.max_shard_bytes}\n".encode())
         for step in self.steps:
-            digest.update(f"{type(step).__name__} {step!r}\n".encode())
+            digest.update(f"{step_identity(step)}\n".encode())
         if self.calibration:
             digest.update(json.dumps(self.calibration, sort_keys=True).encode())
         for shard in self.layout.shards:
@@ -173,7 +139,8 @@ def make_plan(transform: AnyTransform, source: Checkpoint, *, max_shard_bytes: i
     """
     with _no_collector():
         steps = steps_of(transform)
-        _refuse_nameless(steps)
+        for step in steps:
+            step_identity(step)  # a setting by which no stopped run could be known again is told now
         resolved = resolve(steps, source.specs)
         if not resolved.specs:
             raise CheckpointError("no tensor would be left in the output", where=str(source.root))
@@ -193,16 +160,6 @@ def make_plan(transform: AnyTransform, source: Checkpoint, *, max_shard_bytes: i
     )
 
 
-def _refuse_nameless(steps: Sequence[Transform]) -> None:
-    """A run is named by its steps' repr: an address in memory would make every run another one, never to be resumed."""
-    for step in steps:
-        if type(step).__repr__ is object.__repr__:
-            raise RecipeError(
-                f"{type(step).__name__} has no repr, by which a stopped run is known again; make it a frozen dataclass, "
-                "or give it a __repr__ that says its settings"
-            )
-
-
 @contextmanager
 def _no_collector() -> Iterator[None]:
     """A plan is hundreds of thousands of small tuples and no cycles; collecting while it grows doubles the time."""
@@ -213,88 +170,3 @@ def _no_collector() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _plan_units(resolved: Resolved, source: Checkpoint, layout: Layout, steps: Sequence[Transform]) -> tuple[Unit, ...]:
-    writes: list[list[Write]] = [[] for _ in resolved.tasks]
-    copies: list[Copy] = []
-    locations = source.locations
-    made = resolved.made
-    for name, pieces in resolved.contents.items():
-        shard, position = layout.placements[name]
-        for origin, start, nbytes in pieces:
-            if origin < 0:
-                writes[made[-1 - origin][0]].append(Write(origin, start, nbytes, shard, position))
-            else:
-                where = locations[origin]
-                copies.append(Copy(where.shard, where.offset + start, nbytes, shard, position))
-            position += nbytes
-    keyed = [(_read_position(unit, locations), unit) for unit in _computing_units(resolved, writes, steps)]
-    keyed += [((unit.copies[0].source_shard, unit.copies[0].source_offset), unit) for unit in _copy_units(copies)]
-    # In the order of the source, so that a cold disk is read from front to back.
-    keyed.sort(key=lambda pair: pair[0])
-    return tuple(unit for _, unit in keyed)
-
-
-def _computing_units(resolved: Resolved, writes: list[list[Write]], steps: Sequence[Transform]) -> Iterator[Unit]:
-    tasks = resolved.tasks
-    for numbers in units_of(tasks, resolved.made):
-        if len(numbers) == 1:
-            (number,) = numbers
-            yield Unit((tasks[number],), tuple(writes[number]), (), _peak_bytes([tasks[number]], steps))
-        else:
-            members = tuple(tasks[n] for n in numbers)
-            yield Unit(members, tuple(w for n in numbers for w in writes[n]), (), _peak_bytes(members, steps))
-
-
-def _peak_bytes(tasks: Sequence[Task], steps: Sequence[Transform]) -> int:
-    """What a unit of these tasks holds: every array to its end, and the scratch of one task at a time."""
-    return sum(map(_held_bytes, tasks)) + max(scratch_bytes(steps[task.step], task.rewrite) for task in tasks)
-
-
-def _held_bytes(task: Task) -> int:
-    """Bytes of the arrays that a task adds: what it makes, and the inputs that are not another task's array."""
-    held = 0
-    for region in task.rewrite.outputs:
-        held += region.byte_range[1]
-    for pieces in task.inputs:
-        for piece in pieces:
-            if piece.origin >= 0 or len(pieces) > 1:
-                held += piece.nbytes
-    return held
-
-
-def _read_position(unit: Unit, locations: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    for task in unit.tasks:
-        for pieces in task.inputs:
-            for piece in pieces:
-                if piece.origin >= 0:
-                    shard, offset = locations[piece.origin]
-                    return shard, offset + piece.start
-    return 0, 0
-
-
-def _copy_units(copies: list[Copy]) -> Iterator[Unit]:
-    copies.sort()
-    merged: list[Copy] = []
-    for copy in copies:
-        if merged:
-            last = merged[-1]
-            follows = (last.source_shard, last.source_offset + last.nbytes, last.shard, last.offset + last.nbytes)
-            if follows == (copy.source_shard, copy.source_offset, copy.shard, copy.offset):
-                merged[-1] = last._replace(nbytes=last.nbytes + copy.nbytes)
-                continue
-        merged.append(copy)
-    batch: list[Copy] = []
-    filled = 0
-    for copy in merged:
-        for start in range(0, copy.nbytes, COPY_BYTES):
-            nbytes = min(COPY_BYTES, copy.nbytes - start)
-            part = Copy(copy.source_shard, copy.source_offset + start, nbytes, copy.shard, copy.offset + start)
-            if batch and filled + nbytes > COPY_BYTES:
-                yield Unit((), (), tuple(batch), 0)
-                batch, filled = [], 0
-            batch.append(part)
-            filled += nbytes
-    if batch:
-        yield Unit((), (), tuple(batch), 0)

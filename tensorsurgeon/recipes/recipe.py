@@ -164,7 +164,7 @@ def make_op(name: str, body: Any, overrides: Mapping[str, Any] | None = None) ->
     if not isinstance(body, dict):
         raise RecipeError(f"{name} needs a mapping of its fields, found {body!r}")
     hints = _hints(name)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.repr}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("recipe", True)}
     for key in body:
         if key not in fields:
             raise RecipeError(f"{name} has no field {key!r}{did_you_mean(key, list(fields))}")

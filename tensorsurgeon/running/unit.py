@@ -15,9 +15,9 @@ from tensorsurgeon.checkpoint.sink import Sink
 from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.errors import NumericError, PlanViolationError
 from tensorsurgeon.formats.coding import written_by
-from tensorsurgeon.planning.plan import Copy, Unit
 from tensorsurgeon.planning.resolving import Pieces, Task
 from tensorsurgeon.planning.rewriting import Array, Rewrite, Transform
+from tensorsurgeon.planning.work import Copy, Unit
 from tensorsurgeon.quant.scheme import Quantized
 from tensorsurgeon.tensors.arrays import Workspace, empty
 from tensorsurgeon.tensors.spec import Region

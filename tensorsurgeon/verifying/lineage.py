@@ -16,8 +16,10 @@ from typing import Final
 import numpy as np
 
 from tensorsurgeon.checkpoint.tensor_reader import TensorReader, elements
+from tensorsurgeon.models.stacks import ExpertCut
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.resolving import Piece, Task
+from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.spec import Region, TensorSpec
 from tensorsurgeon.verifying.described import Described
 from tensorsurgeon.verifying.layouts import stored_weight
@@ -90,14 +92,15 @@ class Lineage:
 
     def _compute(self, task: Task) -> Sequence[np.ndarray]:
         rewrite = task.rewrite
-        step = self.plan.steps[task.step]
         kind = self.step_of(task)
         if kind == "Dequantize":
             return [self._decoded(task)]
         arrays = [self._array(pieces, region) for pieces, region in zip(task.inputs, rewrite.inputs, strict=True)]
         if kind == "Transpose":
-            axes = getattr(step, "axes", None) or (*range(arrays[0].ndim - 2), arrays[0].ndim - 1, arrays[0].ndim - 2)
-            return [arrays[0].transpose(axes)]
+            assert isinstance(rewrite.detail, tuple)
+            return [arrays[0].transpose(rewrite.detail)]
+        if kind == "SplitExperts":
+            return _parts_of_expert(arrays[0], rewrite)
         if kind == "Split":
             ends = list(accumulate(region.shape[-1] for region in rewrite.outputs))
             return np.split(arrays[0], ends[:-1], axis=-1)
@@ -126,7 +129,16 @@ class Lineage:
         return result
 
 
-_COMPUTED: Final = frozenset({"Transpose", "Split", "Concat", "Cast", "Dequantize"})
+_COMPUTED: Final = frozenset({"Transpose", "Split", "SplitExperts", "Concat", "Cast", "Dequantize"})
+
+
+def _parts_of_expert(stacked: np.ndarray, rewrite: Rewrite) -> list[np.ndarray]:
+    """The parts of one expert: runs of its outputs, or every other one; outputs are columns where it lies transposed."""
+    cut = rewrite.detail
+    assert isinstance(cut, ExpertCut)
+    is_bias = len(rewrite.outputs[0].shape) == 1
+    outputs = stacked.reshape(-1) if is_bias else stacked.T if cut.transposed else stacked
+    return [outputs[n :: cut.parts] if cut.interleaved else np.split(outputs, cut.parts)[n] for n in range(cut.parts)]
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

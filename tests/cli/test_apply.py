@@ -160,9 +160,9 @@ def test_help_of_every_command_ends_well():
 # The command with many small and slow units: what takes minutes for a large model.
 SLOW = """
 import sys, time
-from tensorsurgeon.planning import plan as planning
+from tensorsurgeon.planning import work
 from tensorsurgeon.running import executor
-planning.COPY_BYTES = 4096
+work.COPY_BYTES = 4096
 executor.COMMIT_BYTES = 1
 real = executor.run_unit
 def slowly(*arguments):

@@ -51,7 +51,7 @@ class EngineContract:
         self, workers: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # Small units, so that there is something to divide among workers.
-        monkeypatch.setattr("tensorsurgeon.planning.plan.COPY_BYTES", 512)
+        monkeypatch.setattr("tensorsurgeon.planning.work.COPY_BYTES", 512)
         apply(self.transform(), source, tmp_path / "plain", workers=2, max_shard_bytes=2000)
         plan = make_plan(self.transform(), open_checkpoint(source), max_shard_bytes=2000)
         assert len(plan.units) > 8

@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
-from tensorsurgeon.planning import plan as planning
+from tensorsurgeon.planning import work
 from tensorsurgeon.planning.plan import Plan, make_plan
 from tensorsurgeon.running import executor
 from tensorsurgeon.running.run import run_plan
@@ -31,7 +31,7 @@ SHARD_BYTES = 3_000_000
 
 def small_and_slow_units() -> None:
     """Many small units, frequent commits, and time between them: minutes of a large model in a fraction of a second."""
-    planning.COPY_BYTES = 64 << 10
+    work.COPY_BYTES = 64 << 10
     executor.COMMIT_BYTES = 256 << 10
     run_unit = executor.run_unit
 

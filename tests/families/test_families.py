@@ -9,7 +9,7 @@ import pytest
 from tests.families.page import page_of, word_of
 from tests.families.trial import try_family
 
-# Plain and fused linears, experts by w1/w2/w3, stacked ones with a tower and an MTP head, linears that the engine never quantizes.
+# Plain and fused linears; experts by w1/w2/w3; stacked ones with a tower and an MTP head; linears that no engine quantizes.
 FEW = ("llama", "phi3", "mixtral", "qwen3_5_moe", "jamba")
 
 

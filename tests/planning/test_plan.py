@@ -18,7 +18,8 @@ from tensorsurgeon.ops.drop import Drop
 from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.ops.rename import Rename
 from tensorsurgeon.ops.transpose import Transpose
-from tensorsurgeon.planning.plan import COPY_BYTES, make_plan
+from tensorsurgeon.planning.plan import make_plan
+from tensorsurgeon.planning.work import COPY_BYTES
 from tensorsurgeon.recipes.library import load_transform
 from tests.checkpoints import FIXTURE, moe_config, tiny_moe, write_checkpoint
 
@@ -67,7 +68,7 @@ def test_the_memory_of_a_unit_is_what_its_arrays_take(tmp_path):
     tensors = {"a.weight": np.zeros((30, 20), np.float32), "b.weight": np.zeros((3, 2), np.float32)}
     source = open_checkpoint(write_checkpoint(tmp_path / "s", tensors))
     assert make_plan(Transpose(where=("a.weight",)), source).peak_unit_bytes == 2 * 30 * 20 * 4
-    assert make_plan(Cast(where=("a.weight",), dtype="F16"), source).peak_unit_bytes == 30 * 20 * (4 + 2)
+    assert make_plan(Cast(where=("a.weight",), dtype="F16"), source).peak_unit_bytes == 30 * 20 * (4 + 2) + 30 * 20 * 48
     assert make_plan(Rename(where=("a.weight",), to="c"), source).peak_unit_bytes == 0
     assert make_plan(Drop(where=("a.weight",), only_if="zero"), source).peak_unit_bytes == 30 * 20 * 4
 

@@ -108,7 +108,7 @@ def test_any_chain_of_ops_is_written_as_numpy_says_it(seed, length, workers, cop
     start, ops, wanted = random_chain(seed, length)
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as place, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tensorsurgeon.planning.plan.COPY_BYTES", copy_bytes)
+        patch.setattr("tensorsurgeon.planning.work.COPY_BYTES", copy_bytes)
         source = write_checkpoint(Path(place) / "s", start, shards=min(shards, len(start)), seed=seed % 7)
         apply(ops, source, Path(place) / "t", workers=workers, max_shard_bytes=max_shard_bytes)
         assert_same(read_all(Path(place) / "t"), wanted)
@@ -208,7 +208,7 @@ def test_a_source_that_becomes_shorter_during_the_run_is_named(tmp_path):
 
 
 def test_a_stop_ends_in_order_and_the_same_call_with_resume_completes(tmp_path, monkeypatch):
-    monkeypatch.setattr("tensorsurgeon.planning.plan.COPY_BYTES", 256)
+    monkeypatch.setattr("tensorsurgeon.planning.work.COPY_BYTES", 256)
     source = write_checkpoint(tmp_path / "s", tiny_moe(), shards=3, config=moe_config())
     plan = make_plan(surgery(), open_checkpoint(source))
     run_plan(plan, tmp_path / "whole")
@@ -230,7 +230,7 @@ def test_no_line_of_the_journal_claims_bytes_that_a_power_cut_could_take(tmp_pat
     """What the disk surely holds is what was written before the last sync began; every claim must rest on that."""
     from tensorsurgeon.running.journal import Journal
 
-    monkeypatch.setattr("tensorsurgeon.planning.plan.COPY_BYTES", 256)
+    monkeypatch.setattr("tensorsurgeon.planning.work.COPY_BYTES", 256)
     monkeypatch.setattr("tensorsurgeon.running.executor.COMMIT_BYTES", 700)
     source = write_checkpoint(tmp_path / "s", tiny_moe(), shards=3, config=moe_config())
     plan = make_plan(surgery(), open_checkpoint(source), max_shard_bytes=3000)
@@ -261,7 +261,7 @@ def test_no_line_of_the_journal_claims_bytes_that_a_power_cut_could_take(tmp_pat
 
 def test_a_disk_that_takes_no_sync_stops_the_other_workers_too(tmp_path, monkeypatch):
     """Hours of further work that no journal will know are not what a failing disk calls for."""
-    monkeypatch.setattr("tensorsurgeon.planning.plan.COPY_BYTES", 256)
+    monkeypatch.setattr("tensorsurgeon.planning.work.COPY_BYTES", 256)
     monkeypatch.setattr("tensorsurgeon.running.executor.COMMIT_BYTES", 1)
     source = write_checkpoint(tmp_path / "s", tiny_moe(layers=8), shards=3, config=moe_config())
     plan = make_plan(surgery(), open_checkpoint(source))

@@ -24,7 +24,7 @@ STEPS = [load_transform("split-experts"), Transpose(where=("{p*}.{m}_proj.weight
 
 @pytest.fixture
 def plan(moe, monkeypatch):
-    monkeypatch.setattr("tensorsurgeon.planning.plan.COPY_BYTES", 256)
+    monkeypatch.setattr("tensorsurgeon.planning.work.COPY_BYTES", 256)
     return make_plan(STEPS, open_checkpoint(moe), max_shard_bytes=3000)
 
 

@@ -24,7 +24,7 @@ def plan(tmp_path_factory) -> Plan:
     tensors = {f"a.{i:02}": np.full((4, 8), i, np.float32) for i in range(30)}
     tensors |= {f"b.{i:02}": np.full((4, 8), i, np.float32) for i in range(8)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tensorsurgeon.planning.plan.COPY_BYTES", 128)
+        patch.setattr("tensorsurgeon.planning.work.COPY_BYTES", 128)
         source = write_checkpoint(folder / "s", tensors)
         plan = make_plan([Cast(where=("a.{n}",), dtype="BF16")], open_checkpoint(source))
         assert [sum(bool(u.tasks) is kind for u in plan.units) for kind in (True, False)] == [30, 8]

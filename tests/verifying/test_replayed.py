@@ -162,4 +162,14 @@ def test_an_op_of_somebody_else_is_noted_and_names_are_compared(tmp_path: Path) 
 def test_every_op_has_surgery_here() -> None:
     used = {type(step).__name__.lower() for steps in SURGERY.values() for step in steps()}
     # Splitting experts, repacking and dequantizing: test_structure, test_good_checkpoints.
-    assert {*OPS} - used == {"dequantize", "expect", "repack", "reshape", "squeeze", "stack", "unsqueeze", "unstack"}
+    assert {*OPS} - used == {
+        "dequantize",
+        "expect",
+        "repack",
+        "reshape",
+        "split_experts",
+        "squeeze",
+        "stack",
+        "unsqueeze",
+        "unstack",
+    }
