@@ -108,7 +108,7 @@ def _changed(folder: Path, rng: random.Random) -> str:
     change = rng.choice(MUTATIONS)
     try:
         return change(folder, rng)
-    except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
+    except (IndexError, KeyError, TypeError, ValueError, OSError, RecursionError, struct.error) as error:
         return f"nothing left to change ({error!r})"  # an earlier mutation took it
 
 
