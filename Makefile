@@ -8,7 +8,7 @@ FIXTURE := fixtures/tiny-qwen3_5-moe
 #   make PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" test
 PIP_FLAGS ?=
 
-.PHONY: demo test test-slow plants families lint types wheel engines bench bench-kl setup clean
+.PHONY: demo test test-slow fuzz bench-memory plants families lint types wheel engines bench bench-kl setup clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,10 @@ plants: $(STAMP)
 # Half an hour: every family of tests/families/table.yaml built tiny and converted; FAMILIES="llama mixtral" tries those anew.
 families: $(STAMP)
 	$(BIN)/python -m tests.families.run $(FAMILIES)
+
+# Minutes: thousands of damaged checkpoints through the command.
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz --count 12000 --apply 1000
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
