@@ -167,6 +167,7 @@ def test_every_op_has_surgery_here() -> None:
         "expect",
         "repack",
         "reshape",
+        "round",
         "split_experts",
         "squeeze",
         "stack",
