@@ -92,6 +92,19 @@ def test_the_judge_finds_them_sound(experts, attention, source, tmp_path):
     assert found.is_sound, [str(fault) for fault in found.faults]
 
 
+@pytest.mark.parametrize(
+    ("experts", "attention"), [("nvfp4", "fp8"), ("w4a16", "w8a8"), ("mxfp4", "fp8-block"), ("keep", "w8a16")]
+)
+def test_the_built_in_takes_a_scheme_for_each_role(experts, attention, source, tmp_path):
+    plan = ts.plan(ts.transform("mixed", experts=experts, attention=attention, mlp="keep"), source)
+    written = {module: way.format.name for module, way in plan.written.items()}
+    names = {"nvfp4": "ct-nvfp4", "w4a16": "ct-packed", "mxfp4": "ct-mxfp4", "w8a16": "ct-packed", "w8a8": "ct-int"}
+    assert {name for module, name in written.items() if ".self_attn." in module} == {names.get(attention, "ct-float")}
+    assert len([module for module in written if ".experts." in module]) == (0 if experts == "keep" else 24)
+    ts.apply(plan, tmp_path / "q")
+    assert ts.verify(tmp_path / "q", against=source).is_sound
+
+
 def test_a_mixed_checkpoint_goes_on_into_one_format(source, tmp_path):
     ts.apply(ts.plan(steps(*PAIRS[0]), source), tmp_path / "q")
     again = ts.Quantize(where=(EXPERTS, ATTENTION), format="ct-int")
