@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -29,15 +29,16 @@ class Dequantize:
     The formats are those that config.json names, and the quantization leaves the config. Weights are computed in F32
     and rounded once; what is not finite then stops the run. Static scales of a module's inputs and of a KV cache go too:
     a float weight takes its inputs as they are. One-way: codes cannot be told from weights. ``if_quantized``: a checkpoint
-    without a quantization passes as it is.
+    without a quantization, or unpacked by a step before, passes as it is.
     """
 
     dtype: Literal["BF16", "F16", "F32"] = "BF16"
     if_quantized: bool = False
+    writes_floats: ClassVar[bool] = True
     backend: str = field(default="auto", repr=False, metadata={"recipe": False})
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        if self.if_quantized and quantization_config(specs.config) is None:
+        if self.if_quantized and (quantization_config(specs.config) is None or specs.unpacked is not None):
             return ()
         rewrites = []
         for module in stored_modules(specs, may_drop=(*INPUT_SCALES, *KV_SCALES)):

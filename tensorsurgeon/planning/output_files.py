@@ -8,15 +8,18 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.quantization import FILES, quantization_config, without_quantization
 from tensorsurgeon.errors import PlanError
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel
 from tensorsurgeon.formats.coding import Written, stored_in, written_by
+from tensorsurgeon.formats.mixed import mixed_config_files
 from tensorsurgeon.models.describe import unquantized_linears
 from tensorsurgeon.planning.resolving import Resolved
+from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.spec import SpecMap
 
 CONFIG_NAME = "config.json"
@@ -111,22 +114,21 @@ def _words(value: Any) -> Iterator[str]:
 
 def _quantization_files(specs: SpecMap, quantized: Mapping[str, Written]) -> ConfigFiles:
     # Told apart with their settings: GPTQ v1 and v2 have one name and different words, which one config cannot describe.
-    ways = dict.fromkeys(quantized.values())
-    formats = dict.fromkeys(written.format for written in ways)
-    if len(formats) > 1:
-        names = " and ".join(sorted(map(str, formats)))
-        raise PlanError(
-            f"steps write {names}, but a checkpoint has one quantization_config, which describes one format; use one "
-            "format for all steps"
-        )
-    activations = {written.activations for written in ways}
+    ways: dict[Format, tuple[set[Scheme], set[str | None]]] = {}
+    for written in dict.fromkeys(quantized.values()):
+        schemes, activations = ways.setdefault(written.format, (set(), set()))
+        schemes.add(written.scheme)
+        activations.add(written.activations)
     model = QuantizedModel(
         modules={module: written.scheme for module, written in quantized.items()},
         unquantized=unquantized_linears(specs, quantized),
         specs=specs,
-        options={} if activations == {None} else {"activations": sorted(map(str, activations))},
     )
-    return next(iter(formats)).config_files(model)
+    if len(ways) > 1:
+        return mixed_config_files(model, ways)
+    ((layout, (_, activations)),) = ways.items()
+    options = {} if activations == {None} else {"activations": sorted(map(str, activations))}
+    return layout.config_files(replace(model, options=options))
 
 
 def _as_json(content: Mapping[str, Any]) -> bytes:
