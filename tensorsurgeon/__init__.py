@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tensorsurgeon.ops.repack import Repack
     from tensorsurgeon.ops.reshape import Reshape
     from tensorsurgeon.ops.split import Split
+    from tensorsurgeon.ops.split_experts import SplitExperts
     from tensorsurgeon.ops.squeeze import Squeeze
     from tensorsurgeon.ops.stack import Stack
     from tensorsurgeon.ops.transpose import Transpose
@@ -53,6 +54,7 @@ _HOMES = {
     "tensorsurgeon.ops.repack": ("Repack",),
     "tensorsurgeon.ops.reshape": ("Reshape",),
     "tensorsurgeon.ops.split": ("Split",),
+    "tensorsurgeon.ops.split_experts": ("SplitExperts",),
     "tensorsurgeon.ops.squeeze": ("Squeeze",),
     "tensorsurgeon.ops.stack": ("Stack",),
     "tensorsurgeon.ops.transpose": ("Transpose",),
@@ -67,8 +69,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CalibrationOptions", "Cast", "Chain", "Checkpoint", "Concat", "DataSource", "Dequantize", "Drop", "Expect", "Keep",
-    "Plan", "Quantize", "Region", "Rename", "Repack", "Reshape", "Rewrite", "RunResult", "SpecMap", "Split", "Squeeze",
-    "Stack", "SurgeonError", "TensorSpec", "Transform", "Transpose", "Unsqueeze", "Unstack", "__version__", "apply",
+    "Plan", "Quantize", "Region", "Rename", "Repack", "Reshape", "Rewrite", "RunResult", "SpecMap", "Split", "SplitExperts",
+    "Squeeze", "Stack", "SurgeonError", "TensorSpec", "Transform", "Transpose", "Unsqueeze", "Unstack", "__version__", "apply",
     "describe", "diff", "inspect", "open_checkpoint", "plan", "transform", "verify",
 ]  # fmt: skip
 

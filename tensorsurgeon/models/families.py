@@ -9,6 +9,7 @@ its quantization config, roles that a name hides. Everything else follows from `
     roles:                                      role -> patterns of module paths, numbers as they are
       router: ["{path*}.mlp.router"]
     without_config: ["{path*}.mamba.in_proj"]   linears that engines build unquantized
+    transposed: ["{path*}.c_attn"]              linears that are stored [in, out]
     experts:                                    tensors that hold the experts of a layer (``stacks.py``)
       - {tensor: mlp.experts.gate_up_proj, axes: [in, out], parts: [gate_proj, up_proj], interleaved: true}
 """
@@ -29,6 +30,9 @@ from tensorsurgeon.tensors.names import Pattern
 
 _FOLDER: Final = Path(__file__).parent / "families"
 _NAMES: Final = re.compile(r"^(?:model_types|architectures): \[(.*)\]$", re.MULTILINE)
+
+
+_KEYS: Final = ("model_types", "architectures", "evidence", "roles", "without_config", "transposed", "experts", "notes")
 
 
 class Stack(NamedTuple):
@@ -56,6 +60,7 @@ class Family(NamedTuple):
     evidence: str
     roles: tuple[tuple[Pattern, Role], ...]
     without_config: tuple[Pattern, ...]
+    transposed: tuple[Pattern, ...]
     experts: tuple[Stack, ...]
 
 
@@ -88,7 +93,7 @@ def _index() -> dict[str, Path]:
 def read_family(path: Path) -> Family:
     """Parse a data file; RecipeError names a fault in it."""
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    unknown = set(data) - {"model_types", "architectures", "evidence", "roles", "without_config", "experts", "notes"}
+    unknown = set(data) - {*_KEYS}
     if unknown or not isinstance(data.get("evidence"), str):
         raise RecipeError(f"{path}: unknown keys {sorted(unknown)}" if unknown else f"{path}: evidence is missing")
     roles = tuple((Pattern.parse(text), Role(role)) for role, texts in (data.get("roles") or {}).items() for text in texts)
@@ -99,6 +104,7 @@ def read_family(path: Path) -> Family:
         data["evidence"],
         roles,
         tuple(map(Pattern.parse, data.get("without_config") or ())),
+        tuple(map(Pattern.parse, data.get("transposed") or ())),
         tuple(_stack(path, entry) for entry in data.get("experts") or ()),
     )
 

@@ -32,11 +32,12 @@ _INDEXER = _words(r"^(indexer|compressor)$|^index_")
 _EMBEDDING = _words(r"embed|^w[tp]e$|relative_attention_bias")
 _HEAD = _words(r"^(lm_head|head|output|embed_out)$")
 _SHARED_GATE: Final = "shared_expert_gate"
-_SHARED = _words(r"^shared_(experts?|mlp)$")
+_SHARED = _words(r"^shared?_(experts?|mlp)$")
 _EXPERTS: Final = "experts"
 _ROUTER: Final = "router"
 _GATE = _words(r"gate|router|classifier|^wg$")
 _GATES_OF_LINEAR_ATTENTION: Final = frozenset(("in_proj_a", "in_proj_b", "in_proj_ba"))
+_MIXER = _words(r"(^|\.)mixer\.(in_proj|out_proj|x_proj|dt_proj)$")
 _LINEAR_ATTENTION = _words(r"^(linear_attn|linear_attention|mamba\d?|mamba_\w+|ssm|short_conv|conv|recurrent|lightning_\w+)$")
 _ATTENTION = _words(r"attn|attention|^self$")
 _ATTENTION_LEAF = _words(r"^(([qkvo]|out|qkv|wqkv)_proj|query_key_value|wqkv|c_attn|w[qkvo](_[ab])?)$")
@@ -120,7 +121,7 @@ def role_inside(prefix: str, path: list[str], leaf: str, shape: tuple[int, ...],
         return (Role.EXPERT, "one slice per expert") if shape[0] in known.experts else (Role.CONVOLUTION, "no matrix")
     if last in _GATES_OF_LINEAR_ATTENTION:
         return Role.LINEAR_ATTENTION_GATE, by_name
-    if any(_LINEAR_ATTENTION.match(word) for word in path):
+    if any(_LINEAR_ATTENTION.match(word) for word in path) or _MIXER.search(".".join(path)):
         return Role.LINEAR_ATTENTION, by_name
     if any(_ATTENTION.search(word) for word in path):
         return Role.ATTENTION, by_name

@@ -38,6 +38,7 @@ def selected_linears(specs: SpecMap, where: Sequence[str], exclude: Sequence[str
         name for name in chosen if _is_linear(specs, model, name) or any(pattern.match(name) is not None for pattern in named)
     ]
     _refuse_left_over(specs, model, chosen, linears)
+    _refuse_transposed(specs, model, linears)
     if chosen and not linears:
         raise NoMatchError(f"none of the {len(chosen)} tensors that {', '.join(where)} selects is a linear's weight")
     return linears
@@ -64,14 +65,25 @@ def _refuse_left_over(specs: SpecMap, model: Model, chosen: Sequence[str], linea
             )
 
 
+def _refuse_transposed(specs: SpecMap, model: Model, linears: Sequence[str]) -> None:
+    """Groups and scales run along a weight's inputs, and every reader takes the last axis for them."""
+    patterns = () if model.family is None else model.family.transposed
+    for name in linears:
+        if any(pattern.match(specs[name].module) is not None for pattern in patterns):
+            raise SpecError(
+                f"{specs[name]}: this family stores it [in, out] (table of {model.family.name if model.family else ''}), and no "
+                "layout or engine here takes it so quantized; exclude it to leave it as it is"
+            )
+
+
 def _refuse_unknown(specs: SpecMap, model: Model, selector: Selector) -> None:
     by_name = [pattern for pattern in (*selector.where, *selector.exclude) if not pattern.role]
     for name, dtype, shape in specs.values():
         if len(shape) == 2 and 0 not in shape and dtype in WEIGHT_DTYPES and model.role(name) is None:
             if any(pattern.match(name) is not None for pattern in by_name):
                 continue
-            _, dot, inner = masked(name).rpartition("*.")
-            pattern = "{path*}." + inner if dot else name
+            inner = masked(name).rpartition("*.")[2]
+            pattern = "{path*}." + inner if "." in inner and inner != name else name
             raise PlanError(
                 f"{name} {dtype.name}{list(shape)}: what this matrix is for is not known: {model.considered(name)}. Say it: "
                 f"'{pattern}' in exclude (also_exclude of a built-in transform) leaves it as it is, in where (also of a "

@@ -13,14 +13,15 @@ import numpy as np
 from tensorsurgeon.errors import NumericError, RecipeError, SpecError, did_you_mean
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.coding import Written, written_by
-from tensorsurgeon.formats.registry import format_named
+from tensorsurgeon.formats.registry import format_named, quantization_config
 from tensorsurgeon.models.selecting import refuse_stacked_experts, selected_linears
 from tensorsurgeon.ops.row_blocks import CHUNK_ROWS, chunk_rows, codes_scratch, is_large, stored_specs, written_rows
 from tensorsurgeon.ops.siblings import sibling_groups
+from tensorsurgeon.ops.stored_modules import model_dtype
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.quant.rtn.backend import choose_backend
 from tensorsurgeon.quant.scheme import RULES, Quantized, Rule, Scheme
-from tensorsurgeon.tensors.dtypes import DTYPES, WEIGHT_DTYPES, DType, dtype_named
+from tensorsurgeon.tensors.dtypes import DTYPES, F32, WEIGHT_DTYPES, DType, dtype_named
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 # What torch holds for each element while it rounds, and while it searches for clipped ranges.
@@ -98,7 +99,7 @@ class Quantize:
             weights = [specs[name] for name in group]
             for weight in weights:
                 if weight.dtype not in ways:
-                    ways[weight.dtype] = self._written(weight)
+                    ways[weight.dtype] = self._written(weight, specs)
                 if weight[1:] not in local:
                     local[weight[1:]] = self._local_tensors(weight, ways[weight.dtype].scheme)
             written = ways[weights[0].dtype]
@@ -109,12 +110,14 @@ class Quantize:
                 rewrites.append(Rewrite(tuple(map(Region, weights)), tuple(map(Region, outputs)), False, written))
         return tuple(rewrites)
 
-    def _written(self, weight: TensorSpec) -> Written:
+    def _written(self, weight: TensorSpec, specs: SpecMap) -> Written:
         """How weights of this dtype are written; SpecError where it is no float."""
         if weight.dtype not in WEIGHT_DTYPES:
             hint = "; dequantize it first" if not weight.dtype.is_float or weight.dtype.bits < 16 else ""
             raise SpecError(f"{weight.name}: cannot quantize {weight.dtype.name}; BF16, F16 or F32 is needed{hint}")
-        scheme = self.layout.resolve_scheme(self.scheme, weight.dtype)
+        # Weights of a quantized source are in F32 on the way, which says nothing of the model's own dtype.
+        is_on_the_way = weight.dtype is F32 and quantization_config(specs.config) is not None
+        scheme = self.layout.resolve_scheme(self.scheme, model_dtype(specs) if is_on_the_way else weight.dtype)
         return Written(self.layout, scheme, self.activations, self.method, self.where, self.exclude)
 
     def _local_tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:

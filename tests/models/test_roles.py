@@ -176,6 +176,35 @@ def test_what_is_fused_with_an_indexer_stays_with_it():
     assert len(selected_linears(specs_of(attention(at), "qwen4_exp"), ["role:linear"])) == 4
 
 
+def test_a_weight_that_its_family_stores_transposed_is_refused_by_name():
+    specs = specs_of({"h.0.attn.c_attn.weight": (HIDDEN, 3 * HIDDEN), "h.0.mlp.c_fc.weight": (HIDDEN, 4 * HIDDEN)}, "gpt2")
+    with pytest.raises(SpecError, match=r"h.0.attn.c_attn.weight .* stores it \[in, out\] \(table of gpt2\)"):
+        selected_linears(specs, ["role:linear"])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "role"),
+    [
+        ("nemotron_h", "backbone.layers.0.mixer.in_proj.weight", Role.LINEAR_ATTENTION),
+        ("nemotron_h", "backbone.layers.0.mixer.q_proj.weight", Role.ATTENTION),
+        ("nemotron_h", "backbone.layers.0.mixer.up_proj.weight", Role.MLP),
+        ("zamba2", "model.layers.0.linear.weight", Role.RESIDUAL),
+        ("step3p5", "model.layers.0.share_expert.up_proj.weight", Role.SHARED_EXPERT),
+        ("opt", "model.decoder.layers.0.fc1.weight", Role.MLP),
+        ("gpt_neox", "gpt_neox.layers.0.attention.query_key_value.weight", Role.ATTENTION),
+        ("falcon", "transformer.h.0.mlp.dense_h_to_4h.weight", Role.MLP),
+        ("phi4mm", "model.layers.0.self_attn.qkv_proj.lora_A.vision.weight", Role.ADAPTER),
+        ("internvl_chat", "mlp1.1.weight", Role.PROJECTOR),
+        ("minimax_m3", "language_model.model.layers.0.self_attn.index_q_proj.weight", Role.INDEXER),
+        ("mistral", "output.weight", Role.HEAD),
+        ("mistral", "tok_embeddings.weight", Role.EMBEDDING),
+        ("gemma3n", "model.language_model.layers.0.altup.modality_router.weight", Role.RESIDUAL),
+    ],
+)
+def test_names_of_many_families_have_their_roles(model_type, name, role):
+    assert describe_model(specs_of({name: (HIDDEN, HIDDEN)}, model_type)).role(name) is role
+
+
 def test_every_data_file_is_read_and_found_by_what_it_says_it_is_for():
     assert family_names()
     for name in family_names():

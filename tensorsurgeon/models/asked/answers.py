@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from tensorsurgeon.models.fused import fused_name
+
 _FILE: Final = Path(__file__).with_name("vllm.json")
 
 
@@ -31,7 +33,8 @@ class Answer(NamedTuple):
     def builds_without_config(self, path: str) -> bool:
         """Whether the engine builds the linear at this path of a layer, or the one it is fused into, without a config."""
         parent, dot, leaf = path.rpartition(".")
-        names = {path, *(parent + dot + fused for fused, parts in self.fused.items() if leaf in parts)}
+        names = {path, fused_name(path) or path}
+        names.update(parent + dot + fused for fused, parts in self.fused.items() if leaf in parts)
         # A vision tower's layers may be called like the text model's.
         return not names.isdisjoint(self.never) and names.isdisjoint(self.takes)
 
