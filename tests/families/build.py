@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.families import layouts
+from tests.families import published
 from tests.families.table import FAMILIES, Family
 
 SEED = 20261
@@ -119,9 +119,9 @@ def write(name: str, folder: Path) -> None:
         for key, value in (*model.named_parameters(), *model.named_buffers()):
             value.fill_(scope.get(key, 0))
     marked, _ = saved(model, family, folder / "scope")
-    head = layouts.mtp_of(family, plain)  # transformers drops it when it saves
+    head = published.mtp_of(family, plain)  # transformers drops it when it saves
     linears = {key for key, value in marked.items() if bool((value == 1).all())}
-    source, reference, quantized = layouts.as_source(family, plain, config, linears)
+    source, reference, quantized = published.as_source(family, plain, config, linears)
     store(folder / "source", source | head, quantized)
     store(folder / "reference", reference | head, config)
     store(folder / "scope", marked | {key: torch.zeros_like(value) for key, value in head.items()}, config)
@@ -130,8 +130,9 @@ def write(name: str, folder: Path) -> None:
 def saved(model: transformers.PreTrainedModel, family: Family, folder: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     """The tensors that transformers saves, as their publisher would have stored them, and the config."""
     shutil.rmtree(folder, ignore_errors=True)
+    native = {name: value.clone() for name, value in model.state_dict().items()}
     model.save_pretrained(folder)
-    return layouts.as_published(family, tensors_of(folder), dict(model.state_dict())), json.loads(
+    return published.as_published(family, tensors_of(folder), native), json.loads(
         (folder / "config.json").read_text()
     )
 

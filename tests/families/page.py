@@ -17,7 +17,7 @@ def word_of(stages: dict[str, str], at: str) -> str:
     """One cell: `right`, `refused`, or the first stage that went wrong."""
     own = {name.removeprefix(f"{at} "): word for name, word in stages.items() if name == at or name.startswith(f"{at} ")}
     for name, word in own.items():
-        if word.startswith("traceback"):
+        if word.startswith(("traceback", "exit 70")):  # 70: the command line caught what it did not expect
             return "**traceback**"
         if word != "right":
             return "refused" if name in ("plan", "apply", at) and word.startswith("exit 3") else f"**wrong: {name}**"

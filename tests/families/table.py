@@ -14,7 +14,7 @@ class Family(NamedTuple):
     """One row.
 
     ``architecture``: what the config names. ``layout``: how publishers store it if not as transformers saves it, words of
-    `layouts.as_published` joined by +. ``stays``: a pattern of further modules whose linears must stay as they are.
+    `published.as_published` joined by +. ``stays``: a pattern of further modules whose linears must stay as they are.
     ``source``: the format that it is published in, with more for its config in ``quantization``.
     ``asked``, ``built``: false for rows that only the other half can try.
     """

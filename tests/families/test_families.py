@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.families.page import page_of, word_of
 from tests.families.trial import try_family
 
 # Experts stacked with an MTP head, experts by w1/w2/w3, fused and plain dense linears, a state space, an FP8 source.
@@ -19,3 +20,23 @@ def test_a_family_is_right_throughout(name: str, tmp_path: Path) -> None:
     assert {stage: word for stage, word in row.stages.items() if word != "right"} == {}
     assert row.stages["mistakes show"] == "right"
     assert row.stages["gptq"] == "right"
+
+
+def test_a_cell_says_the_first_thing_that_went_wrong() -> None:
+    right = {"w4a16 plan": "right", "w4a16 apply": "right", "w4a16 scope": "right"}
+    assert word_of(right, "w4a16") == "right"
+    assert word_of({**right, "w4a16 scope": "takes model.layers.*.gate"}, "w4a16") == "**wrong: scope**"
+    assert word_of({"w4a16 plan": "exit 33: layers.0.conv: cannot quantize"}, "w4a16") == "refused"
+    assert word_of({"gptq": "exit 70: RuntimeError"}, "gptq") == "**traceback**"
+    assert word_of({}, "gptq") == ""
+
+
+def test_a_page_has_a_row_for_each_family_and_a_line_for_each_fault() -> None:
+    rows = {
+        "llama": {"stages": {"built": "right", "w8a8 plan": "right"}},
+        "dbrx": {"stages": {"built": "right", "w8a8 plan": "exit 33: no"}},
+    }
+    page = page_of(rows)
+    assert "| llama | LlamaForCausalLM |  | right |  | asked |" in page
+    assert "- **dbrx**, w8a8 plan: exit 33: no" in page
+    assert "W8A8: 1 right, 1 refused" in page
