@@ -53,6 +53,8 @@ def randomize(model: nn.Module) -> None:
     """Weights that keep activations near one, each tensor at its own scale: a value in the wrong place is far off."""
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.nan_to_num_(posinf=100, neginf=-100)  # limits that a trained model has and a new one leaves open
         for name, parameter in model.named_parameters():
             if STILL.search(name):
                 continue
@@ -102,6 +104,8 @@ def scope_of(model: nn.Module, family: Family) -> dict[str, int]:
         stays = STAYS.search(owner) or (family.stays and re.search(family.stays, owner))
         if name.startswith(layers) and (linear or stacked) and not stays:
             found[name] = 2 if MAY.search(owner) else 1
+        if owner in experts and "bias" in leaf:
+            found[name] = 2  # split with its stack, if that is
     return found
 
 

@@ -20,7 +20,7 @@ def word_of(stages: dict[str, str], at: str) -> str:
         if word.startswith(("traceback", "exit 70")):  # 70: the command line caught what it did not expect
             return "**traceback**"
         if word != "right":
-            return "refused" if name in ("plan", "apply", at) and word.startswith("exit 3") else f"**wrong: {name}**"
+            return "refused" if name in ("plan", "apply", at) and word.startswith(("exit 2", "exit 3")) else f"**wrong: {name}**"
     return "right" if own else ""
 
 

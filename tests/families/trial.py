@@ -199,7 +199,7 @@ def stage(row: Row, name: str, function: Any, *arguments: Any) -> Any:
     try:
         found = function(*arguments)
     except Wrong as wrong:
-        row.stages[name] = str(wrong)
+        row.stages[name] = re.sub(r"/\S*/(?=source|reference|ct-|gptq)", "", str(wrong))
     except Exception as error:  # noqa: BLE001
         row.stages[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     else:
