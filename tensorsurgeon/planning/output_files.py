@@ -9,7 +9,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.quantization import FILES, quantization_config, without_quantization
@@ -20,11 +20,13 @@ from tensorsurgeon.formats.mixed import mixed_config_files
 from tensorsurgeon.models.describe import unquantized_linears
 from tensorsurgeon.planning.resolving import Resolved
 from tensorsurgeon.quant.scheme import Scheme
-from tensorsurgeon.tensors.spec import SpecMap
+from tensorsurgeon.tensors.dtypes import BF16, F16, F32, WEIGHT_DTYPES
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 CONFIG_NAME = "config.json"
 # Stale as soon as config.json changes.
 QUANTIZATION_FILES = FILES
+_WORDS: Final = {BF16: "bfloat16", F16: "float16", F32: "float32"}
 
 
 class OutputFiles(NamedTuple):
@@ -57,6 +59,7 @@ def output_files(source: Checkpoint, resolved: Resolved, quantized: Mapping[str,
     if any(stored_in(rewrite.detail) for rewrites in resolved.rewrites for rewrite in rewrites):
         # Codes that were unpacked are floats now, or quantized anew; ``dtype`` stays: the model computes in it.
         config = without_quantization(config)
+    config = _with_dtype(config, source.specs, specs)
     if quantized:
         found = quantization_config(config) or config.get("quantization_config")
         if found:
@@ -76,6 +79,22 @@ def output_files(source: Checkpoint, resolved: Resolved, quantized: Mapping[str,
     stale = set(QUANTIZATION_FILES) if config != source.config else set()
     copied = tuple(name for name in source.side_files if name not in contents and name not in stale)
     return OutputFiles(contents, copied)
+
+
+def _with_dtype(config: dict[str, Any], before: SpecMap, after: SpecMap) -> dict[str, Any]:
+    """The config with the dtype that a cast gave to every matrix: readers would round to the old one again."""
+    said = {key: value for key, value in config.items() if key in ("dtype", "torch_dtype") and isinstance(value, str)}
+    matrices = [spec for spec in after.values() if len(spec.shape) > 1 and spec.dtype in WEIGHT_DTYPES]
+    dtypes = {spec.dtype for spec in matrices}
+    if not said or len(dtypes) != 1 or not any(_is_cast(before.get(spec.name), spec) for spec in matrices):
+        return config
+    word = _WORDS[dtypes.pop()]
+    changed: dict[str, Any] = {key: ("torch." if value.startswith("torch.") else "") + word for key, value in said.items()}
+    return {**config, **changed}
+
+
+def _is_cast(before: TensorSpec | None, after: TensorSpec) -> bool:
+    return before is not None and before.dtype in WEIGHT_DTYPES and before.dtype is not after.dtype
 
 
 def _refuse_stale_names(kept: Mapping[str, Any], before: SpecMap, after: SpecMap) -> None:
