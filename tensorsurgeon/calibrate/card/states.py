@@ -53,7 +53,7 @@ class CardStates(HiddenStates):
     def check(self, digest: str) -> None:
         super().check(digest)
         for number in range(self.shape[0]):
-            self.memory[number] = super().read(number, number + 1)[0]
+            self.memory[number] = self.read_file(number, number + 1)[0]
 
     def read(self, start: int, stop: int) -> Tensor:
         if self._memory is None:

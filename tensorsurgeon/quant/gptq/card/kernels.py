@@ -6,7 +6,7 @@ Everything is row-major: [B, R, K] for B Hessians, R rows that share each and K 
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -19,7 +19,7 @@ _SEARCH_COLUMNS: Final = 128
 
 
 @triton.jit
-def _rint(x: Any) -> Any:
+def _rint(x):
     # To the nearest, ties to even, for anything that a code can be; what is larger is clamped anyway.
     return (x + 12582912.0) - 12582912.0
 
@@ -107,7 +107,8 @@ def _column_loop(
 @triton.jit
 def _descend(
     gradient, damped, order, codes, change, scale, zero, gain, starts, rows, columns, groups, size_of_group,
-    qmin, qmax, COUNT: tl.constexpr, SWEEPS: tl.constexpr, HAS_ZERO: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    qmin, qmax, COUNT: tl.constexpr, SWEEPS: tl.constexpr, HAS_ZERO: tl.constexpr, ONE_GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     row = (tl.program_id(1) * TILE + tl.arange(0, TILE)).to(tl.int64)
@@ -119,18 +120,23 @@ def _descend(
     at = (b * rows + row[:, None]) * columns + start + k[None, :]
     slope = tl.load(gradient + (b * rows + row[:, None]) * COUNT + k[None, :], mask=here, other=0.0)
     code = tl.load(codes + at, mask=here, other=0).to(tl.float32)
-    moved = tl.zeros((TILE, WIDTH), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
+    # Where the whole block is in one group, its scales are read once: the loop waits for every load in it.
+    cell = (b * rows + row) * groups + start // size_of_group
+    size = tl.load(scale + cell, mask=ok, other=1.0)
+    offset = tl.zeros((TILE,), tl.float32)
+    if HAS_ZERO:
+        offset = tl.load(zero + cell, mask=ok, other=0.0)
     for i in range(SWEEPS * COUNT):
         j = tl.load(order + b * COUNT + i % COUNT)
         pick = k == j
         line = tl.load(damped + (b * COUNT + j) * COUNT + k, mask=used, other=0.0)
         curve = tl.sum(tl.where(pick, line, 0.0), axis=0)
-        cell = (b * rows + row) * groups + (start + j) // size_of_group
-        size = tl.load(scale + cell, mask=ok, other=1.0)
-        offset = tl.zeros((TILE,), tl.float32)
-        if HAS_ZERO:
-            offset = tl.load(zero + cell, mask=ok, other=0.0)
+        if not ONE_GROUP:
+            cell = (b * rows + row) * groups + (start + j) // size_of_group
+            size = tl.load(scale + cell, mask=ok, other=1.0)
+            if HAS_ZERO:
+                offset = tl.load(zero + cell, mask=ok, other=0.0)
         divisor = tl.where(size == 0.0, 1.0, size)
         slope_j = tl.sum(tl.where(pick[None, :], slope, 0.0), axis=1)
         code_j = tl.sum(tl.where(pick[None, :], code, 0.0), axis=1)
@@ -142,11 +148,13 @@ def _descend(
         move = tl.where(taken, move, 0.0)
         total += tl.where(taken, fall, 0.0)
         code = tl.where(pick[None, :] & taken[:, None], new[:, None], code)
-        moved = tl.where(pick[None, :], moved + move[:, None], moved)
         slope -= move[:, None] * line[None, :]
-    tl.store(codes + at, code.to(tl.int8), mask=here)
+    first = tl.load(codes + at, mask=here, other=0).to(tl.float32)
+    cells = (b * rows + row[:, None]) * groups + (start + k[None, :]) // size_of_group
+    sizes = tl.load(scale + cells, mask=here, other=0.0)
     before = tl.load(change + at, mask=here, other=0.0)
-    tl.store(change + at, before - moved, mask=here)
+    tl.store(change + at, before - (code - first) * sizes, mask=here)
+    tl.store(codes + at, code.to(tl.int8), mask=here)
     old = tl.load(gain + b * rows + row, mask=ok, other=0.0)
     tl.store(gain + b * rows + row, old + total, mask=ok)
 
@@ -189,5 +197,5 @@ def descend(
     _descend[(batch, triton.cdiv(rows, _ROWS))](
         gradient, damped, order, codes, change, scale, scale if zero is None else zero, gain, starts, rows, columns,
         scale.shape[2], group_size, float(qmin), float(qmax), COUNT=width, SWEEPS=sweeps, HAS_ZERO=zero is not None,
-        WIDTH=max(16, triton.next_power_of_2(width)), TILE=_ROWS, num_warps=4,
+        ONE_GROUP=group_size % width == 0, WIDTH=max(16, triton.next_power_of_2(width)), TILE=_ROWS, num_warps=4,
     )  # fmt: skip

@@ -65,21 +65,31 @@ def descend(
     ``gradient`` [B, R, W] and ``damped`` [B, W, W] are the block's; it begins at column ``starts`` [B] of each matrix, and its
     columns are visited in ``order`` [B, W].
     """
-    for b, start in enumerate(starts.tolist()):
-        slope = gradient[b].clone()
-        for j in order[b].tolist() * sweeps:
-            column = start + j
-            curve = damped[b, j, j]
-            size = scale[b, :, column // group_size]
-            offset = 0.0 if zero is None else zero[b, :, column // group_size]
-            divisor = torch.where(size == 0, torch.ones_like(size), size)
-            code = codes[b, :, column].float()
-            new = (((code - offset) * size + slope[:, j] / curve) / divisor + offset).round().clamp(qmin, qmax)
-            move = (new - code) * size
-            fall = move * (2.0 * slope[:, j] - move * curve)
-            taken = fall > 0
-            move = torch.where(taken, move, torch.zeros_like(move))
-            gain[b] += torch.where(taken, fall, torch.zeros_like(fall))
-            codes[b, :, column] = torch.where(taken, new, code).to(torch.int8)
-            change[b, :, column] -= move
-            slope -= move[:, None] * damped[b, j][None, :]
+    slope = gradient.clone()
+    first = starts.long()[:, None]
+    for i in list(range(order.shape[1])) * sweeps:
+        local = order[:, i, None].long()
+        column = _per_row(first + local, codes)
+        group = _per_row((first + local) // group_size, codes)
+        inside = _per_row(local, codes)
+        line = torch.gather(damped, 1, local[:, :, None].expand(-1, -1, damped.shape[2]))
+        curve = torch.gather(line[:, 0], 1, local)
+        size = torch.gather(scale, 2, group)[..., 0]
+        offset = 0.0 if zero is None else torch.gather(zero, 2, group)[..., 0]
+        divisor = torch.where(size == 0, torch.ones_like(size), size)
+        code = torch.gather(codes, 2, column)[..., 0].float()
+        pull = torch.gather(slope, 2, inside)[..., 0]
+        new = (((code - offset) * size + pull / curve) / divisor + offset).round().clamp(qmin, qmax)
+        move = (new - code) * size
+        fall = move * (2.0 * pull - move * curve)
+        taken = fall > 0
+        move = torch.where(taken, move, torch.zeros_like(move))
+        gain += torch.where(taken, fall, torch.zeros_like(fall))
+        codes.scatter_(2, column, torch.where(taken, new, code).to(torch.int8)[..., None])
+        change.scatter_add_(2, column, -move[..., None])
+        slope -= move[..., None] * line
+
+
+def _per_row(index: Tensor, matrix: Tensor) -> Tensor:
+    """[B, 1] as an index into the last axis of [B, R, K], for every row."""
+    return index[:, :, None].expand(-1, matrix.shape[1], 1)
