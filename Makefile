@@ -70,6 +70,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_gptq.py --llmcompressor .venvs/llmcompressor/bin/python
 	$(BIN)/python benchmarks/bench_walk.py --layers 2,4 --tokens 4096
 
+# Minutes: peak memory of every op and format against the cap.
+bench-memory: $(STAMP)
+	$(BIN)/python benchmarks/bench_memory.py --check
+
 # An hour: divergence from BF16 on held-out text, over three calibration seeds, and beside llm-compressor's oneshot.
 bench-kl: $(STAMP)
 	$(BIN)/python benchmarks/bench_kl.py --check
