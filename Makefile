@@ -8,7 +8,7 @@ FIXTURE := fixtures/tiny-qwen3_5-moe
 #   make PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" test
 PIP_FLAGS ?=
 
-.PHONY: demo test test-slow plants families lint types wheel engines bench bench-kl setup clean
+.PHONY: demo test test-slow fuzz bench-memory plants families lint types wheel engines bench bench-kl setup clean
 
 setup: $(STAMP)
 
@@ -47,6 +47,10 @@ plants: $(STAMP)
 families: $(STAMP)
 	$(BIN)/python -m tests.families.run $(FAMILIES)
 
+# Minutes: thousands of damaged checkpoints through the command.
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz --count 12000 --apply 1000
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,6 +69,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_apply.py --peers
 	$(BIN)/python benchmarks/bench_gptq.py --llmcompressor .venvs/llmcompressor/bin/python
 	$(BIN)/python benchmarks/bench_walk.py --layers 2,4 --tokens 4096
+
+# Minutes: peak memory of every op and format against the cap.
+bench-memory: $(STAMP)
+	$(BIN)/python benchmarks/bench_memory.py --check
 
 # An hour: divergence from BF16 on held-out text, over three calibration seeds, and beside llm-compressor's oneshot.
 bench-kl: $(STAMP)

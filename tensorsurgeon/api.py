@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.look.diffing import Difference, diff_checkpoints
 from tensorsurgeon.look.inspecting import inspect_checkpoint
+from tensorsurgeon.ops.on_the_way import for_source
 from tensorsurgeon.planning.plan import Plan, make_plan
 from tensorsurgeon.planning.report import plan_as_text
 from tensorsurgeon.planning.rewriting import AnyTransform, Chain
@@ -44,7 +45,8 @@ def plan(transform: AnyTransform | str, source: Path, *, max_shard_size: int | s
     """
     size = parse_size(max_shard_size, "max_shard_size") if isinstance(max_shard_size, str) else max_shard_size
     chosen = load_transform(transform) if isinstance(transform, str) else transform
-    return make_plan(chosen, open_checkpoint(source), max_shard_bytes=size)
+    checkpoint = open_checkpoint(source)
+    return make_plan(for_source(chosen, checkpoint), checkpoint, max_shard_bytes=size)
 
 
 def describe(plan: Plan) -> str:

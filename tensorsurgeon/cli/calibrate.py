@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from tensorsurgeon.errors import RecipeError
+from tensorsurgeon.tensors.sizes import parse_size
 
 if TYPE_CHECKING:
     from tensorsurgeon.planning.plan import Plan
@@ -39,11 +40,12 @@ _OPTIONS: Final = (
     click.option("--no-polish", is_flag=True, help="Plain GPTQ, without coordinate descent afterwards."),
     click.option("--write-statistics", metavar="FOLDER", help="Also keep the Hessians, for other formats and bit widths."),
     click.option("--read-statistics", metavar="FOLDER", help="Use kept Hessians instead of data."),
-    click.option("--device", metavar="NAME", help="Where calibration runs the model: cpu or cuda.  [default: cpu]"),
+    click.option("--device", metavar="NAME", help="Where to calibrate: cpu, or cuda for a GPU.  [default: cpu]"),
+    click.option("--max-gpu-ram", metavar="SIZE", help="Cap on the GPU's memory, such as 12GB; what is free by default."),
 )  # fmt: skip
 _NAMES: Final = (
     "sources", "samples", "sequence_length", "seed", "experts", "expert_hessian", "minimum_tokens", "fallback_tokens",
-    "no_sequential", "damp_percent", "no_search", "no_polish", "write_statistics", "read_statistics", "device",
+    "no_sequential", "damp_percent", "no_search", "no_polish", "write_statistics", "read_statistics", "device", "max_gpu_ram",
 )  # fmt: skip
 
 
@@ -91,21 +93,23 @@ def run_with_calibration(
         )
     from tensorsurgeon.calibrate.run import run_calibrated
 
-    options, device = options_from(calibration)
+    given = dict(calibration)
+    device = str(given.pop("device", "cpu"))
+    cap = parse_size(given.pop("max_gpu_ram"), "--max-gpu-ram") if "max_gpu_ram" in given else None
+    options = options_from(given)
     with _noting(note):
-        result = run_calibrated(plan, target, options, device=device, **running)
+        result = run_calibrated(plan, target, options, device=device, max_gpu_ram_bytes=cap, **running)
     return result.run, result.summary
 
 
-def options_from(calibration: Mapping[str, Any]) -> tuple[Any, str]:
-    """``CalibrationOptions`` and the device of what the command line gave."""
+def options_from(calibration: Mapping[str, Any]) -> Any:
+    """``CalibrationOptions`` of what the command line gave."""
     from dataclasses import replace
 
     from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
 
     given = dict(calibration)
     fields: dict[str, Any] = {"sources": tuple(DataSource.parse(text) for text in given.pop("sources", ()))}
-    device = str(given.pop("device", "cpu"))
     fields["sequential"] = not given.pop("no_sequential", False)
     gptq = CalibrationOptions.default_gptq()
     if "damp_percent" in given:
@@ -117,7 +121,7 @@ def options_from(calibration: Mapping[str, Any]) -> tuple[Any, str]:
     for name in ("write_statistics", "read_statistics"):
         if name in given:
             fields[name] = Path(given.pop(name))
-    return CalibrationOptions(**fields, **given, gptq=gptq), device
+    return CalibrationOptions(**fields, **given, gptq=gptq)
 
 
 @contextmanager

@@ -57,11 +57,15 @@ def plan_named(
 ) -> Plan:
     """The plan that the arguments of a command ask for."""
     from tensorsurgeon.checkpoint.folder import open_checkpoint
+    from tensorsurgeon.ops.on_the_way import for_source
     from tensorsurgeon.planning.plan import make_plan
 
     chain = load_chain(transform, then, settings, backend)
     try:
-        return make_plan(chain, open_checkpoint(source), max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"))
+        checkpoint = open_checkpoint(source)
+        return make_plan(
+            for_source(chain, checkpoint), checkpoint, max_shard_bytes=parse_size(max_shard_size, "--max-shard-size")
+        )
     except NoMatchError as error:
         raise Stop(error, f"; what can be set: surgeon transforms {transform}") from error
 

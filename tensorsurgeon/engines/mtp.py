@@ -53,6 +53,6 @@ def _wanted(facts: Facts) -> str:
 
 
 def _unmatched(facts: Facts, entries: Iterable[str], why: str) -> str | None:
-    expressions = [Expression(entry.removeprefix("re:")) for entry in entries if entry.startswith("re:")]
+    expressions = [Expression.of_config(entry.removeprefix("re:")) for entry in entries if entry.startswith("re:")]
     missed = any(not any(e.match(name) for e in expressions) for name in facts.float_mtp)
     return why if missed else None

@@ -217,7 +217,9 @@ class _Reader:
         if not isinstance(extra, Mapping):
             raise ConfigError(f"{TOP}.extra_config: expected a mapping, found {extra!r}")
         self.exact = {key: self._scheme(key, values) for key, values in extra.items()}
-        self.expressions = [(Expression(key), scheme) for key, scheme in self.exact.items() if set(key) & _REGEX_CHARACTERS]
+        self.expressions = [
+            (Expression.of_config(key), scheme) for key, scheme in self.exact.items() if set(key) & _REGEX_CHARACTERS
+        ]
 
     def _scheme(self, key: str, values: Mapping[str, Any]) -> Scheme | None:
         path = f"{TOP}.extra_config.{key}"

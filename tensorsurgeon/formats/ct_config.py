@@ -7,12 +7,12 @@ vLLM and SGLang still pin are written, with every null: old readers want them an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 from tensorsurgeon.errors import ConfigError
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel, Word
+from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel, Word
 from tensorsurgeon.formats.config_reading import TOP, only_keys, schemes_of, section, strings
-from tensorsurgeon.formats.coverage import cover
+from tensorsurgeon.formats.coverage import activations_of, cover
 from tensorsurgeon.formats.ct_targets import Matcher, ignore_list, target_lists
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.spec import SpecMap
@@ -63,11 +63,6 @@ def dynamic_args(num_bits: int, kind: str, strategy: str = "token", **changed: A
     return args(num_bits, kind, strategy, dynamic=True, observer=None, **changed)
 
 
-def word_in(config: Mapping[str, Any], specs: SpecMap) -> Word:
-    """The layout of each group (``format``), or what its arguments make it; one for each that there is."""
-    return Word(f"{TOP}.format", _layouts(config) or (config.get("format"),))
-
-
 def _layouts(config: Mapping[str, Any]) -> tuple[str | None, ...]:
     groups = config.get("config_groups")
     listed = groups.values() if isinstance(groups, Mapping) else ()
@@ -87,29 +82,54 @@ def layout_of_group(group: Mapping[str, Any], config: Mapping[str, Any]) -> str 
     return "int-quantized" if group.get("input_activations") and weights.get("num_bits") == 8 else "pack-quantized"
 
 
-def write_config(
-    model: QuantizedModel,
-    layout: str,
-    weights: Callable[[Scheme], dict[str, Any]],
-    inputs: Callable[[Scheme], dict[str, Any] | None],
-) -> ConfigFiles:
-    """The config of a checkpoint in one ``layout`` (``pack-quantized``): one group for each scheme."""
+class GroupArgs(NamedTuple):
+    """What a layout writes into a group: its ``format``, and the arguments of weights and inputs under a scheme."""
+
+    layout: str
+    weights: Callable[[Scheme], dict[str, Any]]
+    inputs: Callable[[Scheme], dict[str, Any] | None]
+
+
+class CtFormat(Format):
+    """A layout of compressed-tensors: its modules are groups, which may lie beside those of other layouts."""
+
+    __slots__ = ()
+    quant_method: ClassVar[str] = "compressed-tensors"
+
+    @staticmethod
+    def word_in(config: Mapping[str, Any], specs: SpecMap) -> Word:
+        """The layout of each group (``format``), or what its arguments make it; one for each that there is."""
+        return Word(f"{TOP}.format", _layouts(config) or (config.get("format"),))
+
+    def group_args(self, activations: str) -> GroupArgs:
+        """What groups of this layout say; ``activations`` is one of the format's."""
+        raise NotImplementedError(self.name)
+
+    def config_files(self, model: QuantizedModel) -> ConfigFiles:
+        """One group for each scheme."""
+        arguments = self.group_args(activations_of(model, self.name, self.activations))
+        return write_config(model, lambda scheme: arguments)
+
+
+def write_config(model: QuantizedModel, arguments_of: Callable[[Scheme], GroupArgs]) -> ConfigFiles:
+    """The config of a checkpoint, one group for each scheme; ``arguments_of`` knows which layout each is in."""
     coverage = cover(model)
-    groups = {
-        f"group_{number}": {
+    groups: dict[str, dict[str, Any]] = {}
+    for number, (scheme, targets) in enumerate(target_lists(coverage).items()):
+        layout, weights, inputs = arguments_of(scheme)
+        groups[f"group_{number}"] = {
             "targets": targets,
             "weights": weights(scheme),
             "input_activations": inputs(scheme),
             "output_activations": None,
             "format": layout,
         }
-        for number, (scheme, targets) in enumerate(target_lists(coverage).items())
-    }
+    layouts = {group["format"] for group in groups.values()}
     return ConfigFiles(
         {
             "quant_method": "compressed-tensors",
             "version": DIALECT,
-            "format": layout,
+            "format": layouts.pop() if len(layouts) == 1 else MIXED,
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": ignore_list(coverage),

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from tensorsurgeon.formats import ct_config
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
 from tensorsurgeon.formats.config_reading import block_size, integer, modules_with, one_of
-from tensorsurgeon.formats.coverage import activations_of
+from tensorsurgeon.formats.ct_config import CtFormat, GroupArgs
 from tensorsurgeon.formats.plain import PlainCodes
 from tensorsurgeon.formats.weight_checks import BLOCK
 from tensorsurgeon.quant.scheme import Scheme
@@ -22,7 +21,7 @@ from tensorsurgeon.tensors.spec import SpecMap
 LAYOUT = "float-quantized"
 
 
-class CtFloat(PlainCodes):
+class CtFloat(CtFormat, PlainCodes):
     """FP8 W8A8, activations quantized while running: per token beside channels, per 128 inputs beside blocks.
 
     With ``activations: none`` the config asks for W8A16. Scales are in the weight's dtype, as llm-compressor stores
@@ -31,18 +30,15 @@ class CtFloat(PlainCodes):
 
     __slots__ = ()
     name: ClassVar[str] = "ct-float"
-    quant_method: ClassVar[str] = "compressed-tensors"
     words: ClassVar[tuple[str, ...]] = (LAYOUT,)
     activations: ClassVar[tuple[str, ...]] = ("dynamic", "none")
     codes: ClassVar[DType] = F8_E4M3
     default: ClassVar[Scheme] = Scheme(type="fp8", num_bits=8, rule="compressed-tensors")
     blocks: ClassVar[tuple[tuple[int, int] | None, ...]] = (None, BLOCK)
-    word_in = staticmethod(ct_config.word_in)
 
-    def config_files(self, model: QuantizedModel) -> ConfigFiles:
+    def group_args(self, activations: str) -> GroupArgs:
         """One group for channels, one for blocks."""
-        weight_only = activations_of(model, self.name, self.activations) == "none"
-        return ct_config.write_config(model, LAYOUT, _weights, (lambda scheme: None) if weight_only else _inputs)
+        return GroupArgs(LAYOUT, _weights, (lambda scheme: None) if activations == "none" else _inputs)
 
     def read_config(self, config: Mapping[str, Any], specs: SpecMap) -> dict[str, Scheme]:
         """Modules with an FP8 ``weight``."""

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from tensorsurgeon.formats import ct_config
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
 from tensorsurgeon.formats.config_reading import modules_with, one_of
-from tensorsurgeon.formats.coverage import activations_of
+from tensorsurgeon.formats.ct_config import CtFormat, GroupArgs
 from tensorsurgeon.formats.plain import PlainCodes
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.dtypes import I8, DType
@@ -21,27 +20,19 @@ from tensorsurgeon.tensors.spec import SpecMap
 LAYOUT = "int-quantized"
 
 
-class CtInt(PlainCodes):
+class CtInt(CtFormat, PlainCodes):
     """W8A8: one symmetric scale per output channel, in the weight's dtype as llm-compressor stores it."""
 
     __slots__ = ()
     name: ClassVar[str] = "ct-int"
-    quant_method: ClassVar[str] = "compressed-tensors"
     words: ClassVar[tuple[str, ...]] = (LAYOUT,)
     activations: ClassVar[tuple[str, ...]] = ("dynamic",)
     codes: ClassVar[DType] = I8
     default: ClassVar[Scheme] = Scheme(num_bits=8, rule="compressed-tensors")
-    word_in = staticmethod(ct_config.word_in)
 
-    def config_files(self, model: QuantizedModel) -> ConfigFiles:
-        """One group, activations per token while running."""
-        activations_of(model, self.name, self.activations)
-        return ct_config.write_config(
-            model,
-            LAYOUT,
-            weights=lambda scheme: ct_config.args(8, "int", "channel"),
-            inputs=lambda scheme: ct_config.dynamic_args(8, "int"),
-        )
+    def group_args(self, activations: str) -> GroupArgs:
+        """Activations per token while running."""
+        return GroupArgs(LAYOUT, lambda s: ct_config.args(8, "int", "channel"), lambda s: ct_config.dynamic_args(8, "int"))
 
     def read_config(self, config: Mapping[str, Any], specs: SpecMap) -> dict[str, Scheme]:
         """Modules with an I8 ``weight``."""

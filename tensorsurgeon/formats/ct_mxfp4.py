@@ -14,9 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from tensorsurgeon.formats import ct_config
-from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel
 from tensorsurgeon.formats.config_reading import modules_with, one_of
-from tensorsurgeon.formats.coverage import activations_of
+from tensorsurgeon.formats.ct_config import CtFormat, GroupArgs
 from tensorsurgeon.formats.scales import loaded_scale, stored_scale, with_scale_dtype
 from tensorsurgeon.formats.stored_checks import axes
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_scheme
@@ -29,16 +28,14 @@ LAYOUT = "mxfp4-pack-quantized"
 
 
 @dataclass(frozen=True, slots=True)
-class CtMxfp4(Format):
+class CtMxfp4(CtFormat):
     """W4A16: groups of 32 whose scales are powers of two; no global scale."""
 
     name: ClassVar[str] = "ct-mxfp4"
-    quant_method: ClassVar[str] = "compressed-tensors"
     words: ClassVar[tuple[str, ...]] = (LAYOUT,)
     codes: ClassVar[tuple[str, DType]] = ("weight_packed", U8)
     scale_name: ClassVar[str] = "weight_scale"
     activations: ClassVar[tuple[str, ...]] = ("none",)
-    word_in = staticmethod(ct_config.word_in)
 
     def default_scheme(self) -> Scheme:
         """The only one there is."""
@@ -84,15 +81,10 @@ class CtMxfp4(Format):
         exponents = arrays[self.scale_name].view(ml_dtypes.float8_e8m0fnu)
         return Quantized(unpack_nibbles(arrays[self.codes[0]].view(np.uint8)), loaded_scale(exponents))
 
-    def config_files(self, model: QuantizedModel) -> ConfigFiles:
-        """One group; activations stay as they are."""
-        activations_of(model, self.name, self.activations)
-        return ct_config.write_config(
-            model,
-            LAYOUT,
-            weights=lambda scheme: ct_config.args(4, "float", "group", group_size=32, scale_dtype="torch.uint8"),
-            inputs=lambda scheme: None,
-        )
+    def group_args(self, activations: str) -> GroupArgs:
+        """Activations stay as they are."""
+        weights = ct_config.args(4, "float", "group", group_size=32, scale_dtype="torch.uint8")
+        return GroupArgs(LAYOUT, lambda scheme: weights, lambda scheme: None)
 
     def read_config(self, config: Mapping[str, Any], specs: SpecMap) -> dict[str, Scheme]:
         """Modules with a ``weight_packed`` of bytes."""

@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tensorsurgeon.formats import ct_config
-from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel
 from tensorsurgeon.formats.config_reading import modules_with, one_of
-from tensorsurgeon.formats.coverage import activations_of
+from tensorsurgeon.formats.ct_config import CtFormat, GroupArgs
 from tensorsurgeon.formats.scales import loaded_scale, stored_scale, with_scale_dtype
 from tensorsurgeon.formats.stored_checks import axes
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_scheme
@@ -29,7 +28,7 @@ LAYOUT = "nvfp4-pack-quantized"
 
 
 @dataclass(frozen=True, slots=True)
-class CtNvfp4(Format):
+class CtNvfp4(CtFormat):
     """W4A16: groups of 16 with E4M3 scales, under one F32 scale per weight.
 
     vLLM takes one global scale for a fused module: siblings (q, k and v; gate and up) must be quantized with the
@@ -37,10 +36,8 @@ class CtNvfp4(Format):
     """
 
     name: ClassVar[str] = "ct-nvfp4"
-    quant_method: ClassVar[str] = "compressed-tensors"
     words: ClassVar[tuple[str, ...]] = (LAYOUT,)
     activations: ClassVar[tuple[str, ...]] = ("none",)
-    word_in = staticmethod(ct_config.word_in)
 
     def default_scheme(self) -> Scheme:
         """The only one there is."""
@@ -100,15 +97,10 @@ class CtNvfp4(Format):
             global_scale=loaded_scale(arrays["weight_global_scale"], (1,)),
         )
 
-    def config_files(self, model: QuantizedModel) -> ConfigFiles:
-        """One group; activations stay as they are."""
-        activations_of(model, self.name, self.activations)
-        return ct_config.write_config(
-            model,
-            LAYOUT,
-            weights=lambda scheme: ct_config.args(4, "float", "tensor_group", group_size=16, scale_dtype="torch.float8_e4m3fn"),
-            inputs=lambda scheme: None,
-        )
+    def group_args(self, activations: str) -> GroupArgs:
+        """Activations stay as they are."""
+        weights = ct_config.args(4, "float", "tensor_group", group_size=16, scale_dtype="torch.float8_e4m3fn")
+        return GroupArgs(LAYOUT, lambda scheme: weights, lambda scheme: None)
 
     def read_config(self, config: Mapping[str, Any], specs: SpecMap) -> dict[str, Scheme]:
         """Modules with a ``weight_packed`` of bytes."""

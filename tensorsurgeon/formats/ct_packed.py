@@ -14,9 +14,8 @@ import numpy as np
 
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.formats import ct_config
-from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel
 from tensorsurgeon.formats.config_reading import boolean, integer, modules_with, one_of
-from tensorsurgeon.formats.coverage import activations_of
+from tensorsurgeon.formats.ct_config import CtFormat, GroupArgs
 from tensorsurgeon.formats.scales import loaded_scale, scale_dtype_of, stored_scale, with_scale_dtype
 from tensorsurgeon.formats.stored_checks import axes
 from tensorsurgeon.formats.weight_checks import check_group_size, check_matrix, check_scheme
@@ -29,14 +28,12 @@ LAYOUT = "pack-quantized"
 
 
 @dataclass(frozen=True, slots=True)
-class CtPacked(Format):
+class CtPacked(CtFormat):
     """W2A16 to W8A16, symmetric or with zero points, per group or per channel."""
 
     name: ClassVar[str] = "ct-packed"
-    quant_method: ClassVar[str] = "compressed-tensors"
     words: ClassVar[tuple[str, ...]] = (LAYOUT,)
     activations: ClassVar[tuple[str, ...]] = ("none",)
-    word_in = staticmethod(ct_config.word_in)
 
     def default_scheme(self) -> Scheme:
         """W4A16 in groups of 128."""
@@ -119,10 +116,9 @@ class CtPacked(Format):
             zero_point = stored.reshape(rows, -1)
         return Quantized(codes, loaded_scale(arrays["weight_scale"], (rows, scheme.groups(columns))), zero_point)
 
-    def config_files(self, model: QuantizedModel) -> ConfigFiles:
-        """One group for each number of bits and group size."""
-        activations_of(model, self.name, self.activations)
-        return ct_config.write_config(model, LAYOUT, _weights, inputs=lambda scheme: None)
+    def group_args(self, activations: str) -> GroupArgs:
+        """Activations stay as they are."""
+        return GroupArgs(LAYOUT, _weights, lambda scheme: None)
 
     def read_config(self, config: Mapping[str, Any], specs: SpecMap) -> dict[str, Scheme]:
         """Modules with a ``weight_packed`` of 32-bit words."""

@@ -26,7 +26,7 @@ class Matcher:
     def __init__(self, entries: Iterable[str]) -> None:
         entries = tuple(entries)
         self.exact = frozenset(e for e in entries if not e.startswith("re:"))
-        self.expressions = [Expression(e.removeprefix("re:")) for e in entries if e.startswith("re:")]
+        self.expressions = [Expression.of_config(e.removeprefix("re:")) for e in entries if e.startswith("re:")]
 
     def matches(self, module: str) -> bool:
         """Whether an entry names this module; class names do not count."""

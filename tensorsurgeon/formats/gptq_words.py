@@ -102,6 +102,8 @@ def require_symmetric(zero_point: np.ndarray, half: int) -> None:
 
 def check_group_index(g_idx: np.ndarray, scheme: Scheme) -> None:
     """CheckpointError unless input k belongs to group ``k // group_size``: other orders need their own layout."""
+    # Axes of 1 more or fewer say the same.
+    g_idx = g_idx.reshape(-1)
     columns = len(g_idx)
     size = columns if scheme.group_size == -1 else scheme.group_size
     expected = group_index(columns, size)

@@ -107,9 +107,11 @@ def read_config(
     general = _weight_scheme(whole, f"{TOP}.global_quant_config", scheme_of)
     if config.get("layer_type_quant_config"):
         raise ConfigError(f"{TOP}.layer_type_quant_config: schemes by layer type cannot be read from tensors alone")
+    by_name = config.get("layer_quant_config") or {}
+    if not isinstance(by_name, Mapping):
+        raise ConfigError(f"{TOP}.layer_quant_config: expected a mapping, found {by_name!r}")
     special = {
-        pattern: _weight_scheme(entry, f"{TOP}.layer_quant_config.{pattern}", scheme_of)
-        for pattern, entry in (config.get("layer_quant_config") or {}).items()
+        pattern: _weight_scheme(entry, f"{TOP}.layer_quant_config.{pattern}", scheme_of) for pattern, entry in by_name.items()
     }
     excluded = Excluded(strings(config, "exclude"))
 
@@ -154,7 +156,7 @@ class Excluded:
         self.exact = frozenset(entries)
         expressions = [e.removeprefix("re:") for e in entries if e.startswith("re:")]
         expressions += [fnmatch.translate(e) for e in entries if "*" in e and not e.startswith("re:")]
-        self.expressions = [Expression(e) for e in expressions]
+        self.expressions = [Expression.of_config(e) for e in expressions]
 
     def __contains__(self, module: str) -> bool:
         return module in self.exact or expert_list(module) in self.exact or any(e.match(module) for e in self.expressions)

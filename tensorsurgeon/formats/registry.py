@@ -13,7 +13,9 @@ from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.config_reading import TOP
 from tensorsurgeon.tensors.spec import SpecMap
 
-__all__ = ("FORMATS", "READ_ONLY", "Entry", "detect", "format_class", "format_named", "formats_of", "quantization_config")
+__all__ = (
+    "FORMATS", "READ_ONLY", "Entry", "detect", "format_class", "format_named", "formats_of", "name_of", "quantization_config",
+)  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -64,6 +66,11 @@ def format_class(name: str) -> type[Format]:
 def format_named(name: str) -> Format:
     """The format of this name, set up; RecipeError with near matches if there is none."""
     return format_class(name)(**FORMATS[name].settings)
+
+
+def name_of(layout: Format) -> str:
+    """What users write for a format with its settings; the class's own name for settings that nobody writes."""
+    return next((name for name in FORMATS if format_named(name) == layout), layout.name)
 
 
 def formats_of(config: Mapping[str, Any], specs: SpecMap) -> tuple[Format, ...]:

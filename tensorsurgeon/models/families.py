@@ -68,7 +68,8 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
     """The family of a model by its config: the text model's model_type, the whole's, then the architecture."""
     text = config.get("text_config")
     words = [part.get("model_type") for part in (text, config) if isinstance(part, Mapping)]
-    words += config.get("architectures") or []
+    architectures = config.get("architectures")
+    words += architectures if isinstance(architectures, list) else []
     index = _index()
     return next((read_family(index[word]) for word in words if isinstance(word, str) and word in index), None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -13,13 +13,12 @@ from tensorsurgeon.errors import NumericError, SurgeonError
 from tensorsurgeon.formats.coding import stored_in
 from tensorsurgeon.formats.registry import quantization_config
 from tensorsurgeon.formats.scales import INPUT_SCALES, KV_SCALES
-from tensorsurgeon.models.selecting import selected_linears
 from tensorsurgeon.ops.row_blocks import block_scratch, codes_scratch, row_blocks, stored_pieces, stored_specs
 from tensorsurgeon.ops.stored_modules import cache_scales, stored_modules, unpack
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.quant.rtn.backend import choose_backend
 from tensorsurgeon.tensors.arrays import empty
-from tensorsurgeon.tensors.dtypes import BF16, DTYPES, F32
+from tensorsurgeon.tensors.dtypes import DTYPES
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
@@ -30,25 +29,20 @@ class Dequantize:
     The formats are those that config.json names, and the quantization leaves the config. Weights are computed in F32
     and rounded once; what is not finite then stops the run. Static scales of a module's inputs and of a KV cache go too:
     a float weight takes its inputs as they are. One-way: codes cannot be told from weights. ``if_quantized``: a checkpoint
-    without a quantization passes as it is. Weights that ``exact`` selects and ``exact_exclude`` does not are handed on in
-    F32: a later step quantizes them, and their values are rounded once.
+    without a quantization, or unpacked by a step before, passes as it is.
     """
 
     dtype: Literal["BF16", "F16", "F32"] = "BF16"
     if_quantized: bool = False
-    exact: tuple[str, ...] = ()
-    exact_exclude: tuple[str, ...] = ()
+    writes_floats: ClassVar[bool] = True
     backend: str = field(default="auto", repr=False, metadata={"recipe": False})
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
-        if self.if_quantized and quantization_config(specs.config) is None:
+        if self.if_quantized and (quantization_config(specs.config) is None or specs.unpacked is not None):
             return ()
         rewrites = []
-        modules = stored_modules(specs, may_drop=(*INPUT_SCALES, *KV_SCALES))
-        exact = self._exact(specs, {f"{module.name}.weight": module.shape for module in modules})
-        for module in modules:
-            name = f"{module.name}.weight"
-            target = TensorSpec(name, F32 if name in exact else DTYPES[self.dtype], module.shape)
+        for module in stored_modules(specs, may_drop=(*INPUT_SCALES, *KV_SCALES)):
+            target = TensorSpec(f"{module.name}.weight", DTYPES[self.dtype], module.shape)
             for inputs, start, stop in stored_pieces(module, target, specs):
                 made = Region(target) if stop - start == target.shape[0] else Region(target, start, stop)
                 rewrites.append(Rewrite(inputs, (made,), detail=module.stored))
@@ -58,14 +52,6 @@ class Dequantize:
         """The codes, a byte each, scales in F32, and the values of a few rows."""
         elements = prod(rewrite.outputs[0].shape)
         return codes_scratch(elements, stored_specs(rewrite.inputs), 2) + block_scratch(elements)
-
-    def _exact(self, specs: SpecMap, weights: dict[str, tuple[int, int]]) -> frozenset[str]:
-        """Those of ``weights``, which this step makes, that are handed on in F32."""
-        if not self.exact:
-            return frozenset()
-        after = [spec for spec in specs.values() if f"{spec.module}.weight" not in weights]
-        after += [TensorSpec(name, BF16, shape) for name, shape in weights.items()]
-        return frozenset(selected_linears(SpecMap(after, specs.config), self.exact, self.exact_exclude)) & weights.keys()
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         target = rewrite.outputs[0].spec

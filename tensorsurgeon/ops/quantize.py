@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -65,6 +65,8 @@ class Quantize:
             raise RecipeError(f"quantize: unknown scale_dtype {self.scale_dtype!r}{did_you_mean(self.scale_dtype, list(DTYPES))}")
         if self.rule is not None and self.rule not in RULES:
             raise RecipeError(f"quantize: unknown rule {self.rule!r}; known: {', '.join(RULES)}")
+
+    reads_floats: ClassVar[bool] = True
 
     @cached_property
     def layout(self) -> Format:

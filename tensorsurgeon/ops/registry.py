@@ -19,6 +19,7 @@ OPS: Final = {
     "rename": "tensorsurgeon.ops.rename:Rename",
     "repack": "tensorsurgeon.ops.repack:Repack",
     "reshape": "tensorsurgeon.ops.reshape:Reshape",
+    "round": "tensorsurgeon.ops.round:Round",
     "split": "tensorsurgeon.ops.split:Split",
     "split_experts": "tensorsurgeon.ops.split_experts:SplitExperts",
     "squeeze": "tensorsurgeon.ops.squeeze:Squeeze",

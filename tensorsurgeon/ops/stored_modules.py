@@ -92,10 +92,18 @@ def unpack(stored: Stored, inputs: Sequence[np.ndarray]) -> Quantized:
 
     NumericError where codes said to be symmetric have zero points that are not zero.
     """
-    arrays = dict(zip(stored.names, inputs, strict=True))
+    arrays = {name: _matrix(array) for name, array in zip(stored.names, inputs, strict=True)}
     if stored.scheme.symmetric and ZERO_POINT in arrays and np.any(arrays[ZERO_POINT]):
         raise NumericError(f"{ZERO_POINT} is not zero, but the config says that the codes are symmetric")
     return stored.format.unpack(arrays, stored.scheme)
+
+
+def _matrix(array: np.ndarray) -> np.ndarray:
+    """The same without the axes of 1 beyond two, which planning lets pass: [4, 32, 1] says what [4, 32] says."""
+    for axis in reversed(range(array.ndim)):
+        if array.ndim > 2 and array.shape[axis] == 1:
+            array = array.squeeze(axis)
+    return array
 
 
 def model_dtype(specs: SpecMap) -> DType:

@@ -8,20 +8,25 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
 
 from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.quantization import FILES, quantization_config, without_quantization
 from tensorsurgeon.errors import PlanError
-from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel
+from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel
 from tensorsurgeon.formats.coding import Written, stored_in, written_by
+from tensorsurgeon.formats.mixed import mixed_config_files
 from tensorsurgeon.models.describe import unquantized_linears
 from tensorsurgeon.planning.resolving import Resolved
-from tensorsurgeon.tensors.spec import SpecMap
+from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.tensors.dtypes import BF16, F16, F32, WEIGHT_DTYPES
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 CONFIG_NAME = "config.json"
 # Stale as soon as config.json changes.
 QUANTIZATION_FILES = FILES
+_WORDS: Final = {BF16: "bfloat16", F16: "float16", F32: "float32"}
 
 
 class OutputFiles(NamedTuple):
@@ -54,6 +59,7 @@ def output_files(source: Checkpoint, resolved: Resolved, quantized: Mapping[str,
     if any(stored_in(rewrite.detail) for rewrites in resolved.rewrites for rewrite in rewrites):
         # Codes that were unpacked are floats now, or quantized anew; ``dtype`` stays: the model computes in it.
         config = without_quantization(config)
+    config = _with_dtype(config, source.specs, specs)
     if quantized:
         found = quantization_config(config) or config.get("quantization_config")
         if found:
@@ -73,6 +79,22 @@ def output_files(source: Checkpoint, resolved: Resolved, quantized: Mapping[str,
     stale = set(QUANTIZATION_FILES) if config != source.config else set()
     copied = tuple(name for name in source.side_files if name not in contents and name not in stale)
     return OutputFiles(contents, copied)
+
+
+def _with_dtype(config: dict[str, Any], before: SpecMap, after: SpecMap) -> dict[str, Any]:
+    """The config with the dtype that a cast gave to every matrix: readers would round to the old one again."""
+    said = {key: value for key, value in config.items() if key in ("dtype", "torch_dtype") and isinstance(value, str)}
+    matrices = [spec for spec in after.values() if len(spec.shape) > 1 and spec.dtype in WEIGHT_DTYPES]
+    dtypes = {spec.dtype for spec in matrices}
+    if not said or len(dtypes) != 1 or not any(_is_cast(before.get(spec.name), spec) for spec in matrices):
+        return config
+    word = _WORDS[dtypes.pop()]
+    changed: dict[str, Any] = {key: ("torch." if value.startswith("torch.") else "") + word for key, value in said.items()}
+    return {**config, **changed}
+
+
+def _is_cast(before: TensorSpec | None, after: TensorSpec) -> bool:
+    return before is not None and before.dtype in WEIGHT_DTYPES and before.dtype is not after.dtype
 
 
 def _refuse_stale_names(kept: Mapping[str, Any], before: SpecMap, after: SpecMap) -> None:
@@ -111,22 +133,21 @@ def _words(value: Any) -> Iterator[str]:
 
 def _quantization_files(specs: SpecMap, quantized: Mapping[str, Written]) -> ConfigFiles:
     # Told apart with their settings: GPTQ v1 and v2 have one name and different words, which one config cannot describe.
-    ways = dict.fromkeys(quantized.values())
-    formats = dict.fromkeys(written.format for written in ways)
-    if len(formats) > 1:
-        names = " and ".join(sorted(map(str, formats)))
-        raise PlanError(
-            f"steps write {names}, but a checkpoint has one quantization_config, which describes one format; use one "
-            "format for all steps"
-        )
-    activations = {written.activations for written in ways}
+    ways: dict[Format, tuple[set[Scheme], set[str | None]]] = {}
+    for written in dict.fromkeys(quantized.values()):
+        schemes, activations = ways.setdefault(written.format, (set(), set()))
+        schemes.add(written.scheme)
+        activations.add(written.activations)
     model = QuantizedModel(
         modules={module: written.scheme for module, written in quantized.items()},
         unquantized=unquantized_linears(specs, quantized),
         specs=specs,
-        options={} if activations == {None} else {"activations": sorted(map(str, activations))},
     )
-    return next(iter(formats)).config_files(model)
+    if len(ways) > 1:
+        return mixed_config_files(model, ways)
+    ((layout, (_, activations)),) = ways.items()
+    options = {} if activations == {None} else {"activations": sorted(map(str, activations))}
+    return layout.config_files(replace(model, options=options))
 
 
 def _as_json(content: Mapping[str, Any]) -> bytes:

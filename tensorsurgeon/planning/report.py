@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from tensorsurgeon.formats.coding import Stored, Written, written_by
+from tensorsurgeon.formats.coding import Written, stored_in, written_by
+from tensorsurgeon.formats.scales import INPUT_SCALES
 from tensorsurgeon.models.describe import describe_model, unquantized_linears
 from tensorsurgeon.models.experts import is_expert_list
 from tensorsurgeon.models.fused import describe
@@ -113,13 +114,6 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _dequantized(plan: Plan) -> dict[str, int]:
-    """Modules of a quantized source that become float weights on the way, by what they were."""
-    found = (rewrite.detail for rewrites in plan.rewrites for rewrite in rewrites)
-    stored = (detail for detail in found if isinstance(detail, Stored))
-    return dict(Counter(f"{s.format.name}: {describe(s.scheme)}" for s in stored))
-
-
 def _counted_linears(plan: Plan, kept: Iterable[str]) -> list[str]:
     """As the model cards count: nn.Linear modules, so neither routers nor stacks nor the MTP head, which no class has."""
     model = describe_model(plan.specs)
@@ -156,6 +150,21 @@ def _dropped(plan: Plan) -> dict[str, int]:
         region.spec.name for rewrites in plan.rewrites for rewrite in rewrites if not rewrite.outputs for region in rewrite.inputs
     )
     return _counted(names)
+
+
+def _dequantized(plan: Plan) -> dict[str, int]:
+    """The formats that are unpacked and not written again as they are, in words, with how many modules each has."""
+    counts: dict[str, set[str]] = {}
+    for rewrite in (rewrite for rewrites in plan.rewrites for rewrite in rewrites if rewrite.detail is not None):
+        stored = stored_in(rewrite.detail)
+        if stored is None or written_by(rewrite.detail) is not None:
+            continue
+        gone = [name for name in stored.names if name in INPUT_SCALES]
+        text = f"{stored.format.name} ({describe(stored.scheme)})"
+        if gone:
+            text += f"; {' and '.join(gone)} of their inputs dropped"
+        counts.setdefault(text, set()).update(region.spec.name for region in rewrite.outputs)
+    return {text: len(names) for text, names in counts.items()}
 
 
 def one_way_steps(plan: Plan) -> list[str]:

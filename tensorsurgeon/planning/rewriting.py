@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from tensorsurgeon.errors import NameCollisionError, PlanError, RecipeError, SpecError
+from tensorsurgeon.formats.coding import stored_in, written_by
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 Array = np.ndarray
@@ -43,6 +44,16 @@ class Transform(Protocol):
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         """One array per output region. Pure, deterministic, thread-safe; leaves its inputs alone."""
         ...
+
+
+def reads_floats(step: Transform) -> bool:
+    """Whether a step takes float weights and makes codes of them; a class says so by ``reads_floats = True``."""
+    return bool(getattr(type(step), "reads_floats", False))
+
+
+def writes_floats(step: Transform) -> bool:
+    """Whether a step makes floats of all that is quantized; a class says so by ``writes_floats = True``."""
+    return bool(getattr(type(step), "writes_floats", False))
 
 
 def is_reversible(step: Transform) -> bool:
@@ -128,7 +139,28 @@ def advance(specs: SpecMap, rewrites: Sequence[Rewrite]) -> SpecMap:
             result[name] = spec
     for output in standing.get(None, ()):
         result[output.name] = output
+    result.unpacked = _unpacked(specs, rewrites)
     return result
+
+
+def _unpacked(specs: SpecMap, rewrites: Sequence[Rewrite]) -> frozenset[str] | None:
+    """The weights that come from codes: those just unpacked, those that moved, those that nothing touched."""
+    made: set[str] = set()
+    is_unpacking = False
+    for rewrite in rewrites:
+        if rewrite.detail is not None and stored_in(rewrite.detail) is not None:
+            is_unpacking = True
+            if written_by(rewrite.detail) is None:
+                made |= {region.spec.name for region in rewrite.outputs}
+    if specs.unpacked is None:
+        return frozenset(made) if is_unpacking else None
+    touched: set[str] = set()
+    for rewrite in rewrites:
+        names = {region.spec.name for region in rewrite.inputs}
+        touched |= names
+        if rewrite.moves_bytes and names & specs.unpacked:
+            made |= {region.spec.name for region in rewrite.outputs}
+    return frozenset(made | (specs.unpacked - touched))
 
 
 class _Tiles:

@@ -65,6 +65,14 @@ class Expression:
         except (regex.error, RecursionError, OverflowError) as error:
             raise re.error(str(error)) from error
 
+    @classmethod
+    def of_config(cls, text: str) -> Expression:
+        """An expression that a config names modules by; ConfigError if it is none."""
+        try:
+            return cls(text)
+        except re.error as error:
+            raise ConfigError(f"quantization_config: {text[:100]!r} is not a valid expression: {error}") from error
+
     def match(self, name: str) -> Any:
         """As ``re.match``: from the beginning; ConfigError if it takes too long."""
         return self._run(self._compiled.match, name)

@@ -88,6 +88,9 @@ class SpecMap(dict[str, TensorSpec]):
         self.config: Mapping[str, Any] = config or {}
         # What is known of the model these make; whoever knows models puts it here, once (``models.describe``).
         self.model: object = None
+        # Weights that a step unpacked from codes and that no step has rounded or quantized since; None before any was:
+        # afterwards the config speaks of codes that are gone.
+        self.unpacked: frozenset[str] | None = None
 
     def config_value(self, key: str) -> Any:
         """A key of the text model's config, looked up in ``text_config`` first; None if absent."""

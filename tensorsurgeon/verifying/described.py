@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME, Checkpoint
+from tensorsurgeon.checkpoint.small_files import MAX_CONFIG_BYTES, parse_json, read_small
 from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import did_you_mean
 from tensorsurgeon.models.describe import describe_model
@@ -252,8 +253,8 @@ def check_config_copies(checkpoint: Checkpoint, findings: Findings) -> None:
         if name not in checkpoint.side_files:
             continue
         try:
-            copy = json.loads(path.read_bytes())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            copy = parse_json(read_small(path, MAX_CONFIG_BYTES)[0])
+        except (OSError, ValueError) as error:
             findings.fault("config-copy", name, f"is not valid JSON: {error}")
             continue
         if config is None:

@@ -19,6 +19,8 @@ from tensorsurgeon.planning.rewriting import Transform
 from tensorsurgeon.recipes.recipe import make_op
 from tensorsurgeon.verifying.findings import Findings
 
+# A step is recorded under its class: ``SplitExperts``.
+_OPS_BY_CLASS: Final = {target.rpartition(":")[2]: name for name, target in OPS.items()}
 _MOST_STEPS: Final = 1000
 _MOST_LETTERS: Final = 1 << 16
 _MOST_STARS: Final = 4
@@ -66,8 +68,8 @@ def replayed(calls: list[Call], record: Mapping[str, Any], source: Checkpoint, f
         return None
     steps: list[Transform] = []
     for call in calls:
-        op = call.name.lower()
-        if op not in OPS:
+        op = _OPS_BY_CLASS.get(call.name)
+        if op is None:
             findings.note(
                 "unknown-op", RECORD_NAME, f"the recipe has a step {call.name[:60]}, which is none of this program's ops"
             )

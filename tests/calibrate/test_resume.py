@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from tensorsurgeon.calibrate.driver import Codes
 from tensorsurgeon.calibrate.log import LOG_NAME, read_log
-from tensorsurgeon.calibrate.run import _Codes, run_calibrated
+from tensorsurgeon.calibrate.run import run_calibrated
 from tensorsurgeon.calibrate.state import CalibrationState, Reached
 from tensorsurgeon.checkpoint.header import read_header
 from tensorsurgeon.errors import JournalError, PlanViolationError
@@ -187,7 +188,7 @@ def test_other_data_and_options_are_another_run(fields: dict[str, Any], stopped:
 
 
 def test_a_module_that_nothing_was_decided_about_is_an_error_and_not_rounded() -> None:
-    codes = _Codes({"a": None})
+    codes = Codes({"a": None})
     assert codes.quantized("a", 0, 4) is None
     with pytest.raises(PlanViolationError, match="b: is written before its layer was calibrated"):
         codes.quantized("b", 0, 4)

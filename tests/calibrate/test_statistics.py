@@ -16,7 +16,7 @@ from torch import nn
 from tensorsurgeon.calibrate.codes.rules import damping_for, store_scale_of
 from tensorsurgeon.calibrate.walk.experts import ExpertInputs, ExpertStatistics, find_stacks
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
-from tensorsurgeon.calibrate.walk.model import StreamedModel
+from tensorsurgeon.calibrate.walk.model import StreamedModel, read_weights
 from tensorsurgeon.calibrate.walk.statistics import (
     LayerObserver,
     StoredStatistics,
@@ -49,10 +49,10 @@ class Observed:
         self.name = model.layer_names[0]
         tokens = np.random.default_rng(5).integers(0, 2000, (24, 128))
         reader = TensorReader(checkpoint, scratch.enter_context(Source(checkpoint)))
-        walk = Walk(model, reader, tokens)
+        walk = Walk(model, read_weights(reader), tokens)
         hidden = scratch.enter_context(HiddenStates(work / "h", walk.shape, model.dtype, create=True))
         walk.embed(hidden.write)
-        self.layer = scratch.enter_context(model.layer(0, reader))
+        self.layer = scratch.enter_context(model.layer(0, read_weights(reader)))
         linears = {f"{self.name}.{n}": m for n, m in self.layer.named_modules() if isinstance(m, nn.Linear)}
         (self.stack,) = find_stacks(self.name, self.layer)
         self.inputs = ExpertInputs(work / f"x{workers}", tokens.size, 256, model.dtype)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
-from tensorsurgeon.calibrate.walk.model import StreamedModel
+from tensorsurgeon.calibrate.walk.model import StreamedModel, read_weights
 from tensorsurgeon.calibrate.walk.walk import Walk
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.checkpoint.source import Source
@@ -30,13 +30,13 @@ def walk_through(
     checkpoint = open_checkpoint(folder)
     model = StreamedModel(checkpoint, experts_implementation=implementation)
     with Source(checkpoint) as source:
-        walk = Walk(model, TensorReader(checkpoint, source), tokens)
+        walk = Walk(model, read_weights(TensorReader(checkpoint, source)), tokens)
         hidden = HiddenStates(work / "h", walk.shape, model.dtype, create=True)
         walk.embed(hidden.write)
         states = [hidden.read(0, len(tokens))]
         for number in range(len(model.layers)):
             after = HiddenStates(work / f"h{number}", walk.shape, model.dtype, create=True)
-            with model.layer(number, walk.reader) as layer:
+            with model.layer(number, walk.read) as layer:
                 walk.run_layer(number, layer, hidden, after, workers=workers, stop=threading.Event())
             assert all(p.is_meta for p in model.layers[number].parameters())
             hidden.close()
@@ -109,7 +109,7 @@ def test_every_row_of_every_expert_is_traced_to_where_transformers_puts_it(split
     seen = 0
     with Source(checkpoint) as source:
         reader = TensorReader(checkpoint, source)
-        with model.layer(0, reader) as layer:
+        with model.layer(0, read_weights(reader)) as layer:
             for name, runs in traced.items():
                 rows = torch.from_numpy(reader.array(name).astype(np.float32)).reshape(-1, checkpoint.specs[name].shape[-1])
                 for first, (parameter, start, stop) in runs:

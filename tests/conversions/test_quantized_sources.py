@@ -43,6 +43,6 @@ def test_from_fp8_in_one_command_is_dequantizing_in_f32_and_quantizing(transform
 
 def test_the_plan_says_what_was_read_and_the_config_forgets_it(fp8):
     plan = make_plan(load_transform("ct-w4a16-g32"), open_checkpoint(fp8))
-    assert plan_as_data(plan)["dequantized"] == {"hf-fp8: fp8 8 bits, block [128, 128]": len(plan.quantized)}
+    assert plan_as_data(plan)["dequantized"] == {"hf-fp8 (fp8 8 bits, block [128, 128])": len(plan.quantized)}
     assert "dequantized on the way" in plan_as_text(plan)
     assert b"weight_block_size" not in plan.files.contents["config.json"]

@@ -31,6 +31,7 @@ SERVED: dict[Conversion, float] = {
     conversion("ct-w8a8-int8", "rule=quark"): 0.005,
     conversion("ct-w4a16-g32"): 0.015,
     conversion("ct-w4a16-g32", "group_size=64"): 0.02,
+    conversion("mixed", "experts=w4a16", "attention=w8a8", "mlp=w8a8"): 0.015,
     conversion("gptq-int4-g128"): 0.03,
     conversion("gptq-int4-g128", "scope=all"): 0.03,
     calibrated("gptq-int4-g128"): 0.003,

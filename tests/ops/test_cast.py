@@ -1,3 +1,4 @@
+import json
 from fractions import Fraction
 
 import ml_dtypes
@@ -94,3 +95,12 @@ def test_a_large_tensor_is_cast_in_pieces_to_the_same_bytes(tmp_path, monkeypatc
 def test_dtypes_that_cannot_be_are_refused_with_near_matches(dtype, message):
     with pytest.raises(RecipeError, match=message):
         to(dtype)
+
+
+@pytest.mark.parametrize("where", [("{m*}",), ("maybe:a.weight",)])
+def test_the_dtype_in_the_config_follows_a_cast_of_every_matrix(where, tmp_path):
+    tensors = {name: np.ones((4, 4), ml_dtypes.bfloat16) for name in ("a.weight", "b.weight")}
+    source = write_checkpoint(tmp_path / "s", tensors, config={"torch_dtype": "torch.bfloat16"})
+    apply(Cast(where=where, dtype="F16"), source, tmp_path / "t")
+    found = json.loads((tmp_path / "t" / "config.json").read_text())
+    assert found["torch_dtype"] == ("torch.float16" if where == ("{m*}",) else "torch.bfloat16")

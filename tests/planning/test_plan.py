@@ -113,7 +113,7 @@ def test_steps_that_write_one_format_in_two_versions_are_refused(tmp_path):
         Quantize(where=("{p*}.down_proj.weight",), format="gptq", **fields),
         Quantize(where=("maybe:{p*}.gate_proj.weight", "{p*}.up_proj.weight"), format="gptq-v2", **fields),
     ]
-    with pytest.raises(PlanError, match=r"gptq_v2.*one format for all steps"):
+    with pytest.raises(PlanError, match=r"gptq and gptq-v2.*one format for all steps"):
         make_plan(mixed, source)
 
 

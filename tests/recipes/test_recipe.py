@@ -194,7 +194,7 @@ def test_a_list_inside_a_longer_text_is_refused(tmp_path):
 
 
 def test_a_parameter_without_a_type_takes_what_the_text_looks_like():
-    *_, step = steps_of(
+    *_, step, _ = steps_of(
         load_transform("quantize-linears", {"num_bits": "4", "group_size": "32", "split_experts": "false", "format": "ct-packed"})
     )
     assert (step.num_bits, step.group_size) == (4, 32)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import tensorsurgeon.verifying
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.formats.registry import detect, quantization_config
@@ -77,3 +79,22 @@ def test_every_method_of_the_registry_has_a_dialect_here() -> None:
     from tensorsurgeon.formats.registry import FORMATS
 
     assert {entry.quant_method for entry in FORMATS.values()} <= DIALECTS.keys()
+
+
+def test_the_judge_shares_no_code_with_what_wrote() -> None:
+    """But for planning, which states what was asked for, where the recorded recipe is replayed."""
+    replaying = {"recipes.py", "planned.py", "lineage.py"}
+    never = {"formats", "quant", "engines", "calibrate"}
+    shared = set()
+    for path in Path(tensorsurgeon.verifying.__file__).parent.rglob("*.py"):
+        refused = never if path.name in replaying else never | {"planning", "ops", "recipes"}
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            # How tables are printed is nobody's secret.
+            if (
+                module.startswith("tensorsurgeon.")
+                and module.split(".")[1] in refused
+                and module != "tensorsurgeon.planning.report"
+            ):
+                shared.add((path.name, module))
+    assert not shared

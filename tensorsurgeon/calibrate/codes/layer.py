@@ -105,8 +105,6 @@ def _round(
     if statistics is not None and not note:
         if job.method == "imatrix":
             return _imatrix(weight, scale, zero_point, scheme, statistics)
-        if statistics.hessian is None:
-            raise NumericError("the statistics hold diagonals only, which method gptq cannot use; use imatrix")
         if factor is not None:
             made = gptq(
                 weight, statistics.hessian, scale=scale, zero_point=zero_point, qmin=scheme.qmin, qmax=scheme.qmax,
@@ -169,7 +167,7 @@ class _SharedFactors:
             if key not in self._made:
                 found = self._statistics.of(key)
                 factor = None
-                if method == "gptq" and found is not None and found.hessian is not None and is_finite(found):
+                if method == "gptq" and found is not None and is_finite(found):
                     damping = damping_for(self._options.gptq.damp_percent, found.tokens, len(found.diagonal))
                     factor = flipped_cholesky(found.hessian, damping, self._options.gptq.act_order)
                 self._made[key] = (found, factor)
@@ -206,12 +204,9 @@ def _imatrix(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: S
 def _measured(
     weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, statistics: InputStatistics
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per row: loss and energy; by the diagonal alone where that is all there is."""
+    """Per row: loss and energy."""
     change = weight - dequantize(codes, scale, zero_point)
-    if statistics.hessian is not None:
-        return output_energy(change, statistics.hessian).numpy(), output_energy(weight, statistics.hessian).numpy()
-    diagonal = statistics.diagonal.numpy().astype(np.float64)
-    return change.numpy().astype(np.float64) ** 2 @ diagonal, weight.numpy().astype(np.float64) ** 2 @ diagonal
+    return output_energy(change, statistics.hessian).numpy(), output_energy(weight, statistics.hessian).numpy()
 
 
 def _from_gptq(made: GptqResult) -> Rounded:

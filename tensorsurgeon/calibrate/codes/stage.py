@@ -25,6 +25,11 @@ class Stage:
         """Of the states."""
         return None if self.states is None else self.states.digest
 
+    def sync(self) -> None:
+        """Make the states durable."""
+        if self.states is not None:
+            self.states.sync()
+
     def close(self) -> None:
         """Let go of the states' file, which stays."""
         if self.states is not None:
@@ -59,5 +64,5 @@ class Layers(Protocol):
         ...
 
     def quantize(self, stage: Stage, linears: Sequence[Linear], *, is_last: bool) -> Layer:
-        """Codes for the linears of the stage's layer; the next stage's states are durable."""
+        """Codes for the linears of the stage's layer, and the next stage, whose states may still have to be made durable."""
         ...

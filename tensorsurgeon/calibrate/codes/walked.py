@@ -44,7 +44,6 @@ class WalkedLayers:
     def first(self) -> Stage:
         states = self._states(0, create=True)
         self.walk.embed(states.write)
-        states.sync()
         return Stage(0, states)
 
     def resumed(self, layer: int, digest: str | None) -> Stage:
@@ -67,7 +66,7 @@ class WalkedLayers:
             raise JournalError(
                 f"nothing goes into layer {stage.layer}; start over with --overwrite", where=str(self.state.folder)
             )
-        with self.model.layer(stage.layer, self.reader) as module, inputs:
+        with self.model.layer(stage.layer, self.walk.read) as module:
             outputs = None if is_last else self._states(stage.layer + 1, create=True)
             following = Stage(stage.layer + 1, outputs)
             name = self.model.layer_names[stage.layer]

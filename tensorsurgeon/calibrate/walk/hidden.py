@@ -48,6 +48,10 @@ class HiddenStates:
 
     def read(self, start: int, stop: int) -> Tensor:
         """Samples ``start`` to ``stop``; a new tensor."""
+        return self.read_file(start, stop)
+
+    def read_file(self, start: int, stop: int) -> Tensor:
+        """What lies in the file of samples ``start`` to ``stop``."""
         nbytes = (stop - start) * self._sample_bytes
         buffer = np.empty(nbytes, np.uint8)
         view = buffer.data
@@ -80,7 +84,7 @@ class HiddenStates:
         """Read what is on disk and raise JournalError unless it has this digest."""
         self._digests = {}
         for number in range(self.shape[0]):
-            sample = self.read(number, number + 1).view(-1).view(torch.uint8).numpy().data
+            sample = self.read_file(number, number + 1).view(-1).view(torch.uint8).numpy().data
             self._digests[number] = xxhash.xxh3_128_hexdigest(sample)
         if self.digest != digest:
             raise JournalError("are not the hidden states that were written there", where=str(self.path))

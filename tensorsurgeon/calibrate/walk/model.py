@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,12 @@ from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import CheckpointError, PlanError
 from tensorsurgeon.quant.rtn.plain_torch import tensor_of
+from tensorsurgeon.tensors.spec import TensorSpec
 
 logger = logging.getLogger(__name__)
+
+# A checkpoint tensor by name, in its own dtype, on any device.
+ReadWeight = Callable[[str], Tensor]
 
 _CPU = torch.device("cpu")
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -77,17 +81,17 @@ class StreamedModel:
         return trace_rows(self.names, self._by_layer[number], self.checkpoint.specs, self._shapes)
 
     @contextmanager
-    def layer(self, number: int, reader: TensorReader) -> Iterator[nn.Module]:
+    def layer(self, number: int, read: ReadWeight) -> Iterator[nn.Module]:
         """One decoder layer with its weights; they are let go afterwards."""
         module = self.layers[number]
         try:
-            self._fill(self.layer_names[number], module, self._by_layer[number], reader)
+            self._fill(self.layer_names[number], module, self._by_layer[number], read)
             yield module
         finally:
             module.to("meta")
 
     @contextmanager
-    def surroundings(self, reader: TensorReader) -> Iterator[Any]:
+    def surroundings(self, read: ReadWeight) -> Iterator[Any]:
         """What runs before the first layer: embeddings, and whatever else of the decoder is small."""
         decoder_name = self.layer_names[0].rpartition(".")[0].rpartition(".")[0]
         prefix = f"{decoder_name}." if decoder_name else ""
@@ -96,7 +100,7 @@ class StreamedModel:
         embedding = self.model.get_input_embeddings()
         needed = [loading for loading in loadings if not _is_head(self.model, loading.target)]
         try:
-            self._fill(decoder_name, module, needed, reader, complete=False)
+            self._fill(decoder_name, module, needed, read, complete=False)
             if embedding.weight.is_meta:
                 raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint.root))
             yield self.model
@@ -108,12 +112,12 @@ class StreamedModel:
                             child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def _fill(
-        self, prefix: str, module: nn.Module, loadings: Sequence[Loading], reader: TensorReader, *, complete: bool = True
+        self, prefix: str, module: nn.Module, loadings: Sequence[Loading], read: ReadWeight, *, complete: bool = True
     ) -> None:
         # First, while parameters are on the meta device: transformers initialises a module's weights along with its buffers.
         _make_buffers(self.model, prefix, module, self.layers if not complete else (), self.device)
         for loading in loadings:
-            tensors = {name: _weight(reader, name) for name in loading.names}
+            tensors = {name: read(name) for name in loading.names}
             for target, value in self.names.convert(loading, tensors).items():
                 self._set(target, value)
         if complete:
@@ -142,15 +146,25 @@ class StreamedModel:
             owner._buffers[leaf] = value
 
 
-def _weight(reader: TensorReader, name: str) -> Tensor:
-    """A whole tensor in its own dtype; CheckpointError for one that is no plain float."""
+def check_weight(reader: TensorReader, name: str) -> TensorSpec:
+    """The spec of a tensor that the walk computes with; CheckpointError for one that is no plain float."""
     spec = reader.specs[name]
     if not spec.dtype.is_float or spec.dtype.bits < 16:
         raise CheckpointError(
             f"{spec}: the walk needs weights in BF16, F16 or F32; dequantize the checkpoint first",
             where=str(reader.checkpoint.root),
         )
-    return tensor_of(reader.array(name))
+    return spec
+
+
+def read_weights(reader: TensorReader) -> ReadWeight:
+    """Whole tensors by name, from the shards into ordinary memory."""
+
+    def read(name: str) -> Tensor:
+        check_weight(reader, name)
+        return tensor_of(reader.array(name))
+
+    return read
 
 
 def _build_on_meta(checkpoint: Checkpoint, experts_implementation: str | None) -> Any:

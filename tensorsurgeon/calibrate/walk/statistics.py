@@ -18,16 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from tensorsurgeon.calibrate.walk.experts import (
-    ExpertInputs,
     ExpertStack,
     ExpertStatistics,
     InputStatistics,
-    summed,
 )
 from tensorsurgeon.calibrate.walk.workers import Turns
 from tensorsurgeon.errors import PlanError, RecipeError
 from tensorsurgeon.machine.files import make_durable, make_folder_durable
 from tensorsurgeon.quant.gptq.hessian import HessianAccumulator
+
+
+def summed(accumulator: Sum) -> InputStatistics:
+    """The statistics that an accumulator holds."""
+    hessian = accumulator.result()
+    return InputStatistics(accumulator.tokens, hessian.diagonal().clone(), hessian)
 
 
 class LayerStatistics(Protocol):
@@ -47,25 +51,53 @@ class _Seen(NamedTuple):
     identity: tuple[Any, ...]
 
 
+class Sum(Protocol):
+    """Sums ``x x^T`` over tokens."""
+
+    tokens: int
+
+    def add(self, inputs: Tensor) -> None:
+        """Take inputs [..., in_features]."""
+        ...
+
+    def result(self) -> Tensor:
+        """The sum so far, a new tensor."""
+        ...
+
+
+class Inputs(Protocol):
+    """Keeps what went into a stack of experts."""
+
+    def prepare(self, top_k: int) -> None:
+        """Make room for ``top_k`` choices per token."""
+        ...
+
+    def add(self, first_token: int, hidden: Tensor, chosen: Tensor) -> None:
+        """Take the inputs and chosen experts of tokens from ``first_token`` on."""
+        ...
+
+
 class LayerObserver:
     """Sums the inputs of a layer's linears, and keeps those of its experts, while the walk runs the layer.
 
-    ``linears`` are the modules wanted, by full name.
+    ``linears`` are the modules wanted, by full name; ``new_sum`` makes what sums so many features.
     """
 
     def __init__(
         self,
         linears: Mapping[str, nn.Module],
         stacks: Sequence[ExpertStack],
-        inputs: Mapping[str, ExpertInputs],
+        inputs: Mapping[str, Inputs],
         turns: Turns,
+        new_sum: Callable[[int], Sum] = HessianAccumulator,
     ) -> None:
         self._linears = dict(sorted(linears.items()))
         self._stacks = {stack.name: stack for stack in stacks}
         self._inputs = inputs
         self._turns = turns
         self._leader: dict[str, str] = {}
-        self._sums: dict[str, HessianAccumulator] = {}
+        self._sums: dict[str, Sum] = {}
+        self._new_sum = new_sum
         self._local = threading.local()
 
     @contextmanager
@@ -118,7 +150,7 @@ class LayerObserver:
             with self._turns.turn(name, batch):
                 for tensor, _ in mine:
                     if name not in self._sums:
-                        self._sums[name] = HessianAccumulator(tensor.shape[-1])
+                        self._sums[name] = self._new_sum(tensor.shape[-1])
                     self._sums[name].add(tensor)
         self._local.seen, self._local.chosen = {}, {}
         return result
@@ -130,11 +162,16 @@ class LayerObserver:
             identity = tuple(s.identity for s in seen.get(name, []))
             self._leader[name] = by_input.setdefault(identity, name) if identity else name
 
+    def observed(self) -> tuple[dict[str, InputStatistics], dict[str, str]]:
+        """Statistics by key, and under which key a shared input is kept; the sums are let go."""
+        made = {}
+        for name in list(self._sums):
+            made[name] = summed(self._sums.pop(name))
+        return made, dict(self._leader)
+
     def result(self, experts: Mapping[str, ExpertStatistics]) -> WalkedStatistics:
         """What was observed; ``experts`` by the name of their stack."""
-        sums = {name: summed(accumulator) for name, accumulator in self._sums.items()}
-        self._sums.clear()
-        return WalkedStatistics(sums, dict(self._leader), dict(experts))
+        return WalkedStatistics(*self.observed(), dict(experts))
 
 
 def _seen(tensor: Tensor) -> _Seen:
@@ -181,7 +218,6 @@ class StoredStatistics:
             self.tokens: dict[str, int] = json.loads(metadata["tokens"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise RecipeError(f"{path}: is not a file of statistics ({error})") from error
-        self._names = set(self._file.keys())
 
     def shared_key(self, key: str) -> str:
         """The key under which a shared input is kept."""
@@ -192,10 +228,8 @@ class StoredStatistics:
         key = self.shared_key(key)
         if key not in self.tokens:
             return None
-        if f"{key}.hessian" in self._names:
-            hessian = self._file.get_tensor(f"{key}.hessian")
-            return InputStatistics(self.tokens[key], hessian.diagonal().clone(), hessian)
-        return InputStatistics(self.tokens[key], self._file.get_tensor(f"{key}.diagonal"), None)
+        hessian = self._file.get_tensor(f"{key}.hessian")
+        return InputStatistics(self.tokens[key], hessian.diagonal().clone(), hessian)
 
 
 def layer_path(folder: Path, number: int) -> Path:
@@ -208,19 +242,14 @@ def write_layer(folder: Path, number: int, statistics: Mapping[str, InputStatist
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for key, found in statistics.items():
-        if found.hessian is not None:
-            tensors[f"{key}.hessian"] = found.hessian
-        else:
-            tensors[f"{key}.diagonal"] = found.diagonal
+    tensors = {f"{key}.hessian": found.hessian for key, found in sorted(statistics.items())}
     metadata = {
         "aliases": json.dumps({name: key for name, key in sorted(aliases.items()) if name != key}),
         "tokens": json.dumps({key: found.tokens for key, found in sorted(statistics.items())}),
     }
     path = layer_path(folder, number)
     partial = path.with_name(path.name + ".partial")
-    save_file(dict(sorted(tensors.items())), partial, metadata=metadata)
+    save_file(tensors, partial, metadata=metadata)
     with open(partial, "rb") as file:
         make_durable(file.fileno())
     os.replace(partial, path)
@@ -229,5 +258,5 @@ def write_layer(folder: Path, number: int, statistics: Mapping[str, InputStatist
 
 def is_finite(statistics: InputStatistics) -> bool:
     """Whether sums overflowed or saw a NaN."""
-    known = statistics.diagonal if statistics.hessian is None else statistics.hessian
+    known = statistics.hessian
     return bool(torch.isfinite(known.abs().max())) if known.numel() else True

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
-from tensorsurgeon.calibrate.walk.model import StreamedModel
+from tensorsurgeon.calibrate.walk.model import ReadWeight, StreamedModel
 from tensorsurgeon.calibrate.walk.workers import Turns, run_parallel
-from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import NumericError, PlanError
 
-# Tokens per forward call. Part of the result's bits (kernels differ with the shape), so never a tuning knob.
+# Tokens per forward call on a CPU, never a tuning knob.
 BATCH_TOKENS: Final = 2048
 
 # Called with the batch number, its first token and the forward, which it runs.
@@ -59,14 +58,18 @@ class _Recorder(nn.Module):
 
 
 class Walk:
-    """Calibration tokens on their way through a model; ``batches`` are (first, last) samples."""
+    """Calibration tokens on their way through a model; ``batches`` are (first, last) samples.
 
-    def __init__(self, model: StreamedModel, reader: TensorReader, tokens: np.ndarray) -> None:
+    ``batch_tokens`` per forward call are part of the result's bits (kernels differ with the shape), and of what is fast on
+    a device.
+    """
+
+    def __init__(self, model: StreamedModel, read: ReadWeight, tokens: np.ndarray, batch_tokens: int = BATCH_TOKENS) -> None:
         self.model = model
-        self.reader = reader
+        self.read = read
         self.tokens = torch.from_numpy(np.ascontiguousarray(tokens))
         samples, length = tokens.shape
-        size = max(1, BATCH_TOKENS // length)
+        size = max(1, batch_tokens // length)
         self.batches = [(start, min(start + size, samples)) for start in range(0, samples, size)]
         # Calls by batch size, one per layer: equal for all batches of a size, which is checked.
         self._calls: dict[int, list[Call]] = {}
@@ -82,7 +85,7 @@ class Walk:
 
         None: only learn the layers' arguments, for which one batch of each size is enough.
         """
-        with self.model.surroundings(self.reader) as whole, torch.no_grad():
+        with self.model.surroundings(self.read) as whole, torch.no_grad():
             for start, stop in self.batches:
                 if write is None and stop - start in self._calls:
                     continue
@@ -155,8 +158,6 @@ class Walk:
                 outputs.write(start, result)
 
         run_parallel(len(self.batches), work, workers=workers, stop=stop, turns=turns)
-        if outputs is not None:
-            outputs.sync()
 
 
 def check_finite(hidden: Tensor, where: str, first_sample: int) -> None:

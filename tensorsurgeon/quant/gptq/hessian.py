@@ -29,10 +29,10 @@ _SYRK_BLOCK = 256
 _PANEL = 128
 # A pivot this small against its diagonal entry is rounding noise (F32 epsilon is 6e-8, and errors of a few
 # epsilon accumulate), so the columns after it would be garbage although every number is finite.
-_PIVOT_FLOOR = 4e-6
-_PROBE_TOLERANCE = 1e-3
-_FIRST_DAMPING = 1e-4
-_LAST_DAMPING = 10.0
+PIVOT_FLOOR = 4e-6
+PROBE_TOLERANCE = 1e-3
+FIRST_DAMPING = 1e-4
+LAST_DAMPING = 10.0
 
 
 class HessianAccumulator:
@@ -123,13 +123,13 @@ def flipped_cholesky(hessian: Tensor, damp_percent: float, act_order: ActOrder =
         return None
     order = visiting_order(diagonal, act_order).flip(0)
     attempt = damp_percent
-    while attempt <= max(_LAST_DAMPING, damp_percent):
+    while attempt <= max(LAST_DAMPING, damp_percent):
         damped_diagonal = torch.where(live, diagonal + attempt * mean, torch.full_like(diagonal, mean))
         lower = torch.empty_like(hessian, memory_format=torch.contiguous_format)
         loops.gather_lower(lower.numpy(), hessian.contiguous().numpy(), damped_diagonal.numpy(), order.numpy())
         if _factor_in_place(lower) and _probe_agrees(lower, hessian, damped_diagonal, order):
             return FlippedFactor(lower=lower, order=order, diagonal=damped_diagonal, damp_percent=attempt)
-        attempt = max(_FIRST_DAMPING, attempt * 10)
+        attempt = max(FIRST_DAMPING, attempt * 10)
     raise NumericError(
         f"Hessian of {hessian.shape[0]} columns has no Cholesky factor even at damp_percent={attempt / 10:g}; "
         "it is not a sum of outer products (is it symmetric?)"
@@ -196,7 +196,7 @@ def _factor_in_place(matrix: Tensor) -> bool:
         pivot = matrix[start:stop, start:stop].contiguous()
         inverse = torch.empty_like(pivot)
         scratch = aligned((2, *pivot.shape), np.float64)
-        if not loops.factor_panel(pivot.numpy(), inverse.numpy(), diagonal[start:stop], _PIVOT_FLOOR, scratch):
+        if not loops.factor_panel(pivot.numpy(), inverse.numpy(), diagonal[start:stop], PIVOT_FLOOR, scratch):
             return False
         matrix[start:stop, start:stop] = pivot
         if stop < size:
@@ -209,4 +209,4 @@ def _probe_agrees(lower: Tensor, hessian: Tensor, damped_diagonal: Tensor, order
     probe = torch.cos(torch.arange(order.shape[0], dtype=torch.float32))
     wanted = (hessian @ probe + (damped_diagonal - hessian.diagonal()) * probe)[order]
     found = lower @ (lower.T @ probe[order])
-    return bool(torch.linalg.vector_norm(found - wanted) <= _PROBE_TOLERANCE * torch.linalg.vector_norm(wanted))
+    return bool(torch.linalg.vector_norm(found - wanted) <= PROBE_TOLERANCE * torch.linalg.vector_norm(wanted))

@@ -22,7 +22,7 @@ from tensorsurgeon.quant.loops.tiles import PANEL_COLUMNS, TILE_ROWS
 from tensorsurgeon.tensors.arrays import aligned
 
 # Columns per block of descent, sized for the kernel's tiles.
-_BLOCK = 128
+BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,7 @@ def polish(
     damping_before = _row_energy(state.change, damping)
     importance = hessian.diagonal() + damping
     blocks = _by_importance(_blocks(columns, group_size), importance)
-    large_groups = group_size > _BLOCK
+    large_groups = group_size > BLOCK
     groups = _by_importance([(s, s + group_size) for s in range(0, columns, group_size)], importance)
     for _ in range(options.rounds):
         for start, stop in groups if large_groups else []:
@@ -143,11 +143,11 @@ class _State:
 
 
 def _blocks(columns: int, group_size: int) -> list[tuple[int, int]]:
-    """Runs of whole groups, or of parts of one group, of about ``_BLOCK`` columns."""
-    if group_size > _BLOCK:
-        starts = [s for g in range(0, columns, group_size) for s in range(g, g + group_size, _BLOCK)]
+    """Runs of whole groups, or of parts of one group, of about ``BLOCK`` columns."""
+    if group_size > BLOCK:
+        starts = [s for g in range(0, columns, group_size) for s in range(g, g + group_size, BLOCK)]
     else:
-        starts = list(range(0, columns, group_size * (_BLOCK // group_size)))
+        starts = list(range(0, columns, group_size * (BLOCK // group_size)))
     return list(zip(starts, [*starts[1:], columns], strict=True))
 
 

@@ -6,7 +6,7 @@ scales wherever the tool's rule is theirs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -50,7 +50,9 @@ class TorchBackend:
         arithmetic = arithmetic_of(scheme, dtype_of(weight))
         if scheme.type == "fp8":
             return _fp8(tensor, scheme, arithmetic)
-        return _integer(tensor, scheme, arithmetic)
+        made = integer_codes(tensor, scheme, arithmetic)
+        zero_point = None if made.zero_point is None else made.zero_point.cpu().numpy()
+        return Quantized(made.codes.cpu().numpy(), made.scale.cpu().numpy(), zero_point)
 
     @torch.no_grad()
     def dequantize(self, quantized: Quantized, scheme: Scheme, dtype: DType) -> np.ndarray:
@@ -99,7 +101,16 @@ def array_of(tensor: Tensor, dtype: DType) -> np.ndarray:
     return np.asarray(tensor.numpy())
 
 
-def _integer(weight: Tensor, scheme: Scheme, arithmetic: Arithmetic) -> Quantized:
+class IntegerCodes(NamedTuple):
+    """On the device of the weight: codes int8 [N, K], scale F32 [N, G] as stored, zero point int8 [N, G] or None."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+def integer_codes(weight: Tensor, scheme: Scheme, arithmetic: Arithmetic) -> IntegerCodes:
+    """A finite weight [N, K] rounded to nearest by the scheme's rule, wherever it lies."""
     rows, columns = weight.shape
     groups = weight.view(rows, scheme.groups(columns), -1)
     scale, zero_point = _scale(groups, scheme, arithmetic)
@@ -122,10 +133,10 @@ def _integer(weight: Tensor, scheme: Scheme, arithmetic: Arithmetic) -> Quantize
     else:
         codes = torch.clamp(torch.round(scaled) + zero_point[:, :, None].to(quotient), low, high)
     shift = low - scheme.qmin
-    return Quantized(
-        (codes - shift).to(torch.int8).view(rows, columns).cpu().numpy(),
-        stored.cpu().numpy(),
-        None if zero_point is None else (zero_point - shift).to(torch.int8).cpu().numpy(),
+    return IntegerCodes(
+        (codes - shift).to(torch.int8).view(rows, columns),
+        stored,
+        None if zero_point is None else (zero_point - shift).to(torch.int8),
     )
 
 

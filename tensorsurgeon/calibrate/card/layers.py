@@ -1,0 +1,202 @@
+"""Layers quantized on the card: the walk, the sums and the codes never leave it but as files."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tensorsurgeon.calibrate.card.budget import CardPlan
+from tensorsurgeon.calibrate.card.experts import CardExperts, CardInputs
+from tensorsurgeon.calibrate.card.quantize import CardQuantizer
+from tensorsurgeon.calibrate.card.states import CardStates
+from tensorsurgeon.calibrate.card.sums import CardSum
+from tensorsurgeon.calibrate.card.weights import WeightsAhead
+from tensorsurgeon.calibrate.codes.assembly import Assemblies
+from tensorsurgeon.calibrate.codes.linears import Linear, Part, keys_of, parts_of
+from tensorsurgeon.calibrate.codes.stage import Layer, Stage, layer_of
+from tensorsurgeon.calibrate.options import CalibrationOptions
+from tensorsurgeon.calibrate.state import CalibrationState
+from tensorsurgeon.calibrate.walk.experts import ExpertStack, InputStatistics, find_stacks
+from tensorsurgeon.calibrate.walk.hidden import HiddenStates
+from tensorsurgeon.calibrate.walk.model import StreamedModel
+from tensorsurgeon.calibrate.walk.statistics import LayerObserver, write_layer
+from tensorsurgeon.calibrate.walk.walk import Observer, Walk
+from tensorsurgeon.calibrate.walk.workers import Turns
+from tensorsurgeon.checkpoint.tensor_reader import TensorReader
+from tensorsurgeon.errors import JournalError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardLayers:
+    """As ``codes.walked.WalkedLayers``, by one thread; ``weights`` reads a layer ahead and ``plan`` says what lies where."""
+
+    model: StreamedModel
+    reader: TensorReader
+    options: CalibrationOptions
+    walk: Walk
+    state: CalibrationState
+    weights: WeightsAhead
+    plan: CardPlan
+    device: torch.device
+    stop: threading.Event
+
+    def first(self) -> Stage:
+        states = self._states(0, create=True)
+        self.walk.embed(states.write)
+        return Stage(0, states)
+
+    def resumed(self, layer: int, digest: str | None) -> Stage:
+        if digest is None:
+            return Stage(layer, None)
+        try:
+            states = self._states(layer, create=False)
+        except OSError as error:
+            raise JournalError(f"cannot be read: {error.strerror}", where=str(self.state.states_path(layer))) from error
+        states.check(digest)
+        self.walk.embed(None)
+        return Stage(layer, states)
+
+    def _states(self, layer: int, *, create: bool) -> HiddenStates:
+        path = self.state.states_path(layer)
+        if self.plan.states == "disk":
+            return HiddenStates(path, self.walk.shape, self.model.dtype, create=create)
+        return CardStates(
+            path, self.walk.shape, self.model.dtype, create=create, device=self.device, place=self.plan.states
+        )  # fmt: skip
+
+    def quantize(self, stage: Stage, linears: Sequence[Linear], *, is_last: bool) -> Layer:
+        inputs = stage.states
+        if inputs is None:
+            raise JournalError(
+                f"nothing goes into layer {stage.layer}; start over with --overwrite", where=str(self.state.folder)
+            )
+        with self.model.layer(stage.layer, self.weights.tensor) as module, torch.no_grad():
+            self.weights.settle()
+            if not is_last:
+                self.weights.start(self.model.source_names(stage.layer + 1))
+            outputs = None if is_last else self._states(stage.layer + 1, create=True)
+            name = self.model.layer_names[stage.layer]
+            stacks = find_stacks(name, module)
+            own = {stack.first_name: self.options.expert_hessian == "own" for stack in stacks}
+            parts, without = parts_of(linears, self.model.traced_rows(stage.layer), keys_of(name, module, stacks, own))
+            made = self._quantized(stage.layer, module, inputs, outputs, linears, parts, stacks)
+            if outputs is not None and (self.options.sequential or not parts):
+                self._run(stage.layer, module, inputs, outputs)
+            return layer_of(linears, made, without, Stage(stage.layer + 1, outputs))
+
+    def _quantized(
+        self,
+        number: int,
+        module: nn.Module,
+        inputs: HiddenStates,
+        outputs: HiddenStates | None,
+        linears: Sequence[Linear],
+        parts: Sequence[Part],
+        stacks: Sequence[ExpertStack],
+    ) -> Assemblies:
+        """Statistics from one pass over the layer's inputs, and codes; the weights as a reader of the output has them."""
+        keep = self.options.write_statistics if linears else None
+        used: dict[str, InputStatistics] = {}
+        aliases: dict[str, str] = {}
+        made = Assemblies(linears, parts)
+        if parts:
+            passing = None if self.options.sequential else outputs
+            with ExitStack() as scratch:
+                statistics = self._watched(number, module, inputs, passing, stacks, parts, scratch)
+                quantizer = CardQuantizer(
+                    linears=linears, statistics=statistics, options=self.options, model=self.model, reader=self.reader,
+                    device=self.device,
+                )  # fmt: skip
+                put_back = self.options.sequential and outputs is not None
+                made = quantizer.run(parts, put_back=put_back, used=None if keep is None else used)
+                aliases = {part.key: statistics.shared_key(part.key) for part in parts}
+        if keep is not None:
+            write_layer(keep, number, used, aliases)
+        return made
+
+    def _watched(
+        self,
+        number: int,
+        module: nn.Module,
+        inputs: HiddenStates,
+        outputs: HiddenStates | None,
+        stacks: Sequence[ExpertStack],
+        parts: Sequence[Part],
+        scratch: ExitStack,
+    ) -> WatchedOnCard:
+        """Run the layer and sum what the linears of ``parts`` see; ``scratch`` lets go of what experts were fed."""
+        wanted = {part.rows.parameter.rpartition(".")[0] for part in parts}
+        name = self.model.layer_names[number]
+        linears = {f"{name}.{n}": m for n, m in module.named_modules() if f"{name}.{n}" in wanted and isinstance(m, nn.Linear)}
+        used = [stack for stack in stacks if stack.name in wanted]
+        samples, length, hidden = self.walk.shape
+        fed = {}
+        for k, stack in enumerate(used):
+            path = self.state.folder / f"experts-{k}.bin"
+            fed[stack.name] = CardInputs(
+                path, samples * length, hidden, self.model.dtype, device=self.device, place=self.plan.inputs
+            )  # fmt: skip
+            scratch.callback(fed[stack.name].close)
+        observer = LayerObserver(linears, used, fed, Turns(), lambda features: CardSum(features, self.device))
+        with observer.watching():
+            self._run(number, module, inputs, outputs, observer.observe)
+        experts = {}
+        for stack in used:
+            router = None if stack.router is None else module.get_submodule(stack.router)._parameters["weight"]
+            experts[stack.name] = CardExperts(stack, fed[stack.name], self.options, router)
+        return WatchedOnCard(self.device, *observer.observed(), experts)
+
+    def _run(
+        self,
+        number: int,
+        module: nn.Module,
+        inputs: HiddenStates,
+        outputs: HiddenStates | None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.walk.run_layer(number, module, inputs, outputs, workers=1, stop=self.stop, observer=observer)
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedOnCard:
+    """Statistics of one layer, fresh from the walk; those of experts are computed when asked for."""
+
+    device: torch.device
+    sums: Mapping[str, InputStatistics]
+    leader: Mapping[str, str]
+    experts: Mapping[str, CardExperts]
+
+    def shared_key(self, key: str) -> str:
+        """The key under which a shared input is kept."""
+        return self.leader.get(key, key)
+
+    def _expert_of(self, key: str) -> tuple[CardExperts, int, bool] | None:
+        """The stack, the number and whether it is the first projection, for the key of one expert."""
+        parameter, _, expert = key.rpartition(".")
+        found = self.experts.get(parameter.rpartition(".")[0]) if expert.isdecimal() else None
+        return None if found is None else (found, int(expert), parameter != found.stack.down_name)
+
+    def is_early(self, key: str) -> bool:
+        """Down projections' inputs are made with the first projections' original weights."""
+        found = self._expert_of(key)
+        return found is not None and not found[2]
+
+    def stack(self, keys: Sequence[str], columns: int) -> tuple[Tensor, list[int]]:
+        """Hessians F32 [len(keys), columns, columns], and tokens."""
+        experts = [self._expert_of(key) for key in keys]
+        first = experts[0]
+        if first is not None and all(e is not None and e[0] is first[0] and e[2] == first[2] for e in experts):
+            stack, numbers = first[0], [e[1] for e in experts if e is not None]
+            return stack.hessians(numbers, first=first[2]), [stack.tokens_of(number) for number in numbers]
+        if len(keys) > 1:
+            pairs = [self.stack([key], columns) for key in keys]
+            return torch.cat([hessian for hessian, _ in pairs]), [count for _, counts in pairs for count in counts]
+        found = self.sums.get(self.shared_key(keys[0]))
+        if found is None:
+            return torch.zeros(1, columns, columns, device=self.device), [0]
+        return found.hessian[None], [found.tokens]
