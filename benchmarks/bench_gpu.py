@@ -92,6 +92,9 @@ def comparable(target: Path) -> dict[str, bytes]:
 
     content = {p.name: p.read_bytes() for p in sorted(target.iterdir()) if p.is_file()}
     content[LOG_NAME] = repr([row._replace(seconds=0.0) for row in read_log(target / LOG_NAME)]).encode()
+    record = json.loads(content["surgeon.json"])
+    record.get("files", {}).pop(LOG_NAME, None)
+    content["surgeon.json"] = json.dumps(record).encode()
     return content
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tensorsurgeon.calibrate.log import LOG_NAME, read_log
 from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.ops.quantize import Quantize
@@ -16,7 +18,7 @@ from tensorsurgeon.planning.plan import Plan, make_plan
 from tensorsurgeon.planning.rewriting import steps_of
 from tensorsurgeon.quant.gptq.gptq import GptqOptions
 from tensorsurgeon.recipes.library import load_transform
-from tests.checkpoints import FIXTURE
+from tests.checkpoints import FIXTURE, folder_bytes
 
 TEXT = FIXTURE.parent / "text" / "calibration.txt"
 _SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -75,3 +77,13 @@ def options_of(*locations: str | Path, **fields: Any) -> CalibrationOptions:
 def write_ids(path: Path, *, rows: int = 6, length: int = 64, vocabulary: int = 90, seed: int = 0) -> Path:
     np.save(path, np.random.default_rng(seed).integers(0, vocabulary, (rows, length)))
     return path
+
+
+def comparable(target: Path) -> dict[str, bytes]:
+    """Every file of an output, with the seconds in its log left out, and the digest that the record has of the log."""
+    content = folder_bytes(target)
+    content[LOG_NAME] = repr([row._replace(seconds=0.0) for row in read_log(target / LOG_NAME)]).encode()
+    record = json.loads(content["surgeon.json"])
+    record.get("files", {}).pop(LOG_NAME, None)
+    content["surgeon.json"] = json.dumps(record).encode()
+    return content

@@ -19,20 +19,14 @@ from tensorsurgeon.calibrate.run import run_calibrated
 from tensorsurgeon.calibrate.state import CalibrationState, Reached
 from tensorsurgeon.checkpoint.header import read_header
 from tensorsurgeon.errors import JournalError, PlanViolationError
-from tests.calibrate.models import options_of, plan_of
-from tests.checkpoints import FIXTURE, folder_bytes
+from tests.calibrate.models import comparable, options_of, plan_of
+from tests.checkpoints import FIXTURE
 
 LAYERS = 2
 
 
 class Stopped(Exception):
     """The run dies here."""
-
-
-def comparable(target: Path) -> dict[str, bytes]:
-    content = folder_bytes(target)
-    content[LOG_NAME] = repr([row._replace(seconds=0.0) for row in read_log(target / LOG_NAME)]).encode()
-    return content
 
 
 def run(target: Path, *, kept: Path | None = None, resume: bool = False, **fields: Any) -> None:

@@ -21,21 +21,13 @@ from tensorsurgeon.errors import BudgetError, JournalError, NumericError, PlanEr
 from tensorsurgeon.quant.gptq.gptq import GptqOptions
 from tensorsurgeon.quant.gptq.polish import Polish
 from tests.calibrate.commands import assert_finite
-from tests.calibrate.models import options_of, plan_of
-from tests.checkpoints import FIXTURE, apply, folder_bytes, read_all
+from tests.calibrate.models import comparable, options_of, plan_of
+from tests.checkpoints import FIXTURE, apply, read_all
 
 
 def calibrate(source: Path, target: Path, options: CalibrationOptions, **fields: Any) -> CalibratedResult:
     running = {key: fields.pop(key) for key in ("workers", "max_ram_bytes", "resume", "overwrite") if key in fields}
     return run_calibrated(plan_of(source, **fields), target, options, **{"workers": 2, **running})
-
-
-def comparable(target: Path) -> dict[str, bytes]:
-    """Every file, with the seconds of the log left out: they are all that may differ."""
-    content = folder_bytes(target)
-    rows = [row._replace(seconds=0.0) for row in read_log(target / LOG_NAME)]
-    content[LOG_NAME] = repr(rows).encode()
-    return content
 
 
 def losses(rows: list[LogRow]) -> dict[str, float]:
@@ -145,7 +137,7 @@ def test_sequential_layers_see_what_quantized_ones_put_out(tmp_path: Path) -> No
 _KILLED = """
 import sys, threading
 from pathlib import Path
-from tests.calibrate.models import options_of, plan_of
+from tests.calibrate.models import comparable, options_of, plan_of
 from tensorsurgeon.calibrate.run import run_calibrated
 run_calibrated(plan_of(Path(sys.argv[1])), sys.argv[2], options_of(samples=40), workers=2, resume=len(sys.argv) > 3)
 """
