@@ -132,9 +132,7 @@ def saved(model: transformers.PreTrainedModel, family: Family, folder: Path) -> 
     shutil.rmtree(folder, ignore_errors=True)
     native = {name: value.clone() for name, value in model.state_dict().items()}
     model.save_pretrained(folder)
-    return published.as_published(family, tensors_of(folder), native), json.loads(
-        (folder / "config.json").read_text()
-    )
+    return published.as_published(family, tensors_of(folder), native), json.loads((folder / "config.json").read_text())
 
 
 def store(folder: Path, tensors: dict[str, Tensor], config: dict[str, object]) -> None:
