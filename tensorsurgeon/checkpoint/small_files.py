@@ -10,8 +10,8 @@ from typing import Any, Final, NamedTuple
 
 # The largest that is known of has 300 KB; a config a thousand times as large is none.
 MAX_CONFIG_BYTES: Final = 16 << 20
-# As large as safetensors lets a header be, which holds the same names and more.
-MAX_INDEX_BYTES: Final = 100_000_000
+# A million names of two hundred letters; a shard of them has a header of 100 MB at most.
+MAX_INDEX_BYTES: Final = 256 << 20
 # Python's own limit for digits is larger than any number in a config has.
 _LFS_POINTER: Final = b"version https://git-lfs"
 
