@@ -124,7 +124,7 @@ def _names(pair: Pair, modules: Described) -> Iterator[str]:
     if isinstance(pair.target, Part):
         yield pair.target.name
     else:
-        yield from (spec.name for spec in pair.target.tensors.values())
+        yield from (spec.name for local, spec in pair.target.tensors.items() if local in _CODED)
 
 
 def _of_module(module: Module, target: SpecMap, modules: Described) -> Iterator[Pair]:

@@ -48,6 +48,8 @@ _GAIN: Final = {
 _HALF_STEP: Final = 0.56
 _BEYOND_HALF: Final = 0.25
 _SHIFT: Final = 0.6
+# Gains scatter as chance has it, calibrated codes and grids of floats up to twice as much; scales of other groups far more.
+_SCATTER, _SCATTER_CELLS = 3.0, 64
 # Errors beyond six times the median one: none where errors are rounding's, one in some thousands where they are normal.
 _TAIL, _TAIL_SHARE = 6.0, 0.01
 _SAMPLE_ROWS: Final = 32
@@ -106,7 +108,7 @@ class CellJudge:
         self._block = _Block(0)
         self._odd: list[OddCell] = []
         self._count = 0
-        self._signal = self._cross = 0.0
+        self._signal = self._cross = self._scatter = 0.0
 
     def take(self, start: int, weight: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """float32 [rows, K] from row ``start`` on: the source, and source minus what is stored; [rows] energies of both."""
@@ -149,6 +151,11 @@ class CellJudge:
             gain = self._gain_inside()
         if np.isfinite(gain) and not low <= gain <= high:
             complaint = f"weights are {gain:.3g} times their source on average, which rounding never makes: the scales are wrong"
+        elif self._scatter > _SCATTER:
+            complaint = (
+                f"its groups are too large and too small by {self._scatter:.1f} times what chance explains: their scales are "
+                "those of other groups"
+            )
         elif (share := self._tail()) > _TAIL_SHARE:
             complaint = (
                 f"{share:.1%} of its codes are further off than {_TAIL:g} times the usual error: bits of them are flipped, "
@@ -176,6 +183,9 @@ class CellJudge:
         middle = _median(z, known)
         spread = max(1.0, 1.4826 * _median(np.abs(z - middle), known))
         z = (z - middle) / spread
+        # Errors of FP8 grow with the weight, so that a few large weights decide the gain of their cell.
+        if np.count_nonzero(known) >= _SCATTER_CELLS and not self._claim.code_dtype.is_float:
+            self._scatter = max(self._scatter, spread)
         odd = (np.abs(z) > _ODD) & (np.abs(deviation) > _HARMLESS)
         loud = known & (noise > 4 * max(usual, 1e-6) * ideal) & (noise > 1e-4 * signal)
         self._look(block.start, np.abs(z), odd | loud, noise / np.maximum(usual * ideal, 1e-30))

@@ -16,7 +16,7 @@ def another(key: str, change: Any) -> None:
                 not_here()
             config[key] = change(config[key]) if callable(change) else change
 
-    KINDS.append(Kind(f"another_{key}", plant))
+    KINDS.append(Kind(f"another_{key}", "configs", plant))
 
 
 for _key, _change in (

@@ -32,6 +32,7 @@ class Outcome(NamedTuple):
     """One plant: in which modes it was found."""
 
     subject: str
+    group: str
     kind: str
     found: dict[str, bool]
 
@@ -41,6 +42,9 @@ def plant_all(name: str, work: Path, kinds: Iterable[Kind] = KINDS) -> list[Outc
     origin, source = _origin(name, work)
     described = described_in(origin)
     outcomes = []
+    if name == WITH_ALL_FILES:
+        # It is large, and differs from the others in its files.
+        kinds = [kind for kind in kinds if kind.group in ("configs", "files")]
     for kind in kinds:
         folder = work / kind.name
         ground = Ground(origin, folder, described)
@@ -49,7 +53,7 @@ def plant_all(name: str, work: Path, kinds: Iterable[Kind] = KINDS) -> list[Outc
         except NotHereError:
             continue
         else:
-            outcomes.append(Outcome(name, kind.name, found_in(folder, source)))
+            outcomes.append(Outcome(name, kind.group, kind.name, found_in(folder, source)))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return outcomes
