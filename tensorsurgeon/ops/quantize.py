@@ -13,11 +13,11 @@ import numpy as np
 from tensorsurgeon.errors import NumericError, RecipeError, SpecError, did_you_mean
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.coding import Written, written_by
-from tensorsurgeon.formats.registry import format_named, quantization_config
+from tensorsurgeon.formats.registry import format_named
 from tensorsurgeon.models.selecting import refuse_stacked_experts, selected_linears
 from tensorsurgeon.ops.row_blocks import CHUNK_ROWS, chunk_rows, codes_scratch, is_large, stored_specs, written_rows
 from tensorsurgeon.ops.siblings import sibling_groups
-from tensorsurgeon.ops.stored_modules import model_dtype
+from tensorsurgeon.ops.stored_modules import model_dtype, stated_dtype
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.quant.rtn.backend import choose_backend
 from tensorsurgeon.quant.scheme import RULES, Quantized, Rule, Scheme
@@ -115,9 +115,12 @@ class Quantize:
         if weight.dtype not in WEIGHT_DTYPES:
             hint = "; dequantize it first" if not weight.dtype.is_float or weight.dtype.bits < 16 else ""
             raise SpecError(f"{weight.name}: cannot quantize {weight.dtype.name}; BF16, F16 or F32 is needed{hint}")
-        # Weights of a quantized source are in F32 on the way, which says nothing of the model's own dtype.
-        is_on_the_way = weight.dtype is F32 and quantization_config(specs.config) is not None
-        scheme = self.layout.resolve_scheme(self.scheme, model_dtype(specs) if is_on_the_way else weight.dtype)
+        # F32 weights come out of a quantized source, on the way or in a run before, and say nothing of the model's own dtype,
+        # in which scales are stored that have no dtype of the format's; both ways give the same bytes.
+        own = weight.dtype
+        if own is F32:
+            own = stated_dtype(specs) or (F32 if specs.unpacked is None else model_dtype(specs))
+        scheme = self.layout.resolve_scheme(self.scheme, own)
         return Written(self.layout, scheme, self.activations, self.method, self.where, self.exclude)
 
     def _local_tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:

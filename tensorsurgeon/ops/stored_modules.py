@@ -108,8 +108,13 @@ def _matrix(array: np.ndarray) -> np.ndarray:
 
 def model_dtype(specs: SpecMap) -> DType:
     """The element type that the model computes in, as its config says; BF16 if it does not."""
+    return stated_dtype(specs) or BF16
+
+
+def stated_dtype(specs: SpecMap) -> DType | None:
+    """The element type that the config says the model computes in; None if it says none."""
     for key in ("dtype", "torch_dtype"):
         for value in (specs.config.get(key), specs.config_value(key)):
             if isinstance(value, str) and value.removeprefix("torch.") in _CONFIG_DTYPES:
                 return DTYPES[_CONFIG_DTYPES[value.removeprefix("torch.")]]
-    return BF16
+    return None

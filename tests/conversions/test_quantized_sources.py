@@ -26,9 +26,7 @@ def test_from_fp8_in_one_command_is_dequantizing_in_f32_and_quantizing(transform
     plan = make_plan(load_transform(transform), open_checkpoint(fp8))
     run_plan(plan, tmp_path / "at_once")
     run_plan(make_plan(Dequantize(dtype="F32"), open_checkpoint(fp8)), tmp_path / "floats")
-    # Scales in the dtype that they have where the model is published in BF16.
-    scales = {"gptq-int4-g128": {}}.get(transform, {"scale_dtype": "BF16"})
-    run_plan(make_plan(load_transform(transform, scales), open_checkpoint(tmp_path / "floats")), tmp_path / "in_two")
+    run_plan(make_plan(load_transform(transform), open_checkpoint(tmp_path / "floats")), tmp_path / "in_two")
     at_once, in_two = read_all(tmp_path / "at_once"), read_all(tmp_path / "in_two")
     assert at_once.keys() == in_two.keys()
     quantized = [name for name in at_once if name.rpartition(".")[0] in plan.quantized]
