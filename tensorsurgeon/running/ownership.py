@@ -25,6 +25,8 @@ from tensorsurgeon.running.record import digest_of_file, read_record, recorded_f
 
 _CHUNK_BYTES: Final = 1 << 20
 PARTIAL: Final = ".partial"
+# What else a record may call a log: a stranger's record must not make a person's file ours.
+_LOG: Final = re.compile(r"\w+_log\.csv")
 _PARTIAL_SHARD: Final = re.compile(rf"({'|'.join(STEMS)})(-\d+-of-\d+)?\.safetensors\.partial")
 
 
@@ -60,6 +62,8 @@ def own_files(target: Path) -> set[str]:
         record = None
     if record is not None:
         own |= {RECORD_NAME, *record["shards"]}
+        logs = record.get("logs")
+        own |= {name for name in logs if isinstance(name, str) and _LOG.fullmatch(name)} if isinstance(logs, list) else set()
         own |= {found.name for found in recorded_files(record) if _digest(target / found.name) == [found.nbytes, found.digest]}
     return own
 

@@ -48,10 +48,13 @@ def written_ranges(plan: Plan, digests: dict[int, list[str]]) -> list[Range]:
 
 
 def file_digests(plan: Plan, folder: Path) -> dict[str, list[Any]]:
-    """Bytes and digest of every file beside the shards: config, index, and side files as they lie in ``folder``."""
+    """Bytes and digest of every file beside the shards: config, index, and side files as they lie in ``folder``.
+
+    Not of logs, which tell of times, so that two runs leave one record.
+    """
     index = {} if plan.layout.index_json is None else {plan.layout.index_name: plan.layout.index_json}
     found = {name: _sized(content) for name, content in {**plan.files.contents, **index}.items()}
-    for name in (*plan.files.copied, *plan.extra_files):
+    for name in plan.files.copied:
         found[name] = digest_of_file(folder / name)
     return dict(sorted(found.items()))
 
@@ -82,6 +85,7 @@ def record_bytes(plan: Plan, digests: dict[int, list[str]], folder: Path) -> byt
         "recipe": [f"{step!r}" for step in plan.steps],
         "source": {"tensors": len(plan.source.specs), "bytes": plan.source.weight_bytes},
         **({"calibration": plan.calibration} if plan.calibration else {}),
+        **({"logs": list(plan.extra_files)} if plan.extra_files else {}),
         "digest": _ALGORITHM,
     }
     head = json.dumps(document, indent=1)[:-2]

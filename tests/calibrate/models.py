@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,10 +79,7 @@ def write_ids(path: Path, *, rows: int = 6, length: int = 64, vocabulary: int = 
 
 
 def comparable(target: Path) -> dict[str, bytes]:
-    """Every file of an output, with the seconds in its log left out, and the digest that the record has of the log."""
+    """Every file of an output, with the seconds in its log left out."""
     content = folder_bytes(target)
     content[LOG_NAME] = repr([row._replace(seconds=0.0) for row in read_log(target / LOG_NAME)]).encode()
-    record = json.loads(content["surgeon.json"])
-    record.get("files", {}).pop(LOG_NAME, None)
-    content["surgeon.json"] = json.dumps(record).encode()
     return content

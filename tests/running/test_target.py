@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.errors import JournalError, SinkError, SourceError, TargetError
 from tensorsurgeon.ops.transpose import Transpose
 from tensorsurgeon.planning.plan import make_plan
+from tensorsurgeon.running.ownership import own_files
 from tensorsurgeon.running.run import run_plan
 from tests.checkpoints import (
     INDEX,
@@ -494,3 +496,16 @@ def test_a_file_system_that_takes_little_at_a_time_changes_no_byte(moe, tmp_path
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: whole(fd, data[:100], offset))
     apply([], moe, tmp_path / "t")
     assert_same(read_all(tmp_path / "t"), tiny_moe())
+
+
+@pytest.mark.parametrize(
+    ("logs", "is_ours"), [(["quant_log.csv"], True), (["notes.txt"], False), ("quant_log.csv", False), (None, False)]
+)
+def test_a_log_is_ours_where_the_record_says_so_and_nothing_else_is(logs, is_ours, moe, tmp_path):
+    run_plan(make_plan([], open_checkpoint(moe)), tmp_path / "t")
+    record = json.loads((tmp_path / "t" / "surgeon.json").read_text()) | {"logs": logs}
+    (tmp_path / "t" / "surgeon.json").write_text(json.dumps(record))
+    for name in ("quant_log.csv", "notes.txt"):
+        (tmp_path / "t" / name).write_text("x")
+    assert ("quant_log.csv" in own_files(tmp_path / "t")) is is_ours
+    assert "notes.txt" not in own_files(tmp_path / "t")
