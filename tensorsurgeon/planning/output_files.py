@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
@@ -59,7 +59,7 @@ def output_files(source: Checkpoint, resolved: Resolved, quantized: Mapping[str,
     if any(stored_in(rewrite.detail) for rewrites in resolved.rewrites for rewrite in rewrites):
         # Codes that were unpacked are floats now, or quantized anew; ``dtype`` stays: the model computes in it.
         config = without_quantization(config)
-    config = _with_dtype(config, source.specs, specs)
+    config = _with_dtype(config, source.specs, [spec for spec in specs.values() if spec.module not in quantized])
     if quantized:
         found = quantization_config(config) or config.get("quantization_config")
         if found:
@@ -81,10 +81,13 @@ def output_files(source: Checkpoint, resolved: Resolved, quantized: Mapping[str,
     return OutputFiles(contents, copied)
 
 
-def _with_dtype(config: dict[str, Any], before: SpecMap, after: SpecMap) -> dict[str, Any]:
-    """The config with the dtype that a cast gave to every matrix: readers would round to the old one again."""
+def _with_dtype(config: dict[str, Any], before: SpecMap, after: Iterable[TensorSpec]) -> dict[str, Any]:
+    """The config with the dtype that a cast gave to every matrix: readers would round to the old one again.
+
+    ``after``: the tensors that are left as floats; scales of quantized modules say nothing of the model.
+    """
     said = {key: value for key, value in config.items() if key in ("dtype", "torch_dtype") and isinstance(value, str)}
-    matrices = [spec for spec in after.values() if len(spec.shape) > 1 and spec.dtype in WEIGHT_DTYPES]
+    matrices = [spec for spec in after if len(spec.shape) > 1 and spec.dtype in WEIGHT_DTYPES]
     dtypes = {spec.dtype for spec in matrices}
     if not said or len(dtypes) != 1 or not any(_is_cast(before.get(spec.name), spec) for spec in matrices):
         return config

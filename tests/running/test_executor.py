@@ -161,6 +161,9 @@ class Lying:
 
     make: Callable
 
+    def identity(self):
+        return "lying"
+
     def plan(self, specs):
         spec = specs["x"]
         return (Rewrite((Region(spec),), (Region(spec._replace(shape=spec.shape[::-1])),)),)
