@@ -94,8 +94,11 @@ class CtPacked(CtFormat):
         return rows, words * 32 // scheme.num_bits
 
     def also_reads(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
-        """Zero points of a byte each, as they are before they are packed."""
-        return (TensorSpec("weight_zero_point", I8, (weight.shape[0], scheme.groups(weight.shape[1]))),)
+        """Zero points of a byte each, as they are before they are packed, and the shape in I32, as Kimi K2 has it."""
+        return (
+            TensorSpec("weight_zero_point", I8, (weight.shape[0], scheme.groups(weight.shape[1]))),
+            TensorSpec("weight_shape", I32, (2,)),
+        )
 
     def unpack(self, arrays: Mapping[str, np.ndarray], scheme: Scheme) -> Quantized:
         """CheckpointError if ``weight_shape`` does not fit the words."""

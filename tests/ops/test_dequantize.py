@@ -13,7 +13,7 @@ from tensorsurgeon.ops.dequantize import Dequantize
 from tensorsurgeon.planning.plan import make_plan
 from tensorsurgeon.running.run import run_plan
 from tensorsurgeon.tensors.dtypes import DTYPES
-from tests.checkpoints import apply, read_all, write_checkpoint
+from tests.checkpoints import apply, assert_same, read_all, write_checkpoint
 from tests.contract.ops import Case, OpContract, Refusal
 from tests.ops.arrays import BF16
 from tests.ops.quantized import CONFIG, MLP, config_of, dense, quantize, rewritten, write_quantized
@@ -182,3 +182,15 @@ def test_a_model_that_was_written_as_float_8_weights_comes_back_within_half_a_st
 
 def quantize_one(layout):
     return quantize(layout).__class__(where=("a.weight",), format=layout)
+
+
+def test_the_shape_beside_packed_words_may_be_in_i32_as_kimi_has_it(tmp_path):
+    source = write_quantized(tmp_path / "q", "ct-packed")
+    apply(Dequantize(), source, tmp_path / "wide")
+
+    def narrow(tensors):
+        for name in [name for name in tensors if name.endswith("weight_shape")]:
+            tensors[name] = tensors[name].astype(np.int32)
+
+    apply(Dequantize(), rewritten(tmp_path / "n", source, narrow), tmp_path / "narrow")
+    assert_same(read_all(tmp_path / "narrow"), read_all(tmp_path / "wide"))

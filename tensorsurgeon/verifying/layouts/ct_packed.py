@@ -35,7 +35,7 @@ class CtPacked(CodedWeight):
             Part("weight_packed", (I32,), ((rows, words_for(columns, bits)),)),
             Part("weight_scale", FLOATS, scale_shapes(claim, shape)),
             *(() if claim.symmetric else (Part("weight_zero_point", (I32,), zeros),)),
-            Part("weight_shape", (I64,), ((2,),)),
+            Part("weight_shape", (I64, I32), ((2,),)),
         )
 
     def codes(self, start: int, stop: int) -> np.ndarray:
