@@ -16,7 +16,7 @@ from tensorsurgeon.models.fused import describe
 from tensorsurgeon.models.roles import Role
 from tensorsurgeon.models.selecting import why_left
 from tensorsurgeon.planning.plan import Plan
-from tensorsurgeon.planning.rewriting import Rewrite, is_reversible
+from tensorsurgeon.planning.rewriting import Rewrite, is_reversible, op_name
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.tensors.spec import TensorSpec
 
@@ -101,7 +101,7 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
         "peak_unit_bytes": plan.peak_unit_bytes,
         "disk_bytes": plan.disk_bytes,
         "steps": [
-            {"op": type(step).__name__.lower(), "read": len(read), "made": len(made), "recipe": repr(step)}
+            {"op": op_name(step), "read": len(read), "made": len(made), "recipe": repr(step)}
             for step, (read, made) in zip(plan.steps, steps, strict=True)
         ],
         "dropped": _dropped(plan),
@@ -169,7 +169,9 @@ def _dequantized(plan: Plan) -> dict[str, int]:
 
 def one_way_steps(plan: Plan) -> list[str]:
     """Steps whose work nothing can undo."""
-    return [type(step).__name__.lower() for step in plan.steps if not is_reversible(step)]
+    return [
+        op_name(step) for step, rewrites in zip(plan.steps, plan.rewrites, strict=True) if rewrites and not is_reversible(step)
+    ]
 
 
 def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:

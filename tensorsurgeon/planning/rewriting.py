@@ -5,6 +5,7 @@ A transform states its rewrites once, as values; names, sizes, units and memory 
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -54,6 +55,11 @@ def reads_floats(step: Transform) -> bool:
 def writes_floats(step: Transform) -> bool:
     """Whether a step makes floats of all that is quantized; a class says so by ``writes_floats = True``."""
     return bool(getattr(type(step), "writes_floats", False))
+
+
+def op_name(step: Transform) -> str:
+    """What a recipe calls a step: ``split_experts`` of the class ``SplitExperts``."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(step).__name__).lower()
 
 
 def is_reversible(step: Transform) -> bool:

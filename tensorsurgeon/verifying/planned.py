@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.resolving import Piece, Task
+from tensorsurgeon.planning.rewriting import op_name
 from tensorsurgeon.tensors.spec import TensorSpec
 from tensorsurgeon.verifying.against import Pair, Pairing, Part, SameBytes, SameWeight
 from tensorsurgeon.verifying.described import Described, Module
@@ -137,7 +138,7 @@ def _note_dropped(plan: Plan, lineage: Lineage, findings: Findings) -> None:
     used = {piece.origin for pieces in plan.resolved.contents.values() for piece in pieces}
     used.update(piece.origin for task in plan.resolved.tasks for pieces in task.inputs for piece in pieces)
     by_step = {
-        region.spec.name: type(step).__name__.lower()
+        region.spec.name: op_name(step)
         for step, rewrites in zip(plan.steps, plan.rewrites, strict=True)
         for rewrite in rewrites
         if not rewrite.outputs
