@@ -62,7 +62,7 @@ def run_units(
     """
     todo = [number for number in (range(len(plan.units)) if only is None else only) if number not in done]
     with warming_up(plan, todo) as is_warm:
-        run = _Run(plan, source, sink, journal, max_ram_bytes, stop, progress, codes)
+        run = _Run(plan, source, sink, journal, workers, max_ram_bytes, stop, progress, codes)
         run.go(WorkQueue(plan, todo, is_warm), workers, len(todo))
     return {**done, **run.digests}
 
@@ -74,6 +74,7 @@ class _Run:
         source: Source,
         sink: Sink,
         journal: Journal,
+        workers: int,
         max_ram_bytes: int,
         stop: threading.Event,
         progress: Callable[[Progress], None],
@@ -85,6 +86,9 @@ class _Run:
         self.sink = sink
         self.journal = journal
         self.budget = max_ram_bytes
+        # A worker counts for at least this much, and may keep as much between units: the pages of large units, given back for
+        # each small one between them, cost more than the arithmetic.
+        self._share = min(plan.peak_unit_bytes, max_ram_bytes // workers)
         self.stop = stop
         self.progress = progress
         self.digests: dict[int, list[str]] = {}
@@ -130,9 +134,9 @@ class _Run:
             while (number := self._admit(queue, workspace, held)) is not None:
                 unit = self.plan.units[number]
                 # Given back when the next unit is asked for: until then the workspace keeps its buffers.
-                held = unit.peak_bytes
+                held = max(unit.peak_bytes, self._share)
                 try:
-                    digests = run_unit(unit, self.plan.steps, self.source, self.sink, workspace, self.codes)
+                    digests = run_unit(unit, self.plan.steps, self.source, self.sink, workspace, self.codes, held)
                     self._finish(UnitResult(number, digests, unit.written_bytes))
                 except BaseException:
                     with self._admission:
@@ -154,10 +158,10 @@ class _Run:
             self._in_flight -= held
             self._admission.notify_all()
             while not (self._failed.is_set() or self.stop.is_set()) and (number := queue.peek()) is not None:
-                peak = self.plan.units[number].peak_bytes
-                if not self._in_flight or self._in_flight + peak <= self.budget:
+                needed = max(self.plan.units[number].peak_bytes, self._share)
+                if not self._in_flight or self._in_flight + needed <= self.budget:
                     queue.take()
-                    self._in_flight += peak
+                    self._in_flight += needed
                     return number
                 workspace.clear()
                 self._admission.wait()

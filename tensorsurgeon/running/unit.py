@@ -42,12 +42,14 @@ def run_unit(
     sink: Sink,
     workspace: Workspace,
     codes: CodesProvider | None = None,
+    keep_bytes: int = 0,
 ) -> list[str]:
     """Read, apply, compare, write at the offset; the digest of each range written, in the unit's order.
 
-    ``codes`` hands over what calibration chose for the rewrites whose method asks for it.
+    ``codes`` hands over what calibration chose for the rewrites whose method asks for it. ``keep_bytes``: what the workspace
+    may hold although this unit needs less.
     """
-    workspace.reset(unit.peak_bytes)
+    workspace.reset(max(unit.peak_bytes, keep_bytes))
     made: dict[int, Array] = {}
     for task in unit.tasks:
         arrays = _apply(task, steps, source, made, codes)

@@ -15,8 +15,9 @@ from tensorsurgeon.quant.loops.kept import keep
 F = TypeVar("F", bound=Callable[..., Any])
 
 # ``error_model="numpy"`` divides as IEEE says instead of testing for zero, which would keep the loops scalar. ``fastmath``
-# stays off: it divides by multiplying with a reciprocal, which gives other codes than the tools'.
-_OPTIONS: Final[dict[str, Any]] = {"nogil": True, "error_model": "numpy"}
+# stays off: it divides by multiplying with a reciprocal, which gives other codes than the tools'. Without numba's runtime
+# (``_nrt``) an allocation is a compile error, and kept code runs without it (``kept.py``).
+_OPTIONS: Final[dict[str, Any]] = {"nogil": True, "error_model": "numpy", "_nrt": False}
 
 
 def inline(function: F) -> F:
