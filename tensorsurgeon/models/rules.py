@@ -29,7 +29,8 @@ _ADAPTER = _words(r"^lora_[ab]$")
 _NORM = _words(r"norm|^ln(_|\d|$)|_ln(_|$)")
 _RESIDUAL = _words(r"hyper_connection|altup|laurel|(^|_)res_proj$|^ple$|^per_layer_")
 _INDEXER = _words(r"^(indexer|compressor)$|^index_")
-_EMBEDDING = _words(r"embed|^w[tp]e$|relative_attention_bias")
+# A linear may be called after the embedding that it projects (Gemma: `embedding_projection`).
+_EMBEDDING = _words(r"embed(?!.*proj)|^w[tp]e$|relative_attention_bias")
 _HEAD = _words(r"^(lm_head|head|output|embed_out)$")
 _SHARED_GATE: Final = "shared_expert_gate"
 _SHARED = _words(r"^shared?_(experts?|mlp)$")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tensorsurgeon.errors import NoMatchError, PlanError, RecipeError, SpecError
-from tensorsurgeon.models.describe import describe_model
+from tensorsurgeon.models.describe import describe_model, unquantized_linears
 from tensorsurgeon.models.families import family_names, family_of, read_family
 from tensorsurgeon.models.mtp import head_expressions, head_paths
 from tensorsurgeon.models.roles import Role
@@ -229,3 +229,10 @@ def test_a_data_file_with_a_fault_is_named(text, message, tmp_path):
     path.write_text(text)
     with pytest.raises(RecipeError, match=message):
         read_family(path)
+
+
+def test_a_linear_called_after_the_embedding_that_it_projects_is_kept_out_of_the_config():
+    name = "model.embed_vision.embedding_projection"
+    specs = specs_of({**ends(), **attention(f"{LAYER}.self_attn"), f"{name}.weight": (HIDDEN, INNER)})
+    assert describe_model(specs).role(f"{name}.weight") is Role.PROJECTOR
+    assert name in unquantized_linears(specs, {})
