@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 
 
 class SurgeonError(Exception):
@@ -185,6 +184,9 @@ class VerifyError(SurgeonError):
 
 def our_fault() -> str:
     """What to do about a fault that is nobody's but this package's; with the address, where the package was given one."""
+    # Half as long to import as all else here, for the rarest of messages.
+    from importlib import metadata
+
     try:
         urls = metadata.metadata("tensorsurgeon").get_all("Project-URL") or []
     except metadata.PackageNotFoundError:

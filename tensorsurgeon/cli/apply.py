@@ -50,12 +50,13 @@ def apply(
     surgeon apply split-experts model out --then my-renames.yaml --max-ram 8GB --workers 4
     surgeon apply gptq-int4-g128 Qwen3.6-35B-A3B out --calibration chats.jsonl:3 --calibration prose.txt
     """
-    from tensorsurgeon.engines.advice import check_requirements
-
     if resume and overwrite:
         raise click.UsageError("--resume continues a run and --overwrite replaces it; give one of them")
     made = plan_named(transform, then, settings_for(calibration, settings), backend, source, max_shard_size)
-    check_requirements(made, require)
+    if require:
+        from tensorsurgeon.engines.advice import check_requirements
+
+        check_requirements(made, require)
     if not quiet:
         for name in made.source.left_behind:
             note(f"note: {name} stays behind: it holds other weights than this checkpoint's")

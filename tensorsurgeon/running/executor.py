@@ -25,6 +25,10 @@ from tensorsurgeon.tensors.arrays import Workspace, workspace_of_thread
 COMMIT_BYTES = 32 << 20
 
 
+# Experts and pieces of large weights fit; what is larger is rare.
+_KEPT_BYTES = 32 << 20
+
+
 class UnitResult(NamedTuple):
     """What a finished unit wrote."""
 
@@ -88,7 +92,7 @@ class _Run:
         self.budget = max_ram_bytes
         # A worker counts for at least this much, and may keep as much between units: the pages of large units, given back for
         # each small one between them, cost more than the arithmetic.
-        self._share = min(plan.peak_unit_bytes, max_ram_bytes // workers)
+        self._share = min(plan.peak_unit_bytes, max_ram_bytes // workers, _KEPT_BYTES)
         self.stop = stop
         self.progress = progress
         self.digests: dict[int, list[str]] = {}
