@@ -28,7 +28,7 @@ def block_scales_are_missing(s: Spoilt) -> None:
     s.drop(f"{E1}.weight_scale_inv")
 
 
-@planted("ct-packed", "missing-tensor", f"{E1}.weight_shape", "is missing", "I64[2]")
+@planted("ct-packed", "missing-tensor", f"{E1}.weight_shape", "is missing", "I64")
 def weight_shape_is_missing(s: Spoilt) -> None:
     s.drop(f"{E1}.weight_shape")
 
@@ -109,9 +109,9 @@ def scales_in_double_precision(s: Spoilt) -> None:
     s.tensors[f"{E1}.scales"] = s.tensors[f"{E1}.scales"].astype(np.float64)
 
 
-@planted("ct-packed", "dtype", f"{E1}.weight_shape", "is I32", "I64")
-def weight_shape_in_32_bits(s: Spoilt) -> None:
-    s.tensors[f"{E1}.weight_shape"] = s.tensors[f"{E1}.weight_shape"].astype(np.int32)
+@planted("ct-packed", "dtype", f"{E1}.weight_shape", "is F32", "I64 or I32")
+def weight_shape_in_floats(s: Spoilt) -> None:
+    s.tensors[f"{E1}.weight_shape"] = s.tensors[f"{E1}.weight_shape"].astype(np.float32)
 
 
 @planted("ct-int", "dtype", f"{E1}.weight", "is U8", "I8")
