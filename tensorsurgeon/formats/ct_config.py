@@ -6,6 +6,7 @@ vLLM and SGLang still pin are written, with every null: old readers want them an
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -101,9 +102,9 @@ class CtFormat(Format):
         """The layout of each group (``format``), or what its arguments make it; one for each that there is."""
         return Word(f"{TOP}.format", _layouts(config) or (config.get("format"),))
 
+    @abstractmethod
     def group_args(self, activations: str) -> GroupArgs:
         """What groups of this layout say; ``activations`` is one of the format's."""
-        raise NotImplementedError(self.name)
 
     def config_files(self, model: QuantizedModel) -> ConfigFiles:
         """One group for each scheme."""
