@@ -106,7 +106,7 @@ def verify(
         check_experts(checkpoint.specs, checkpoint.specs.config_value, findings)
         check_expert_shapes(checkpoint.specs, described, findings)
         global_scales = check_values(reader, described.modules.values(), findings, count)
-        check_global_scales(global_scales, findings)
+        check_global_scales(checkpoint.specs, global_scales, findings)
         equal = 0
         compared: list[Fidelity] = []
         if source is not None:

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from tensorsurgeon.models.fused import fused_name
+from tensorsurgeon.models.fused import Fusions, fused_name
 
 _FILE: Final = Path(__file__).with_name("vllm.json")
 _STACKS: Final = Path(__file__).with_name("transformers.json")
@@ -23,7 +23,8 @@ class Answer(NamedTuple):
     """An engine's answer for one architecture.
 
     ``how``: asked or read. ``takes``, ``never``: paths within a layer, numbers as ``*`` and fused as the engine has them,
-    of linears that it builds with a quantization config, and without. ``fused``: the engine's linear and its parts.
+    of linears that it builds with a quantization config, and without. ``fused``: the engine's linear and its parts, as it
+    declares them; ``stacked``: what its loader puts together besides.
     """
 
     engine: str
@@ -32,6 +33,11 @@ class Answer(NamedTuple):
     takes: frozenset[str]
     never: frozenset[str]
     fused: Mapping[str, tuple[str, ...]]
+    stacked: Mapping[str, tuple[str, ...]]
+
+    def fusions(self) -> Fusions:
+        """What this class runs as one linear."""
+        return Fusions([*self.fused.items(), *self.stacked.items()], self.takes | self.never)
 
     def builds_without_config(self, path: str) -> bool:
         """Whether the engine builds the linear at this path of a layer, or the one it is fused into, without a config."""
@@ -101,6 +107,7 @@ def _answer(architecture: str) -> Answer:
         frozenset(map(_inside, entry["takes"])),
         frozenset(map(_inside, entry.get("never") or ())),
         {fused: tuple(parts) for fused, parts in (entry.get("fused") or {}).items()},
+        {fused: tuple(parts) for fused, parts in (entry.get("stacked") or {}).items()},
     )
 
 
