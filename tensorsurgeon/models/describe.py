@@ -104,6 +104,11 @@ class Model:
         self._by_name[name] = found
         return found
 
+    @cached_property
+    def has_parts(self) -> bool:
+        """Whether the text model is one part of several, which has a config of its own."""
+        return self.sizes.has_text_config
+
     def role(self, name: str) -> Role | None:
         """The role of a tensor, of MTP heads and towers the part; None where nothing known decides it."""
         return self.use(name).role

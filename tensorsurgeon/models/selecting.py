@@ -40,8 +40,20 @@ def selected_linears(specs: SpecMap, where: Sequence[str], exclude: Sequence[str
     _refuse_left_over(specs, model, chosen, linears)
     _refuse_transposed(specs, model, linears)
     if chosen and not linears:
-        raise NoMatchError(f"none of the {len(chosen)} tensors that {', '.join(where)} selects is a linear's weight")
+        raise NoMatchError(
+            f"none of the {len(chosen)} tensors that {', '.join(where)} selects is a linear's weight{_built_float(specs, model)}"
+        )
     return linears
+
+
+def _built_float(specs: SpecMap, model: Model) -> str:
+    """Where engines build all linears without a config: the first of them, why it stays, and how it is quantized all the same."""
+    for name in specs:
+        use = model.use(name)
+        if use.role in LINEARS and not use.has_config and _is_linear(specs, model, name):
+            pattern = "{path*}." + masked(name).rpartition("*.")[2]
+            return f"; {name}: {use.how}, so codes would have no reader; '{pattern}' in where quantizes it for another engine"
+    return ""
 
 
 def _is_linear(specs: SpecMap, model: Model, name: str) -> bool:

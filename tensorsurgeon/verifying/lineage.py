@@ -67,6 +67,8 @@ class Lineage:
                 task, _ = self.task_of(piece)
                 if self.step_of(task) not in _COMPUTED or not all(map(self.can_compute, task.inputs)):
                     return False
+                if self.step_of(task) == "Dequantize" and task.rewrite.inputs[0].spec.module not in self._modules.modules:
+                    return False
         return True
 
     def read(self, pieces: Sequence[Piece], start: int, nbytes: int) -> np.ndarray:
