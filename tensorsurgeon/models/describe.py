@@ -221,7 +221,7 @@ class Model:
         if found is None and is_layer:
             found = role_inside(f"{head}*", path, leaf, shape, self._known)
         elif found is None:
-            found = role_outside([*outer, *path], leaf, shape)
+            found = role_outside([*outer, *path], leaf, shape, self.sizes.hidden)
         if part is None and is_layer and self._has_language_model and _LANGUAGE_MODEL.search(head) is None:
             return Use(Role.OTHER, None, "layers outside the language model")
         if part is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensorsurgeon.calibrate.walk.building import model_builder
 from tensorsurgeon.calibrate.walk.naming import Loading, NameMap, ParameterRows, map_names, trace_rows
 from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.tensor_reader import TensorReader
@@ -23,7 +24,6 @@ logger = logging.getLogger(__name__)
 ReadWeight = Callable[[str], Tensor]
 
 _CPU = torch.device("cpu")
-_TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class StreamedModel:
@@ -39,7 +39,7 @@ class StreamedModel:
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
-        self.model = _build_on_meta(checkpoint, experts_implementation)
+        self.model = _on_meta(model_builder(checkpoint, experts_implementation))
         self.dtype: torch.dtype = self.model.dtype
         self.layer_names, self.layers = _decoder_layers(self.model)
         self.names: NameMap = map_names(self.model, list(checkpoint.specs))
@@ -167,43 +167,15 @@ def read_weights(reader: TensorReader) -> ReadWeight:
     return read
 
 
-def _build_on_meta(checkpoint: Checkpoint, experts_implementation: str | None) -> Any:
-    import transformers
-
-    if not checkpoint.config:
-        raise CheckpointError("has no config.json; the layer walk needs it to build the model", where=str(checkpoint.root))
-    if checkpoint.config.get("quantization_config"):
-        raise CheckpointError("is quantized; calibrate the original checkpoint", where=str(checkpoint.root))
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(checkpoint.root))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"transformers {transformers.__version__} does not know this model ({str(error).splitlines()[0]}); without its "
-            "forward there is no calibration, RTN needs none",
-            where=str(checkpoint.root),
-        ) from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise PlanError(f"{config.model_type}: encoder-decoder models cannot be walked; only decoder layers in a list can")
-    architecture = (config.architectures or [""])[0]
-    model_class: Any = getattr(transformers, architecture, None) or transformers.AutoModelForCausalLM
-    build = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
-    arguments = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
+def _on_meta(build: Callable[[], Any]) -> Any:
     with torch.device("meta"), torch.no_grad():
-        model = build(config, dtype=_dtype_of(config), **arguments).eval()
+        model = build()
     plan = model._get_dtype_plan(model.dtype)
     for name, parameter in list(model.named_parameters()):
         if any(part in name for part in plan):
             owner = model.get_submodule(name.rpartition(".")[0])
             owner._parameters[name.rpartition(".")[2]] = nn.Parameter(parameter.float(), requires_grad=False)
     return model.requires_grad_(False)
-
-
-def _dtype_of(config: Any) -> torch.dtype:
-    for part in (config, config.get_text_config()):
-        dtype = getattr(part, "dtype", None)
-        if dtype is not None:
-            return dtype if isinstance(dtype, torch.dtype) else _TORCH_DTYPES[str(dtype)]
-    return torch.bfloat16
 
 
 def _decoder_layers(model: Any) -> tuple[list[str], list[nn.Module]]:
