@@ -61,7 +61,8 @@ def run_plan(
 ) -> RunResult:
     """Write the planned checkpoint into the folder ``target``; ``execute`` decides in which order units run.
 
-    ``command`` is what a person typed; a stopped run keeps it, so that it can be continued without typing it again.
+    ``command`` is what a person typed: transform, source and options; a stopped run keeps it with the folder it was typed in,
+    so that it can be continued without typing it again.
 
     Neither ``workers`` nor ``max_ram_bytes`` changes a byte of it. Raises TargetError before anything is written
     if the folder cannot be used, ExecutionError if the run stops, which ``resume`` then continues.
