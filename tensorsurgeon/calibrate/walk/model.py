@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tensorsurgeon.calibrate.walk.buffers import Buffers
-from tensorsurgeon.calibrate.walk.naming import Loading, NameMap, ParameterRows, map_names, trace_rows
+from tensorsurgeon.calibrate.walk.lines import Traced
+from tensorsurgeon.calibrate.walk.naming import Loading, NameMap, map_names, trace_lines
 from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import CheckpointError, PlanError
@@ -79,9 +80,9 @@ class StreamedModel:
         """The checkpoint tensors that make a layer."""
         return [name for loading in self._by_layer[number] for name in loading.names]
 
-    def traced_rows(self, number: int) -> dict[str, list[tuple[int, ParameterRows]]]:
-        """For each checkpoint tensor of a layer, which rows of which parameters its rows become."""
-        return trace_rows(self.names, self._by_layer[number], self.checkpoint.specs, self._shapes)
+    def traced(self, number: int) -> Traced:
+        """For each checkpoint tensor of a layer, which lines of which parameters its rows and columns become."""
+        return trace_lines(self.names, self._by_layer[number], self.checkpoint.specs, self._shapes)
 
     @contextmanager
     def layer(self, number: int, read: ReadWeight) -> Iterator[nn.Module]:
