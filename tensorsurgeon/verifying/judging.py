@@ -105,7 +105,7 @@ def verify(
         check_experts(checkpoint.specs, checkpoint.specs.config_value, findings)
         check_expert_shapes(checkpoint.specs, described, findings)
         global_scales = check_values(reader, described.modules.values(), findings, count)
-        check_global_scales(global_scales, findings)
+        check_global_scales(checkpoint.specs, global_scales, findings)
         if digested is not None and not any(fault.kind in ("digest", "record") for fault in findings.faults):
             findings.excuse("zero-scale", {fault.where for fault in findings.faults}, "the run wrote them so")
         equal = 0
