@@ -58,7 +58,8 @@ class Hub:
         names = {b.sha256: n for r in self.storage.repositories.values() for c in r.commits.values() for n, b in c.items()}
         for request in self.requests:
             sha256 = request.path.rpartition("/")[2]
-            if request.method == "GET" and "/stored/" in request.path and request.nbytes == self.storage.blobs[sha256].nbytes:
+            whole = request.span is None and "/stored/" in request.path
+            if request.method == "GET" and whole and request.nbytes == self.storage.blobs[sha256].nbytes:
                 counts[names[sha256]] = counts.get(names[sha256], 0) + 1
         return counts
 
