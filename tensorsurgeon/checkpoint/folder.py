@@ -185,11 +185,11 @@ def _open_on_the_hub(address: HubAddress, text: str, tolerant: bool) -> Checkpoi
     try:
         store = find_on_the_hub(address)
     except CheckpointError as error:
-        if error.where != str(address) or text.startswith("hf://"):
+        if error.where != str(address) or text.startswith("hf:"):
             raise
         # It may have been meant as a folder.
         raise type(error)(
-            f"no such file or folder here, and as a model on the Hub it {error.message}", where=text, remedy=error.remedy
+            f"no such file or folder here, and as a model on the Hub: {error.message}", where=text, remedy=error.remedy
         ) from error
     return open_store(store, tolerant)
 

@@ -81,7 +81,7 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
         "family": describe_model(plan.source.specs).known_by,
         "dequantized": _dequantized(plan),
         "source": {
-            "path": str(plan.source.root),
+            "path": str(plan.source),
             "tensors": len(plan.source.specs),
             "bytes": plan.source.weight_bytes,
             "shards": len(plan.source.shards),

@@ -58,7 +58,7 @@ def identity_of(plan: Plan) -> dict[str, Any]:
     return {
         "fingerprint": plan.fingerprint,
         "recipe": [repr(step) for step in plan.steps],
-        "source": {name: [stamp.nbytes, stamp.modified_ns, stamp.inode] for name, stamp in plan.source.stamps.items()},
+        "source": plan.source.identity,
     }
 
 

@@ -191,7 +191,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             self._write(bytes(chunk))
-            time.sleep(self.server_hub.seconds_per_mb * len(chunk) / (1 << 20))
+            if self.server_hub.seconds_per_mb:
+                time.sleep(self.server_hub.seconds_per_mb * len(chunk) / (1 << 20))
 
     def _create(self) -> None:
         if self._token() not in self.server_hub.tokens:

@@ -130,7 +130,7 @@ def test_offline_it_has_to_be_in_the_cache(hub: Hub, model: Path, monkeypatch: p
     open_checkpoint("owner/tiny")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        CheckpointError, match="no such file or folder here, and as a model on the Hub it is not complete in the cache"
+        CheckpointError, match="no such file or folder here, and as a model on the Hub: is not complete in the cache"
     ):
         open_checkpoint("owner/tiny")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -185,7 +185,7 @@ def test_faults_that_stay_are_told_at_once(
         hub.faults.add("/api/models", times=99, **fault)
     with pytest.raises(CheckpointError, match=message) as told:
         open_checkpoint(name)
-    assert str(told.value).startswith(f"{name}: no such file or folder here, and as a model on the Hub it")
+    assert str(told.value).startswith(f"{name}: no such file or folder here, and as a model on the Hub: ")
     assert not waits
 
 

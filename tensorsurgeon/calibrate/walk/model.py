@@ -102,7 +102,7 @@ class StreamedModel:
         try:
             self._fill(decoder_name, module, needed, read, complete=False)
             if embedding.weight.is_meta:
-                raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint.root))
+                raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint))
             yield self.model
         finally:
             for child in module.modules():
@@ -126,7 +126,7 @@ class StreamedModel:
                 raise CheckpointError(
                     f"{prefix}: no tensor of the checkpoint makes {', '.join(missing[:4])}"
                     + (f" and {len(missing) - 4} more" if len(missing) > 4 else ""),
-                    where=str(self.checkpoint.root),
+                    where=str(self.checkpoint),
                 )
 
     def _set(self, target: str, value: Tensor) -> None:
@@ -136,7 +136,7 @@ class StreamedModel:
         if value.shape != known.shape:
             raise CheckpointError(
                 f"{target}: the checkpoint has {list(value.shape)}, the config says {list(known.shape)}",
-                where=str(self.checkpoint.root),
+                where=str(self.checkpoint),
             )
         # The meta parameter has the dtype that transformers gives it, F32 where it keeps F32.
         value = value.to(device=self.device, dtype=known.dtype)
@@ -152,7 +152,7 @@ def check_weight(reader: TensorReader, name: str) -> TensorSpec:
     if not spec.dtype.is_float or spec.dtype.bits < 16:
         raise CheckpointError(
             f"{spec}: the walk needs weights in BF16, F16 or F32; dequantize the checkpoint first",
-            where=str(reader.checkpoint.root),
+            where=str(reader.checkpoint),
         )
     return spec
 
@@ -171,16 +171,16 @@ def _build_on_meta(checkpoint: Checkpoint, experts_implementation: str | None) -
     import transformers
 
     if not checkpoint.config:
-        raise CheckpointError("has no config.json; the layer walk needs it to build the model", where=str(checkpoint.root))
+        raise CheckpointError("has no config.json; the layer walk needs it to build the model", where=str(checkpoint))
     if checkpoint.config.get("quantization_config"):
-        raise CheckpointError("is quantized; calibrate the original checkpoint", where=str(checkpoint.root))
+        raise CheckpointError("is quantized; calibrate the original checkpoint", where=str(checkpoint))
     try:
         config = transformers.AutoConfig.from_pretrained(str(checkpoint.root))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"transformers {transformers.__version__} does not know this model ({str(error).splitlines()[0]}); without its "
             "forward there is no calibration, RTN needs none",
-            where=str(checkpoint.root),
+            where=str(checkpoint),
         ) from error
     if getattr(config, "is_encoder_decoder", False):
         raise PlanError(f"{config.model_type}: encoder-decoder models cannot be walked; only decoder layers in a list can")

@@ -128,8 +128,8 @@ def read_range(
         with http.http_stream_backoff(
             "GET", url, headers=headers, timeout=_SECONDS, retry_on_exceptions=(), retry_on_status_codes=()
         ) as response:
-            http.hf_raise_for_status(response)
             _refuse_another(response, file, where, error)
+            http.hf_raise_for_status(response)
             if response.status_code != 206 and (start, stop) != (0, file.nbytes):
                 # To read on would be to download the file.
                 raise error("is not served in parts; download the model and name its folder", where=where)

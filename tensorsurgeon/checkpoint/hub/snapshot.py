@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-_SCHEME: Final = "hf://"
+# With one slash too: paths that go through ``pathlib`` lose the other.
+_SCHEME: Final = r"(?:hf://?)?"
 _PART: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.))*"
-_ADDRESS: Final = re.compile(rf"({_PART}/{_PART})(?:@([^\s@]+))?")
+_ADDRESS: Final = re.compile(rf"{_SCHEME}({_PART}/{_PART})(?:@([^\s@]+))?")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
@@ -54,7 +55,7 @@ class Snapshot(NamedTuple):
 
 def hub_address(text: str) -> HubAddress | None:
     """The model that ``owner/name``, ``owner/name@revision`` or the same after ``hf://`` names; None for any other text."""
-    found = _ADDRESS.fullmatch(text.removeprefix(_SCHEME))
+    found = _ADDRESS.fullmatch(text)
     if found is None or found[1].endswith(".safetensors"):
         return None
     return HubAddress(found[1], found[2])
