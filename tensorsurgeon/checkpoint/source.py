@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +17,9 @@ class Source:
     Reads copy into a caller's buffer instead of mapping the file: a mapped page costs a fault each time, counts as
     resident memory, and turns a truncated file into a signal instead of a message.
     """
+
+    is_streamed = False
+    """Whether shards come and go while a run lasts, so that they are best read in their order."""
 
     def __init__(self, checkpoint: Checkpoint, shards: Iterable[int] | None = None) -> None:
         self._paths: Sequence[str] = [str(shard.path) for shard in checkpoint.shards]
@@ -50,6 +53,22 @@ class Source:
         """Fill ``buffer`` from byte ``start`` of a tensor, by its number in the checkpoint's order."""
         where = self._locations[tensor]
         self.read_into(where.shard, where.offset + start, buffer)
+
+    def follow(self, steps: Sequence[Collection[int]], keep_steps: int | None = None) -> None:
+        """What will be read, step after step: the shards of each. Of use to a source that is streamed."""
+
+    def held(self, step: int) -> Collection[int]:
+        """The shards that can be read during all of a step; all of them, where none is fetched."""
+        return range(len(self._paths))
+
+    def passed(self, step: int) -> None:
+        """Nothing of this step will be read again, not even by a run that resumes this one."""
+
+    def give_up(self) -> None:
+        """The run has failed: whoever waits for bytes need not."""
+
+    def discard(self) -> None:
+        """The run is finished: nothing that was kept of the source stays."""
 
     def close(self) -> None:
         for fd in self._fds.values():

@@ -74,6 +74,7 @@ class Handler(BaseHTTPRequestHandler):
     def _serve(self, method: str) -> None:
         self.sent = 0
         self.status = 0
+        self.server_hub.under_way += 1
         path = urlsplit(self.path).path
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.fault = self.server_hub.faults.take(f"{self.command} {path}") or Fault("")
@@ -84,9 +85,11 @@ class Handler(BaseHTTPRequestHandler):
                 said = {"X-Error-Code": answer.code, "X-Error-Message": answer.message}
                 headers = {name: value for name, value in said.items() if value} | answer.headers
                 self._send(answer.status, b'{"error":"%s"}' % answer.message.encode(), headers)
+        # A client that has the last byte goes on before this is noted.
         self.server_hub.requests.append(
             Request(self.command, path, self.status, self.sent, self.headers.get("Range"), self._token())
         )
+        self.server_hub.under_way -= 1
 
     def _route(self, method: str, path: str) -> None:
         if self.fault.stall is not None:

@@ -13,14 +13,23 @@ import re
 import sys
 import tempfile
 import threading
+import time
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from tests.hub.faults import Faults
 from tests.hub.handler import Handler, Request
 from tests.hub.repositories import Storage
 
 TOKEN = "hf_of_the_tests"
+
+
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that goes away is no fault."""
 
 
 class Hub:
@@ -33,13 +42,13 @@ class Hub:
         self.tokens = {TOKEN}
         # Seconds that each megabyte of a stored file takes, so that a test can look at a run under way.
         self.seconds_per_mb = 0.0
+        self.under_way = 0
         hub = self
 
         class Own(Handler):
             server_hub = hub
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Own)
-        self._server.daemon_threads = True
+        self._server = _Quiet(("127.0.0.1", 0), Own)
         self.port = self._server.server_address[1]
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self.stored_at = f"http://localhost:{self.port}"
@@ -49,11 +58,19 @@ class Hub:
         self._server.shutdown()
         self._server.server_close()
 
+    def settle(self) -> None:
+        """Wait until what was answered is noted."""
+        until = time.monotonic() + 5
+        while self.under_way and time.monotonic() < until:
+            time.sleep(0.001)
+
     def sent_bytes(self, pattern: str = "") -> int:
+        self.settle()
         return sum(r.nbytes for r in self.requests if re.search(pattern, r.path))
 
     def fetched(self) -> dict[str, int]:
         """How often each stored file was sent as a whole."""
+        self.settle()
         counts: dict[str, int] = {}
         names = {b.sha256: n for r in self.storage.repositories.values() for c in r.commits.values() for n, b in c.items()}
         for request in self.requests:
