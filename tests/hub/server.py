@@ -71,6 +71,10 @@ class Hub:
     def fetched(self) -> dict[str, int]:
         """How often each stored file was sent as a whole."""
         self.settle()
+        return self.fetched_so_far()
+
+    def fetched_so_far(self) -> dict[str, int]:
+        """The same, while requests are answered."""
         counts: dict[str, int] = {}
         names = {b.sha256: n for r in self.storage.repositories.values() for c in r.commits.values() for n, b in c.items()}
         for request in self.requests:
