@@ -29,6 +29,7 @@ _MAX_NAME_PARTS = 200
 _MAX_PATHS = 6 * MAX_HEADER_BYTES
 _METADATA = "__metadata__"
 _KEYS = {"dtype", "shape", "data_offsets"}
+NO_STAMP = Stamp(0, 0, 0, 0)
 
 
 class Entry(NamedTuple):
@@ -47,8 +48,8 @@ class ShardHeader(NamedTuple):
     file_bytes: int
     # The raw JSON, so that a fingerprint can notice any change.
     raw: bytes
-    # Of the file when it was read; only headers made in memory have none.
-    stamp: Stamp = Stamp(0, 0, 0, 0)
+    # Of the file when it was read; headers made in memory have none, nor have those of files elsewhere.
+    stamp: Stamp = NO_STAMP
 
 
 def read_header(path: Path) -> ShardHeader:
@@ -75,18 +76,7 @@ def _read_json_bytes(fd: int, file_bytes: int, path: Path) -> bytes:
     head = os.pread(fd, 8, 0)
     if head == b"version " and is_lfs_pointer(os.pread(fd, 64, 0)):
         raise HeaderError("is a Git LFS pointer and not the file itself; run git lfs pull", where=str(path))
-    length = int.from_bytes(head, "little")
-    if length > MAX_HEADER_BYTES:
-        raise HeaderError(
-            f"the header claims {length} bytes, more than the {MAX_HEADER_BYTES} that safetensors allows; "
-            "this is no safetensors file, or a damaged one",
-            where=str(path),
-        )
-    if 8 + length > file_bytes:
-        raise HeaderError(
-            f"the header claims {length} bytes but the file ends after {file_bytes}; it is truncated, download it again",
-            where=str(path),
-        )
+    length = header_bytes(head, file_bytes, str(path))
     chunks = []
     position = 8
     while position < 8 + length:
@@ -96,6 +86,23 @@ def _read_json_bytes(fd: int, file_bytes: int, path: Path) -> bytes:
         chunks.append(chunk)
         position += len(chunk)
     return b"".join(chunks)
+
+
+def header_bytes(head: bytes, file_bytes: int, where: str) -> int:
+    """How long the JSON of a header is, by the first eight bytes of its file; HeaderError for what no reader accepts."""
+    length = int.from_bytes(head, "little")
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(
+            f"the header claims {length} bytes, more than the {MAX_HEADER_BYTES} that safetensors allows; "
+            "this is no safetensors file, or a damaged one",
+            where=where,
+        )
+    if 8 + length > file_bytes:
+        raise HeaderError(
+            f"the header claims {length} bytes but the file ends after {file_bytes}; it is truncated, download it again",
+            where=where,
+        )
+    return length
 
 
 def parse_header(raw: bytes, file_bytes: int, path: Path) -> ShardHeader:

@@ -25,6 +25,14 @@ from tensorsurgeon.tensors.sizes import parse_size, show_size
 @click.option("--max-ram", metavar="SIZE", help="Cap on the tensors in flight, such as 8GB; half of the free memory by default.")
 @click.option("--resume", is_flag=True, help="Continue the run that was stopped in TARGET; alone with TARGET: as it was begun.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that TARGET holds.")
+@click.option(
+    "--ahead",
+    type=click.IntRange(1, 64),
+    default=2,
+    show_default=True,
+    help="Shards of a SOURCE on the Hub that are fetched before they are read; more need more disk.",
+)
+@click.option("--keep-source", is_flag=True, help="Keep the shards of a SOURCE on the Hub in its cache.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar and no messages.")
 @json_option
 @calibration_options
@@ -41,6 +49,8 @@ def apply(
     max_ram: str | None,
     resume: bool,
     overwrite: bool,
+    ahead: int,
+    keep_source: bool,
     quiet: bool,
     as_json: bool,
     calibration: Mapping[str, Any],
@@ -75,7 +85,7 @@ def apply(
         try:
             result, summary = run_with_calibration(
                 made, target, calibration, note=None if quiet else note, workers=workers, max_ram_bytes=cap, resume=resume,
-                overwrite=overwrite, stop=stop, progress=lambda p: advance(p.nbytes),
+                overwrite=overwrite, stop=stop, ahead=ahead, keep_source=keep_source, progress=lambda p: advance(p.nbytes),
                 command=(transform, source, *words_given(context)),
             )  # fmt: skip
         except SurgeonError as error:

@@ -206,13 +206,13 @@ def _result(
     source: Checkpoint | None, equal: int, compared: list[Fidelity] | tuple[Fidelity, ...], findings: Findings,
 ) -> Verification:  # fmt: skip
     return Verification(
-        path=path,
+        path=path if checkpoint is None or checkpoint.snapshot is None else Path(str(checkpoint)),
         tensors=0 if checkpoint is None else len(checkpoint.specs),
         nbytes=0 if checkpoint is None else checkpoint.weight_bytes,
         quantization=label,
         schemes=dict(Counter(module.claim.describe() for module in described.modules.values())),
         digested_bytes=digested,
-        source=None if source is None else source.root,
+        source=None if source is None else Path(str(source)),
         equal_bytes=equal,
         compared=tuple(sorted(compared, key=lambda f: f.name)),
         faults=findings.faults,

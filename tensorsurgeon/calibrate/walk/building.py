@@ -28,9 +28,9 @@ def model_builder(checkpoint: Checkpoint, experts_implementation: str | None) ->
     import transformers
 
     if not checkpoint.config:
-        raise CheckpointError("has no config.json; the layer walk needs it to build the model", where=str(checkpoint.root))
+        raise CheckpointError("has no config.json; the layer walk needs it to build the model", where=str(checkpoint))
     if checkpoint.config.get("quantization_config"):
-        raise CheckpointError("is quantized; calibrate the original checkpoint", where=str(checkpoint.root))
+        raise CheckpointError("is quantized; calibrate the original checkpoint", where=str(checkpoint))
     _refuse_what_no_config_needs(checkpoint)
     with _a_config_of_a_stranger(checkpoint):
         # Said, for where nothing is said transformers asks on stdin whether to run the Python beside the config.
@@ -64,7 +64,7 @@ def _a_config_of_a_stranger(checkpoint: Checkpoint) -> Iterator[None]:
         raise CheckpointError(
             f"transformers {transformers.__version__} does not know this model, or cannot build it from its config.json "
             f"({type(error).__name__}: {why}); without its forward there is no calibration, RTN needs none",
-            where=str(checkpoint.root),
+            where=str(checkpoint),
         ) from error
 
 
@@ -79,12 +79,12 @@ def _refuse_what_no_config_needs(checkpoint: Checkpoint) -> None:
             elif isinstance(value, int) and value > len(checkpoint.specs) and _COUNTS.search(key):
                 raise CheckpointError(
                     f"{where}: asks for {value}, and the checkpoint has {len(checkpoint.specs)} tensors",
-                    where=str(checkpoint.root),
+                    where=str(checkpoint),
                 )
             elif isinstance(value, str) and "/" in value and _CODE.search(key):
                 raise CheckpointError(
                     f"{where}: names code of somebody else's to run ({value[:100]}); remove the key to calibrate",
-                    where=str(checkpoint.root),
+                    where=str(checkpoint),
                 )
 
 

@@ -124,7 +124,7 @@ class StreamedModel:
         try:
             self._fill(decoder_name, module, needed, read, complete=False)
             if embedding.weight.is_meta:
-                raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint.root))
+                raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint))
             yield self.model
         finally:
             for child in module.modules():
@@ -148,7 +148,7 @@ class StreamedModel:
                 raise CheckpointError(
                     f"{prefix}: no tensor of the checkpoint makes {', '.join(missing[:4])}"
                     + (f" and {len(missing) - 4} more" if len(missing) > 4 else ""),
-                    where=str(self.checkpoint.root),
+                    where=str(self.checkpoint),
                 )
 
     def _set(self, target: str, value: Tensor) -> None:
@@ -158,7 +158,7 @@ class StreamedModel:
         if value.shape != known.shape:
             raise CheckpointError(
                 f"{target}: the checkpoint has {list(value.shape)}, the config says {list(known.shape)}",
-                where=str(self.checkpoint.root),
+                where=str(self.checkpoint),
             )
         # The meta parameter has the dtype that transformers gives it, F32 where it keeps F32.
         value = value.to(device=self.device, dtype=known.dtype)
@@ -174,7 +174,7 @@ def check_weight(reader: TensorReader, name: str) -> TensorSpec:
     if not spec.dtype.is_float or spec.dtype.bits < 16:
         raise CheckpointError(
             f"{spec}: the walk needs weights in BF16, F16 or F32; dequantize the checkpoint first",
-            where=str(reader.checkpoint.root),
+            where=str(reader.checkpoint),
         )
     return spec
 
