@@ -93,7 +93,7 @@ def cover(model: QuantizedModel) -> Coverage:
         float_experts = [name for name in float_experts if not is_mtp(name)]
     return Coverage(
         linears, experts, tuple(leaves), tuple(float_linears), tuple(float_experts), tuple(float_mtp),
-        "lm_head.weight" not in model.specs and "lm_head" not in linears, described.has_parts,
+        "lm_head.weight" not in model.specs and "lm_head" not in linears, described.sizes.has_text_config,
     )  # fmt: skip
 
 

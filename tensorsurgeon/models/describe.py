@@ -7,20 +7,20 @@ differ in their numbers only are one form, decided once: the 35 B model has 62,0
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from tensorsurgeon.errors import RecipeError, did_you_mean
 from tensorsurgeon.models.asked.answers import Answer, answer_for
-from tensorsurgeon.models.experts import EXPERTS, is_expert_list
+from tensorsurgeon.models.experts import EXPERTS, numbered
 from tensorsurgeon.models.families import Family, family_of
 from tensorsurgeon.models.fused import Fusions
 from tensorsurgeon.models.roles import LINEARS, NO_LINEARS, PARTS, WITHOUT_CONFIG, Role, Use
 from tensorsurgeon.models.rules import LAYERS, Known, part_of, role_inside, role_outside
 from tensorsurgeon.models.sizes import Sizes
 from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
-from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
+from tensorsurgeon.tensors.spec import SpecMap
 
 _FIRST: Final = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 ROLES: Final[dict[str, frozenset[Role]]] = {role.value: frozenset((role,)) for role in Role} | {
@@ -50,6 +50,7 @@ class Model:
         self._specs = specs
         self.sizes = Sizes(specs.config)
         self._uses: dict[tuple[_Place, tuple[int, ...]], Use] = {}
+        self._of_experts: dict[tuple[str, str, tuple[int, ...]] | None, Use] = {}
         self._by_name: dict[str, Use] = {}
         self._insides: dict[str, str] = {}
         self._is_layers: dict[str, bool] = {}
@@ -95,19 +96,19 @@ class Model:
         known = self._by_name.get(name)
         if known is not None:
             return known
-        spec = self._specs.get(name)
-        shape = () if spec is None else spec[2]
-        key = self._place(name), shape
-        found = self._uses.get(key)
+        shape = self._specs[name][2] if name in self._specs else ()
+        expert = numbered(name)
+        # What holds for one expert of a list holds for all of them, and most names are experts'.
+        alike = None if expert is None else (expert[0], expert[2], shape)
+        found = self._of_experts.get(alike)
         if found is None:
-            found = self._uses[key] = self._decide(key[0], shape)
+            place = self._place(name)
+            found = self._uses.get((place, shape)) or self._decide(place, shape)
+            self._uses[place, shape] = found
+            if alike is not None:
+                self._of_experts[alike] = found
         self._by_name[name] = found
         return found
-
-    @cached_property
-    def has_parts(self) -> bool:
-        """Whether the text model is one part of several, which has a config of its own."""
-        return self.sizes.has_text_config
 
     def role(self, name: str) -> Role | None:
         """The role of a tensor, of MTP heads and towers the part; None where nothing known decides it."""
@@ -146,10 +147,10 @@ class Model:
                 raise RecipeError(f"'role:{text}': only {', '.join(sorted(PARTS))} have roles within them")
             whole.update(() if second else ROLES[first])
             inner.update((part, role) for part in ROLES[first] for role in ROLES.get(second, ()))
-        use = self.use
+        use, by_name = self.use, self._by_name
 
         def chosen(name: str) -> bool:
-            found = use(name)
+            found = by_name.get(name) or use(name)
             return (found[0] in whole or found[:2] in inner) and (asked or found[3])
 
         return chosen
@@ -239,7 +240,7 @@ class Model:
         if found is None and is_layer:
             found = role_inside(f"{head}*", path, leaf, shape, self._known)
         elif found is None:
-            found = role_outside([*outer, *path], leaf, shape)
+            found = role_outside([*outer, *path], leaf, shape, self.sizes.hidden)
         if part is None and is_layer and self._has_language_model and _LANGUAGE_MODEL.search(head) is None:
             return Use(Role.OTHER, None, "layers outside the language model")
         if part is not None:
@@ -291,22 +292,3 @@ def describe_model(specs: SpecMap) -> Model:
     if not isinstance(found, Model):
         found = specs.model = Model(specs)
     return found
-
-
-def unquantized_linears(specs: SpecMap, quantized: Mapping[str, Any]) -> list[str]:
-    """Modules with a float weight that an engine could take for a linear, and stacked experts, in file order."""
-    model = describe_model(specs)
-    linears = frozenset(model.linears())
-    found: dict[str, None] = {}
-    for name, dtype, shape in specs.values():
-        if len(shape) not in (2, 3) or dtype not in WEIGHT_DTYPES:
-            continue
-        module = name.rpartition(".")[0]
-        if (len(shape) == 2 and module in linears and module not in quantized) or (len(shape) == 3 and is_expert_list(module)):
-            found[module] = None
-    return list(found)
-
-
-def stacked_weight(spec: TensorSpec) -> bool:
-    """Whether a tensor holds the experts of a layer, stacked."""
-    return len(spec.shape) == 3 and is_expert_list(spec.module)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
+from tensorsurgeon.checkpoint.hub.stays import DEFAULT_AHEAD
 from tensorsurgeon.formats.coding import Written, stored_in, written_by
 from tensorsurgeon.formats.scales import INPUT_SCALES
-from tensorsurgeon.models.describe import describe_model, unquantized_linears
+from tensorsurgeon.models.describe import describe_model
 from tensorsurgeon.models.experts import is_expert_list
+from tensorsurgeon.models.floats import unquantized_linears
 from tensorsurgeon.models.fused import describe
 from tensorsurgeon.models.roles import Role
 from tensorsurgeon.models.selecting import why_left
+from tensorsurgeon.planning.pace import streaming_of
 from tensorsurgeon.planning.plan import Plan
-from tensorsurgeon.planning.rewriting import Rewrite, is_reversible, op_name
+from tensorsurgeon.planning.rewriting import Rewrite, details_of, is_reversible, op_name
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.tensors.spec import TensorSpec
 
@@ -76,12 +79,13 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
     kept = unquantized_linears(plan.specs, plan.quantized)
     counted = _counted_linears(plan, kept)
     inputs = {spec.name for spec in plan.source.specs.values()}
+    streaming = streaming_of(plan, DEFAULT_AHEAD)
     steps = plan.step_names()
     return {
         "family": describe_model(plan.source.specs).known_by,
         "dequantized": _dequantized(plan),
         "source": {
-            "path": str(plan.source.root),
+            "path": str(plan.source),
             "tensors": len(plan.source.specs),
             "bytes": plan.source.weight_bytes,
             "shards": len(plan.source.shards),
@@ -100,6 +104,7 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
         "copied_bytes": plan.copied_bytes,
         "peak_unit_bytes": plan.peak_unit_bytes,
         "disk_bytes": plan.disk_bytes,
+        "streaming": None if streaming is None else streaming._asdict(),
         "steps": [
             {"op": op_name(step), "read": len(read), "made": len(made), "recipe": repr(step)}
             for step, (read, made) in zip(plan.steps, steps, strict=True)
@@ -135,9 +140,9 @@ def _reasons(plan: Plan, modules: Iterable[str], made_by_steps: list[set[str]]) 
     return reasons
 
 
-def _written(rewrites: Iterable[Rewrite]) -> list[Written]:
+def _written(rewrites: Sequence[Rewrite]) -> list[Written]:
     """How a step that chooses among weights writes them: the first of its ways stands for all."""
-    first = next((written for rewrite in rewrites if (written := written_by(rewrite.detail)) is not None), None)
+    first = next((written for detail in details_of(rewrites) if (written := written_by(detail)) is not None), None)
     return [first] if first is not None and first.where else []
 
 
@@ -155,7 +160,8 @@ def _dropped(plan: Plan) -> dict[str, int]:
 def _dequantized(plan: Plan) -> dict[str, int]:
     """The formats that are unpacked and not written again as they are, in words, with how many modules each has."""
     counts: dict[str, set[str]] = {}
-    for rewrite in (rewrite for rewrites in plan.rewrites for rewrite in rewrites if rewrite.detail is not None):
+    reading = (rewrites for rewrites in plan.rewrites if any(map(stored_in, details_of(rewrites))))
+    for rewrite in (rewrite for rewrites in reading for rewrite in rewrites):
         stored = stored_in(rewrite.detail)
         if stored is None or written_by(rewrite.detail) is not None:
             continue
@@ -172,6 +178,15 @@ def one_way_steps(plan: Plan) -> list[str]:
     return [
         op_name(step) for step, rewrites in zip(plan.steps, plan.rewrites, strict=True) if rewrites and not is_reversible(step)
     ]
+
+
+def _streaming_as_text(stream: dict[str, Any]) -> str:
+    if not stream["shards"]:
+        return "fetch   nothing: every shard of the source is in the Hub's cache"
+    return (
+        f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])} from the Hub; at most "
+        f"{show_size(stream['spool_bytes'])} of them lie beside the output at once (--ahead {stream['ahead']})"
+    )
 
 
 def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
@@ -203,12 +218,14 @@ def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
         )
     )
     shards = data["output"]["shards"]
+    stream = data["streaming"]
     room = "" if free_bytes is None else f" ({show_size(free_bytes)} free in the current folder)"
     lines += [
         "",
         f"output  {data['output']['tensors']} tensors, {show_size(data['output']['bytes'])} in {len(shards)} shards, "
         f"{show_size(data['copied_bytes'])} of it copied unchanged ({data['passed_through']} tensors)",
         f"disk    {show_size(data['disk_bytes'])} needed{room}",
+        *([] if stream is None else [_streaming_as_text(stream)]),
         f"memory  {show_size(data['peak_unit_bytes'])} per worker at most, for the largest piece of work",
         f"files   written: {', '.join(data['files_written']) or 'none'}; copied: {len(data['files_copied'])}",
     ]

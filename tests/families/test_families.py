@@ -28,7 +28,7 @@ JUDGED = ("mllama", "zamba2", "longcat_flash", "minicpm3", "deepseek_v4", "mistr
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", (*READ_BACK, *JUDGED))
+@pytest.mark.parametrize("name", [*READ_BACK, *JUDGED])
 def test_a_family_is_right_without_calibration(name: str, tmp_path: Path) -> None:
     row = try_family(name, tmp_path / name, calibrate=False)
     assert {stage: word for stage, word in row.stages.items() if word != "right"} == {}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tensorsurgeon.errors import NoMatchError, PlanError, RecipeError, SpecError
-from tensorsurgeon.models.describe import describe_model, unquantized_linears
+from tensorsurgeon.models.describe import describe_model
 from tensorsurgeon.models.families import family_names, family_of, read_family
+from tensorsurgeon.models.floats import unquantized_linears
 from tensorsurgeon.models.mtp import head_expressions, head_paths
 from tensorsurgeon.models.roles import Role
 from tensorsurgeon.models.selecting import selected, selected_linears, why_left
@@ -42,6 +43,16 @@ def test_routers_are_told_from_linears_under_any_name(router, experts):
 def test_a_matrix_with_as_many_rows_as_experts_is_no_router_elsewhere():
     specs = specs_of({**numbered(f"{LAYER}.mlp.experts"), f"{LAYER}.self_attn.g_proj.weight": (EXPERTS, HIDDEN)})
     assert describe_model(specs).role(f"{LAYER}.self_attn.g_proj.weight") is Role.ATTENTION
+
+
+@pytest.mark.parametrize("name", ["%s", "weight", "a b", "tab\tname", "схема.权重", "..", "a.b.weight", "model.layers.-1.x"])
+def test_a_matrix_outside_the_layers_that_no_stream_passes_stays_whatever_it_is_called(name):
+    specs = specs_of({**ends(), **attention(f"{LAYER}.self_attn"), name: (3, 2)})
+    assert describe_model(specs).role(name) is Role.OTHER
+    assert name not in selected_linears(specs, ["role:linear"])
+    # One that reads or writes what layers pass on may be a linear, and nobody says whether it is to be quantized.
+    with pytest.raises(PlanError, match="what this matrix is for is not known"):
+        selected_linears(specs_of({**ends(), **attention(f"{LAYER}.self_attn"), name: (3, HIDDEN)}), ["role:linear"])
 
 
 @pytest.mark.parametrize("head", ["mtp.layers.0", "model.layers.1", "model.mtp.layers.0", "model.mtp_block.layers.0"])

@@ -74,7 +74,8 @@ def _stack_forms() -> dict[str, dict[str, Any]]:
 def answer_for(config: Mapping[str, Any]) -> Answer | None:
     """The answer for a model by its architecture, then by its model_type; None if it was not asked for."""
     architectures, by_type = _entries()
-    names = [name for name in config.get("architectures") or [] if isinstance(name, str)]
+    said = config.get("architectures")
+    names = [name for name in said if isinstance(name, str)] if isinstance(said, list) else []
     names += [by_type[kind] for kind in _types(config) if kind in by_type]
     return next((_answer(name) for name in names if name in architectures), None)
 
