@@ -48,6 +48,7 @@ class Model:
 
     def __init__(self, specs: SpecMap) -> None:
         self._specs = specs
+        self.config = specs.config
         self.sizes = Sizes(specs.config)
         self._uses: dict[tuple[_Place, tuple[int, ...]], Use] = {}
         self._of_experts: dict[tuple[str, str, tuple[int, ...]] | None, Use] = {}
