@@ -62,14 +62,13 @@ def _split(source: TensorReader, modules: Described, target: SpecMap) -> _Split 
     coded = isinstance(config, dict) and config.get("quant_method") == "mxfp4"
     steps: list[Transform] = [Dequantize(dtype="F32")] if coded else []
     try:
-        usual = [
-            s.spec.name for s in stacked_tensors(source.specs).values() if not s.stack.tensor and s.stack.axes == ("out", "in")
-        ]
-        kept = [name for name in source.specs if name in target] + usual
-        stacks = [name for name in stacked_tensors(source.specs) if name not in kept]
-        if not stacks and not any(name.endswith(BLOCKS) and name not in target for name in source.specs):
+        stacks = stacked_tensors(source.specs)
+        coded_stacks = [name.removesuffix(BLOCKS) for name in source.specs if name.endswith(BLOCKS) and name not in target]
+        kept = {name for name in (*stacks, *coded_stacks) if name in target}
+        kept |= {name for name, stacked in stacks.items() if not stacked.stack.tensor and stacked.stack.axes == ("out", "in")}
+        if stacks.keys() <= kept and not coded_stacks:
             return None
-        exclude = tuple(f"maybe:{name}" for name in kept)
+        exclude = tuple(f"maybe:{name}" for name in sorted(kept))
         steps.append(SplitExperts(where=("maybe:role:expert", "maybe:role:mtp.expert"), exclude=exclude))
         plan = make_plan(steps, source.checkpoint)
     except SurgeonError:

@@ -54,6 +54,13 @@ def test_mxfp4_and_its_biases_too(transform: str, tmp_path: Path) -> None:
     assert [fault.where for fault in verify(spoilt.save(), source).faults] == [bias]
 
 
+def test_stacks_that_were_only_decoded(tmp_path: Path) -> None:
+    source, _, _ = written(tmp_path / "source")
+    found = verify(made(source, tmp_path / "out", "dequantize"), source)
+    assert not found.faults
+    assert len(found.compared) == 2
+
+
 def test_an_expert_that_is_gone_is_missed(tmp_path: Path) -> None:
     source, wanted = source_of(tmp_path / "source", "llama4")
     name = "model.layers.0.feed_forward.experts.1.up_proj.weight"
