@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from tensorsurgeon.cli.apply import apply
+from tensorsurgeon.cli.evaluate import evaluate
 from tensorsurgeon.cli.plan import plan, transforms
 from tensorsurgeon.cli.read import diff, inspect, verify
 from tensorsurgeon.cli.terminal import Stop, note, one_line, told
@@ -69,7 +70,7 @@ def main(verbose: int) -> None:
     raise_open_files_limit()
 
 
-for _command in (inspect, plan, apply, verify, diff, transforms):
+for _command in (inspect, plan, apply, verify, diff, evaluate, transforms):
     main.add_command(_command)
 
 

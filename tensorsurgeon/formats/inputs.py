@@ -70,7 +70,7 @@ def _of_arguments(said: Any, path: str) -> InputScheme:
     """``QuantizationArgs`` of activations."""
     if not isinstance(said, Mapping):
         raise ConfigError(f"{path}: expected a mapping, found {said!r}")
-    kind = _CT_KINDS.get((str(said.get("type", "int")), said.get("num_bits", 8)))  # type: ignore[call-overload]
+    kind = _CT_KINDS.get((str(said.get("type", "int")), said.get("num_bits", 8)))
     strategy, dynamic = said.get("strategy"), said.get("dynamic", False)
     symmetric = bool(said.get("symmetric", True))
     group = said.get("group_size") or 0

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 import xxhash
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME
+from tensorsurgeon.checkpoint.sink import publish_bytes
 from tensorsurgeon.checkpoint.small_files import parse_json, read_small
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.planning.plan import Plan
@@ -96,6 +97,28 @@ def _block(key: str, entries: dict[str, list[Any]]) -> str:
     """A mapping with one line for each entry: a range of a shard is three numbers and not four lines."""
     rows = (f"  {json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}" for name, value in entries.items())
     return f',\n "{key}": {{\n' + ",\n".join(rows) + "\n }"
+
+
+def add_file(folder: Path, name: str, content: bytes | None) -> None:
+    """Let the record of a finished run know a file that was written beside the checkpoint since; None: know it no more.
+
+    What the record knows is this program's own (``ownership``), and verified. Nothing happens where there is no record.
+    """
+    path = folder / RECORD_NAME
+    if not path.is_file() or (record := read_record(folder)) is None or "files" not in record:
+        return
+    files = {known.name: [known.nbytes, known.digest] for known in recorded_files(record)}
+    before = dict(files)
+    if content is None:
+        files.pop(name, None)
+    else:
+        files[name] = _sized(content)
+    if files == before:
+        return
+    # Only the block of files is written anew: the rest stays the very text that the run left.
+    text = path.read_text()
+    start, stop = text.index(',\n "files": {'), text.index(',\n "shards": {')
+    publish_bytes(path, (text[:start] + _block("files", dict(sorted(files.items()))) + text[stop:]).encode())
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
