@@ -37,6 +37,7 @@ ROOMS = (
     "verifying",
     "look",
     "evaluate",
+    "publish",
     "api",
     "cli",
     "__main__",

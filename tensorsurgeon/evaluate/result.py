@@ -6,20 +6,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from tensorsurgeon.checkpoint.sink import publish_bytes
-from tensorsurgeon.checkpoint.small_files import MAX_CONFIG_BYTES, parse_json, read_small
-from tensorsurgeon.errors import CheckpointError
+from tensorsurgeon.evaluate.kept import FILE_NAME
 from tensorsurgeon.evaluate.predicting import Scores
 from tensorsurgeon.evaluate.side import Side
 from tensorsurgeon.evaluate.summary import distance, likelihood
 from tensorsurgeon.evaluate.text import FEW_SEQUENCES, Text
 from tensorsurgeon.planning.report import table
-from tensorsurgeon.running.record import add_file
+from tensorsurgeon.running.record import add_files
 from tensorsurgeon.version import __version__
-
-FILE_NAME: Final = "evaluation.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +82,9 @@ def write_evaluations(evaluation: Evaluation) -> list[Path]:
         del data["targets"]
         content = json.dumps(data, indent=1).encode() + b"\n"
         publish_bytes(folder / FILE_NAME, content)
-        add_file(folder, FILE_NAME, content)
+        add_files(folder, {FILE_NAME: content})
         written.append(folder / FILE_NAME)
     return written
-
-
-def read_evaluation(folder: Path) -> dict[str, Any] | None:
-    """What lies beside a checkpoint; None if nothing does, CheckpointError if it is damaged."""
-    path = folder / FILE_NAME
-    if not path.exists():
-        return None
-    try:
-        data = parse_json(read_small(path, MAX_CONFIG_BYTES)[0])
-        float(data["target"]["perplexity"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"is no evaluation as surgeon writes it ({error!r}); evaluate again", where=str(path)) from error
-    return dict(data)
 
 
 def _without_path(entry: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -99,8 +99,8 @@ def _block(key: str, entries: dict[str, list[Any]]) -> str:
     return f',\n "{key}": {{\n' + ",\n".join(rows) + "\n }"
 
 
-def add_file(folder: Path, name: str, content: bytes | None) -> None:
-    """Let the record of a finished run know a file that was written beside the checkpoint since; None: know it no more.
+def add_files(folder: Path, contents: Mapping[str, bytes | None]) -> None:
+    """Let the record of a finished run know files that were written beside the checkpoint since; None: know it no more.
 
     What the record knows is this program's own (``ownership``), and verified. Nothing happens where there is no record.
     """
@@ -109,10 +109,8 @@ def add_file(folder: Path, name: str, content: bytes | None) -> None:
         return
     files = {known.name: [known.nbytes, known.digest] for known in recorded_files(record)}
     before = dict(files)
-    if content is None:
-        files.pop(name, None)
-    else:
-        files[name] = _sized(content)
+    files |= {name: _sized(content) for name, content in contents.items() if content is not None}
+    files = {name: value for name, value in files.items() if contents.get(name, b"") is not None}
     if files == before:
         return
     # Only the block of files is written anew: the rest stays the very text that the run left.
