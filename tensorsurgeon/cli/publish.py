@@ -39,10 +39,11 @@ def _verify(folder: Path, against: str | None, workers: int | None) -> None:
 @click.command(short_help="Write or refresh the model card (README.md).")
 @click.argument("target", type=click.Path())
 @click.option("--base-model", metavar="OWNER/NAME", help="The original on the Hub, where the folder's name does not tell.")
+@click.option("--name", metavar="OWNER/NAME", help="What this checkpoint will be called there, for the lines that serve it.")
 @_against
 @_workers
 @json_option
-def card(target: str, base_model: str | None, against: str | None, workers: int | None, as_json: bool) -> None:
+def card(target: str, base_model: str | None, name: str | None, against: str | None, workers: int | None, as_json: bool) -> None:
     """Write the README.md of TARGET, or its generated part anew: what was quantized and how, figures, engines, limits.
 
     What a person wrote above or below the generated part stays, and so do keys of the front matter.
@@ -54,7 +55,7 @@ def card(target: str, base_model: str | None, against: str | None, workers: int 
 
     folder = _folder(target)
     _verify(folder, against, workers)
-    path = write_card(folder, base_model=base_model)
+    path = write_card(folder, base_model=base_model, name=name)
     known = known_of(folder)
     missing = [
         text

@@ -30,6 +30,8 @@ BASE_CARD: Final = "README.base.md"
 BEGIN: Final = "<!-- surgeon: what follows is generated, `surgeon card` writes it anew; write above or below -->"
 END: Final = "<!-- surgeon: end of what is generated -->"
 _FRONT: Final = re.compile(r"\A---\r?\n.*?\r?\n---\r?\n", re.DOTALL)
+_SERVED: Final = re.compile(r"^vllm serve (\S+)", re.MULTILINE)
+NAMELESS: Final = "OWNER/NAME"
 # Of the original's front matter: what is as true of its quantized form.
 _INHERITED: Final = (
     "license",
@@ -42,15 +44,16 @@ _INHERITED: Final = (
 )
 
 
-def write_card(folder: Path, *, base_model: str | None = None) -> Path:
+def write_card(folder: Path, *, base_model: str | None = None, name: str | None = None) -> Path:
     """Make or refresh the card of a checkpoint; whatever a person wrote outside the generated part stays.
 
-    ``base_model``: the original on the Hub (``owner/name``), where the folder does not tell. CheckpointError for a card
+    ``base_model``: the original on the Hub (``owner/name``), where the folder does not tell; ``name``: what this one will be
+    there. Both are remembered in the card. CheckpointError for a card
     whose front matter is no YAML, or whose marks are not in order.
     """
     path = folder / CARD
     before = _text_of(path)
-    content = refreshed(before, folder, base_model).encode()
+    content = refreshed(before, folder, base_model, name).encode()
     is_ours = before is None or _is_recorded(folder, path)
     publish_bytes(path, content)
     # A card that a person wrote in is that person's: nothing of this program may remove it.
@@ -75,17 +78,18 @@ def first_card(folder: Path, made: Mapping[str, bytes]) -> Path | None:
         content = path.read_bytes()
         publish_bytes(folder / BASE_CARD, content)
         files[BASE_CARD] = content
-    card = refreshed(None, folder, None).encode()
+    card = refreshed(None, folder).encode()
     publish_bytes(path, card)
     add_files(folder, {**files, CARD: card})
     return path
 
 
-def refreshed(before: str | None, folder: Path, base_model: str | None) -> str:
+def refreshed(before: str | None, folder: Path, base_model: str | None = None, name: str | None = None) -> str:
     """The whole card, from what it was before (None: there was none)."""
     from huggingface_hub import ModelCardData
 
-    known = known_of(folder)
+    served = None if before is None else _SERVED.search(before)
+    known = known_of(folder, name or (served[1] if served else NAMELESS))
     base_card = _text_of(folder / BASE_CARD)
     own = _front_matter(before, folder / CARD) if before is not None else {}
     base = base_model or own.get("base_model") or (known.made or {}).get("source", {}).get("name")
@@ -103,12 +107,12 @@ def refreshed(before: str | None, folder: Path, base_model: str | None) -> str:
     return f"---\n{data.to_yaml()}\n---\n{above or chr(10)}{generated}{below}"
 
 
-def known_of(folder: Path) -> Known:
-    """Everything that lies beside a checkpoint and tells of it."""
+def known_of(folder: Path, name: str = NAMELESS) -> Known:
+    """Everything that lies beside a checkpoint and tells of it; nothing of it depends on what the folder is called."""
     record = read_record(folder)
     log = folder / LOG_NAME
     return Known(
-        name=folder.resolve().name,
+        name=name,
         made=read_made(folder),
         record=record,
         log=summarize(read_log(log)) if log.is_file() else None,

@@ -65,10 +65,15 @@ def _head(known: Known, base: str | None) -> str:
     of = f"[{base}](https://huggingface.co/{base})" if base and "/" in base else base or "its original"
     made = known.made
     if made is None:
-        return f"# {known.name}\n\nA quantized version of {of}."
+        return f"# {(base or known.name).rpartition('/')[2]}, quantized\n\nA quantized version of {of}."
     sizes = f"{show_size(made['output']['bytes'])}, of {show_size(made['source']['bytes'])}"
     kinds = " and ".join(f"{s['format']} ({s['scheme']})" for s in made["schemes"]) or "no linear quantized"
-    parts = [f"# {known.name}", "", f"A quantized version of {of}: {kinds}; {sizes} ({_ratio(made)})."]
+    title = ", ".join(dict.fromkeys(f"{s['format']} {s['num_bits']} bits" for s in made["schemes"]))
+    parts = [
+        f"# {(base or known.name).rpartition('/')[2]}, {title or 'converted'}",
+        "",
+        f"A quantized version of {of}: {kinds}; {sizes} ({_ratio(made)}).",
+    ]
     bits = list(_bits(made))
     return "\n".join([*parts, *(["", "Bits per weight: " + ", ".join(bits) + "."] if bits else [])])
 
