@@ -19,6 +19,7 @@ from tensorsurgeon.formats.coding import Written, stored_in, written_by
 from tensorsurgeon.formats.mixed import mixed_config_files
 from tensorsurgeon.models.describe import unquantized_linears
 from tensorsurgeon.planning.resolving import Resolved
+from tensorsurgeon.planning.rewriting import details_of
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.dtypes import BF16, F16, F32, WEIGHT_DTYPES
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
@@ -39,13 +40,14 @@ class OutputFiles(NamedTuple):
 def written_modules(resolved: Resolved) -> dict[str, Written]:
     """The quantized modules that steps made, by their final names, in file order."""
     modules: dict[str, Written] = {}
+    ways = {id(detail): written_by(detail) for rewrites in resolved.rewrites for detail in details_of(rewrites)}
     for name in resolved.specs:
         module = name.rpartition(".")[0]
         pieces = resolved.contents[name]
-        if module in modules or not pieces or pieces[0].origin >= 0:
+        if module in modules or not pieces or pieces[0][0] >= 0:
             continue
-        number, _ = resolved.made[-1 - pieces[0].origin]
-        written = written_by(resolved.tasks[number].rewrite.detail)
+        task = resolved.tasks[resolved.made[-1 - pieces[0][0]][0]]
+        written = ways[id(task.rewrite[3])]
         if written is not None:
             modules[module] = written
     return modules
@@ -56,7 +58,7 @@ def output_files(source: Checkpoint, resolved: Resolved, quantized: Mapping[str,
     specs = resolved.specs
     contents: dict[str, bytes] = {}
     config: dict[str, Any] = copy.deepcopy(dict(source.config))
-    if any(stored_in(rewrite.detail) for rewrites in resolved.rewrites for rewrite in rewrites):
+    if any(stored_in(detail) for rewrites in resolved.rewrites for detail in details_of(rewrites)):
         # Codes that were unpacked are floats now, or quantized anew; ``dtype`` stays: the model computes in it.
         config = without_quantization(config)
     config = _with_dtype(config, source.specs, [spec for spec in specs.values() if spec.module not in quantized])
