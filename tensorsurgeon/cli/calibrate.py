@@ -97,7 +97,7 @@ def run_with_calibration(
     device = str(given.pop("device", "cpu"))
     cap = parse_size(given.pop("max_gpu_ram"), "--max-gpu-ram") if "max_gpu_ram" in given else None
     options = options_from(given)
-    with _noting(note):
+    with noting(note):
         result = run_calibrated(plan, target, options, device=device, max_gpu_ram_bytes=cap, **running)
     return result.run, result.summary
 
@@ -125,12 +125,12 @@ def options_from(calibration: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def _noting(note: Callable[[str], None] | None) -> Iterator[None]:
-    """What calibration logs, told to the person at the terminal."""
+def noting(note: Callable[[str], None] | None, name: str = "tensorsurgeon.calibrate") -> Iterator[None]:
+    """What a room logs while it works, told to the person at the terminal."""
     if note is None:
         yield
         return
-    logger = logging.getLogger("tensorsurgeon.calibrate")
+    logger = logging.getLogger(name)
     handler = _Notes(note)
     level = logger.level
     logger.addHandler(handler)

@@ -113,17 +113,19 @@ class StreamedModel:
             module.to("meta")
 
     @contextmanager
-    def surroundings(self, read: ReadWeight) -> Iterator[Any]:
-        """What runs before the first layer: embeddings, and whatever else of the decoder is small."""
+    def surroundings(self, read: ReadWeight, *, embeds: bool = True) -> Iterator[Any]:
+        """What runs around the layers: embeddings (unless ``embeds`` is false), and whatever else of the decoder is small."""
         decoder_name = self.layer_names[0].rpartition(".")[0].rpartition(".")[0]
         prefix = f"{decoder_name}." if decoder_name else ""
         loadings = [loading for loading in self._rest if loading.target.startswith(prefix)]
         module = self.model.get_submodule(decoder_name)
         embedding = self.model.get_input_embeddings()
         needed = [loading for loading in loadings if not _is_head(self.model, loading.target)]
+        if not embeds:
+            needed = [loading for loading in needed if self._owner(loading.target) is not embedding]
         try:
             self._fill(decoder_name, module, needed, read, complete=False)
-            if embedding.weight.is_meta:
+            if embeds and embedding.weight.is_meta:
                 raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint))
             yield self.model
         finally:
@@ -151,9 +153,16 @@ class StreamedModel:
                     where=str(self.checkpoint),
                 )
 
+    def _owner(self, target: str) -> nn.Module:
+        module: nn.Module = self.model.get_submodule(target.rpartition(".")[0])
+        return module
+
+    def loading_of(self, target: str) -> Loading | None:
+        """How a parameter outside the layers is made; None if no tensor of the checkpoint makes it."""
+        return next((loading for loading in self._rest if loading.target == target), None)
+
     def _set(self, target: str, value: Tensor) -> None:
-        owner_name, _, leaf = target.rpartition(".")
-        owner = self.model.get_submodule(owner_name)
+        owner, leaf = self._owner(target), target.rpartition(".")[2]
         known = getattr(owner, leaf)
         if value.shape != known.shape:
             raise CheckpointError(
