@@ -141,12 +141,12 @@ class Driver:
         if self.card is not None:
             device = self.model.device
             weights = held.enter_context(WeightsAhead(reader, device))
-            walk = Walk(self.model, weights.tensor, self.data.tokens, BATCH_TOKENS)
+            walk = Walk(self.model, weights.tensor, self.data.tokens, BATCH_TOKENS, folder=state.folder)
             return CardLayers(
                 model=self.model, reader=reader, options=self.options, walk=walk, state=state, weights=weights, plan=self.card,
                 device=device, stop=stop,
             )  # fmt: skip
-        walk = Walk(self.model, read_weights(reader), self.data.tokens)
+        walk = Walk(self.model, read_weights(reader), self.data.tokens, folder=state.folder)
         return WalkedLayers(
             model=self.model, reader=reader, options=self.options, walk=walk, state=state, workers=workers, stop=stop
         )  # fmt: skip

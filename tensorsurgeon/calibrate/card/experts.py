@@ -41,7 +41,7 @@ class CardInputs:
         elif place == "pinned":
             self._memory = host_buffer((tokens, hidden_size), dtype, device)
         else:
-            self._file = HiddenStates(path, (tokens, 1, hidden_size), dtype, create=True, is_scratch=True)
+            self._file = HiddenStates(path, (tokens, hidden_size), dtype, create=True, is_scratch=True)
 
     def prepare(self, top_k: int) -> None:
         """Make room for ``top_k`` choices per token; called before ``add``."""
@@ -69,7 +69,7 @@ class CardInputs:
         if self._memory is not None:
             return self._memory[start:stop].to(self.device, non_blocking=True)
         assert self._file is not None
-        return self._file.read(start, stop)[:, 0].to(self.device)
+        return self._file.read(start, stop).to(self.device)
 
     def close(self) -> None:
         """Let go of everything."""

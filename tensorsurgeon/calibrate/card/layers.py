@@ -18,6 +18,7 @@ from tensorsurgeon.calibrate.card.sums import CardSum
 from tensorsurgeon.calibrate.card.weights import WeightsAhead
 from tensorsurgeon.calibrate.codes.assembly import Assemblies
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, keys_of, parts_of
+from tensorsurgeon.calibrate.codes.rules import NOT_REACHED
 from tensorsurgeon.calibrate.codes.stage import Layer, Stage, layer_of
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.state import CalibrationState
@@ -59,6 +60,11 @@ class CardLayers:
             raise JournalError(f"cannot be read: {error.strerror}", where=str(self.state.states_path(layer))) from error
         states.check(digest)
         self.walk.embed(None)
+        if layer and self.walk.passes_on:
+            states.close()
+            raise JournalError(
+                "layers of this model hand on more than hidden states, which is not kept", where=str(self.state.folder)
+            )
         return Stage(layer, states)
 
     def _states(self, layer: int, *, create: bool) -> HiddenStates:
@@ -84,6 +90,8 @@ class CardLayers:
             stacks = find_stacks(name, module)
             own = {stack.first_name: self.options.expert_hessian == "own" for stack in stacks}
             parts, without = parts_of(linears, self.model.traced_rows(stage.layer), keys_of(name, module, stacks, own))
+            if not self.walk.reaches(stage.layer):
+                parts, without = [], dict.fromkeys(range(len(linears)), NOT_REACHED)
             made = self._quantized(stage.layer, module, inputs, outputs, linears, parts, stacks)
             if outputs is not None and (self.options.sequential or not parts):
                 self._run(stage.layer, module, inputs, outputs)

@@ -110,7 +110,7 @@ class ExpertInputs:
     """
 
     def __init__(self, path: Path, tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
-        self._states = HiddenStates(path, (tokens, 1, hidden_size), dtype, create=True, is_scratch=True)
+        self._states = HiddenStates(path, (tokens, hidden_size), dtype, create=True, is_scratch=True)
         self.tokens = tokens
         self._index: np.ndarray | None = None
 
@@ -138,7 +138,7 @@ class ExpertInputs:
 
     def gather(self, tokens: np.ndarray | slice) -> Tensor:
         """Hidden states [t, hidden] of these tokens; a new tensor."""
-        _, _, features = self._states.shape
+        _, features = self._states.shape
         dtype = self._states.dtype
         mapped = np.memmap(self._states.path, np.uint8, "r", shape=(self.tokens, features * dtype.itemsize))
         return torch.from_numpy(np.array(mapped[tokens])).view(dtype)
