@@ -16,6 +16,7 @@ from tensorsurgeon.calibrate.card.budget import BATCH_TOKENS, CardPlan
 from tensorsurgeon.calibrate.card.layers import CardLayers
 from tensorsurgeon.calibrate.card.weights import WeightsAhead
 from tensorsurgeon.calibrate.codes.linears import Linear, linears_by_layer
+from tensorsurgeon.calibrate.codes.rules import share_for
 from tensorsurgeon.calibrate.codes.stage import Layer, Layers, Stage
 from tensorsurgeon.calibrate.codes.stored import StoredLayers
 from tensorsurgeon.calibrate.codes.walked import WalkedLayers
@@ -148,7 +149,8 @@ class Driver:
             )  # fmt: skip
         walk = Walk(self.model, read_weights(reader), self.data.tokens, folder=state.folder)
         return WalkedLayers(
-            model=self.model, reader=reader, options=self.options, walk=walk, state=state, workers=workers, stop=stop
+            model=self.model, reader=reader, options=self.options, walk=walk, state=state, workers=workers, stop=stop,
+            asymmetric=any(share_for(linear.scheme, linear.method, self.options) for linear in self.linears),
         )  # fmt: skip
 
 

@@ -25,13 +25,14 @@ from tensorsurgeon.calibrate.walk.experts import (
 from tensorsurgeon.calibrate.walk.workers import Turns
 from tensorsurgeon.errors import PlanError, RecipeError
 from tensorsurgeon.machine.files import make_durable, make_folder_durable
+from tensorsurgeon.quant.gptq.asymmetric import CrossAccumulator
 from tensorsurgeon.quant.gptq.hessian import HessianAccumulator
 
 
-def summed(accumulator: Sum) -> InputStatistics:
-    """The statistics that an accumulator holds."""
+def summed(accumulator: Sum, cross: CrossSum | None) -> InputStatistics:
+    """The statistics that accumulators hold."""
     hessian = accumulator.result()
-    return InputStatistics(accumulator.tokens, hessian.diagonal().clone(), hessian)
+    return InputStatistics(accumulator.tokens, hessian.diagonal().clone(), hessian, None if cross is None else cross.result())
 
 
 class LayerStatistics(Protocol):
@@ -65,6 +66,18 @@ class Sum(Protocol):
         ...
 
 
+class CrossSum(Protocol):
+    """Sums ``(o - x) x^T`` over tokens, turned; o is the input of the same token behind original layers."""
+
+    def add(self, inputs: Tensor, original: Tensor) -> None:
+        """Take both inputs of the same tokens, [..., in_features]."""
+        ...
+
+    def result(self) -> Tensor:
+        """The sum so far, a new tensor."""
+        ...
+
+
 class Inputs(Protocol):
     """Keeps what went into a stack of experts."""
 
@@ -80,7 +93,8 @@ class Inputs(Protocol):
 class LayerObserver:
     """Sums the inputs of a layer's linears, and keeps those of its experts, while the walk runs the layer.
 
-    ``linears`` are the modules wanted, by full name; ``new_sum`` makes what sums so many features.
+    ``linears`` are the modules wanted, by full name; ``new_sum`` makes what sums so many features. ``originals`` keeps what
+    goes into the stacks behind original layers, and ``new_cross`` makes what sums cross products, where that is carried.
     """
 
     def __init__(
@@ -90,7 +104,12 @@ class LayerObserver:
         inputs: Mapping[str, Inputs],
         turns: Turns,
         new_sum: Callable[[int], Sum] = HessianAccumulator,
+        originals: Mapping[str, Inputs] | None = None,
+        new_cross: Callable[[int], CrossSum] = CrossAccumulator,
     ) -> None:
+        self._originals = originals or {}
+        self._new_cross = new_cross
+        self._crosses: dict[str, CrossSum | None] = {}
         self._linears = dict(sorted(linears.items()))
         self._stacks = {stack.name: stack for stack in stacks}
         self._inputs = inputs
@@ -129,8 +148,17 @@ class LayerObserver:
 
         return hook
 
-    def observe(self, batch: int, first_token: int, forward: Callable[[], Tensor]) -> Tensor:
-        """Run a batch's forward and add what the linears saw, in the order of batches."""
+    def observe(
+        self, batch: int, first_token: int, forward: Callable[[], Tensor], original: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Run a batch's forward and add what the linears saw, in the order of batches.
+
+        ``original`` runs the same tokens' forward behind original layers.
+        """
+        self._local.seen, self._local.chosen = {}, {}
+        if original is not None:
+            original()
+        before, fed = self._local.seen, self._local.chosen
         self._local.seen, self._local.chosen = {}, {}
         result = forward()
         seen: dict[str, list[_Seen]] = self._local.seen
@@ -139,8 +167,13 @@ class LayerObserver:
                 self._choose_leaders(seen)
             for name, (_, chosen) in self._local.chosen.items():
                 self._inputs[name].prepare(chosen.shape[1])
+                if original is not None:
+                    self._originals[name].prepare(chosen.shape[1])
         for name, (hidden, chosen) in self._local.chosen.items():
             self._inputs[name].add(first_token, hidden, chosen)
+            if original is not None:
+                self._originals[name].add(first_token, *fed[name])
+        tokens = result.numel() // result.shape[-1]
         for name, leader in self._leader.items():
             mine = seen.get(name, [])
             if leader != name:
@@ -152,8 +185,22 @@ class LayerObserver:
                     if name not in self._sums:
                         self._sums[name] = self._new_sum(tensor.shape[-1])
                     self._sums[name].add(tensor)
+                if original is not None:
+                    self._cross(name, mine, before.get(name, []), tokens)
         self._local.seen, self._local.chosen = {}, {}
         return result
+
+    def _cross(self, name: str, mine: Sequence[_Seen], theirs: Sequence[_Seen], tokens: int) -> None:
+        """Add cross products of a batch of so many ``tokens``; a linear that is not called with all of them has none."""
+        shapes = {seen.tensor.shape for seen in (*mine, *theirs)}
+        if len(mine) != 1 or len(theirs) != 1 or len(shapes) != 1 or mine[0].tensor[..., 0].numel() != tokens:
+            self._crosses[name] = None
+            return
+        if name not in self._crosses:
+            self._crosses[name] = self._new_cross(mine[0].tensor.shape[-1])
+        cross = self._crosses[name]
+        if cross is not None:
+            cross.add(mine[0].tensor, theirs[0].tensor)
 
     def _choose_leaders(self, seen: Mapping[str, list[_Seen]]) -> None:
         names = [*self._linears, *(stack.first_name for stack in self._stacks.values())]
@@ -166,7 +213,7 @@ class LayerObserver:
         """Statistics by key, and under which key a shared input is kept; the sums are let go."""
         made = {}
         for name in list(self._sums):
-            made[name] = summed(self._sums.pop(name))
+            made[name] = summed(self._sums.pop(name), self._crosses.pop(name, None))
         return made, dict(self._leader)
 
     def result(self, experts: Mapping[str, ExpertStatistics]) -> WalkedStatistics:
@@ -229,7 +276,8 @@ class StoredStatistics:
         if key not in self.tokens:
             return None
         hessian = self._file.get_tensor(f"{key}.hessian")
-        return InputStatistics(self.tokens[key], hessian.diagonal().clone(), hessian)
+        cross = self._file.get_tensor(f"{key}.cross") if f"{key}.cross" in self._file.keys() else None  # noqa: SIM118
+        return InputStatistics(self.tokens[key], hessian.diagonal().clone(), hessian, cross)
 
 
 def layer_path(folder: Path, number: int) -> Path:
@@ -243,6 +291,7 @@ def write_layer(folder: Path, number: int, statistics: Mapping[str, InputStatist
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{key}.hessian": found.hessian for key, found in sorted(statistics.items())}
+    tensors |= {f"{key}.cross": found.cross for key, found in sorted(statistics.items()) if found.cross is not None}
     metadata = {
         "aliases": json.dumps({name: key for name, key in sorted(aliases.items()) if name != key}),
         "tokens": json.dumps({key: found.tokens for key, found in sorted(statistics.items())}),
