@@ -4,11 +4,11 @@
     python benchmarks/bench_quality.py --methods rtn,unsigned,signed --grids int3-g128
 
 Checkpoints are made and scored as in bench_kl.py: compressed-tensors' packed layout, symmetric, scales in BF16, dequantized by
-``surgeon apply dequantize`` and loaded by transformers. ``less`` is how much KL a method takes off ``unsigned`` in a sequence, the
-mean over seeds first: a share of the mean, with its standard error over sequences. Seconds are CPU seconds of the whole process.
+``surgeon apply dequantize`` and loaded by transformers. ``less`` is how much KL a method takes off ``unsigned`` in a sequence,
+the mean over seeds first: a share of the mean, with its standard error over sequences. Seconds are CPU seconds of the process.
 
-llm-compressor's oneshot at its best settings is a row where its environment is there (llmcompressor_env.sh makes it); else the row
-says "not run".
+llm-compressor's oneshot at its best settings is a row where its environment is there (llmcompressor_env.sh makes it); else the
+row says "not run".
 """
 
 from __future__ import annotations
@@ -170,9 +170,8 @@ def main() -> None:
                 table.append(_row(grid, peer, runs, reference_nll))
             else:
                 print(f"| {grid} | {peer} | not run | | | | |", flush=True)
-    print(
-        f"\nBF16 perplexity {math.exp(float(reference_nll.mean())):.3f} on {judge.ids.numel()} held-out tokens; n = {given.samples}"
-    )
+    perplexity = math.exp(float(reference_nll.mean()))
+    print(f"\nBF16 perplexity {perplexity:.3f} on {judge.ids.numel()} held-out tokens; n = {given.samples}")
     if given.json:
         given.json.write_text(json.dumps(table, indent=1))
 

@@ -90,7 +90,8 @@ def assert_same_bits(made: Quantized, wanted: Quantized) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", [*integer_schemes(), *FLOATS], ids=lambda s: (
-    f"{s.rule}-{s.type}{s.num_bits}-g{s.group_size}{'' if s.symmetric else '-asym'}{'' if s.signed is None else '-signed' if s.signed else '-unsigned'}{s.block or ''}{s.scale_dtype or ''}"
+    f"{s.rule}-{s.type}{s.num_bits}-g{s.group_size}{'' if s.symmetric else '-asym'}"
+    f"{'' if s.signed is None else f'-signed={s.signed}'}{s.block or ''}{s.scale_dtype or ''}"
 ))  # fmt: skip
 def test_both_backends_give_the_same_bits(scheme: Scheme, dtype: DType) -> None:
     weight = in_dtype(matrix(), dtype)

@@ -13,19 +13,20 @@ from torch import nn
 
 from tensorsurgeon.calibrate.codes.assembly import Assemblies
 from tensorsurgeon.calibrate.codes.layer import quantize_on_cpu
-from tensorsurgeon.calibrate.codes.linears import Linear, Part, keys_of, parts_of
+from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, stored_turned
 from tensorsurgeon.calibrate.codes.originals import carries_original, observing, passing, reopened
 from tensorsurgeon.calibrate.codes.rules import NOT_REACHED
 from tensorsurgeon.calibrate.codes.stage import Layer, Stage, layer_of
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.state import CalibrationState
-from tensorsurgeon.calibrate.walk.experts import ExpertInputs, ExpertStack, ExpertStatistics, InputStatistics, find_stacks
+from tensorsurgeon.calibrate.walk.experts import ExpertInputs, ExpertStatistics, InputStatistics
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
+from tensorsurgeon.calibrate.walk.lines import lines_of
 from tensorsurgeon.calibrate.walk.model import StreamedModel
+from tensorsurgeon.calibrate.walk.stacks import ExpertStack, find_stacks
 from tensorsurgeon.calibrate.walk.statistics import LayerObserver, WalkedStatistics, write_layer
 from tensorsurgeon.calibrate.walk.walk import Walk
 from tensorsurgeon.calibrate.walk.workers import Turns, run_parallel
-from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import JournalError
 from tensorsurgeon.quant.gptq.scale_search import dequantize
 from tensorsurgeon.quant.rtn.plain_torch import tensor_of
@@ -40,7 +41,7 @@ class WalkedLayers:
     """
 
     model: StreamedModel
-    reader: TensorReader
+    original: ReadOriginal
     options: CalibrationOptions
     walk: Walk
     state: CalibrationState
@@ -82,7 +83,7 @@ class WalkedLayers:
             name = self.model.layer_names[stage.layer]
             stacks = find_stacks(name, module)
             own = {stack.first_name: self.options.expert_hessian == "own" for stack in stacks}
-            parts, without = parts_of(linears, self.model.traced_rows(stage.layer), keys_of(name, module, stacks, own))
+            parts, without = parts_of(linears, self.model.traced(stage.layer), keys_of(name, module, stacks, own))
             if not self.walk.reaches(stage.layer):
                 parts, without = [], dict.fromkeys(range(len(linears)), NOT_REACHED)
             original = None
@@ -115,7 +116,7 @@ class WalkedLayers:
             with ExitStack() as scratch:
                 statistics = self._watched(stage, module, following, stacks, parts, scratch)
                 made = quantize_on_cpu(
-                    linears, parts, statistics, self.options, self.reader, workers=self.workers, stop=self.stop,
+                    linears, parts, statistics, self.options, self.original, workers=self.workers, stop=self.stop,
                     used=None if keep is None else used,
                 )  # fmt: skip
                 aliases = {part.key: statistics.shared_key(part.key) for part in parts}
@@ -133,24 +134,28 @@ class WalkedLayers:
         scratch: ExitStack,
     ) -> WalkedStatistics:
         """Run the layer and sum what the linears of ``parts`` see; ``scratch`` lets go of what experts were fed."""
-        wanted = {part.rows.parameter.rpartition(".")[0] for part in parts}
         number, inputs = stage.layer, stage.states
         assert inputs is not None
+        wanted = {part.lines.name.rpartition(".")[0] for part in parts}
         name = self.model.layer_names[number]
-        linears = {f"{name}.{n}": m for n, m in module.named_modules() if f"{name}.{n}" in wanted and isinstance(m, nn.Linear)}
-        used = [stack for stack in stacks if stack.name in wanted]
-        samples, length, hidden = self.walk.shape
+        linears = {
+            f"{name}.{n}": m for n, m in module.named_modules() if f"{name}.{n}" in wanted and stored_turned(m) is not None
+        }
+        parameters = {part.lines.name for part in parts}
+        used = [stack for stack in stacks if not parameters.isdisjoint(stack.parameters)]
 
-        def room(prefix: str) -> dict[str, ExpertInputs]:
+        def room(prefix: str, stacks: Sequence[ExpertStack]) -> dict[str, ExpertInputs]:
             made = {}
-            for k, stack in enumerate(used):
+            for k, stack in enumerate(stacks):
                 path = self.state.folder / f"{prefix}-{k}.bin"
-                made[stack.name] = ExpertInputs(path, samples * length, hidden, self.model.dtype)
+                tokens = self.walk.tokens.numel() * max(1, stack.copies)
+                made[stack.name] = ExpertInputs(path, tokens, stack.hidden, self.model.dtype)
                 scratch.callback(made[stack.name].close)
             return made
 
-        fed = room("experts")
-        originals = room("experts-original") if stage.original is not None else {}
+        fed = room("experts", used)
+        # Rows that are gathered by the router's choice are not of the same tokens behind other layers.
+        originals = room("experts-original", [s for s in used if not s.copies] if stage.original is not None else [])
         turns = Turns()
         observer = LayerObserver(linears, used, fed, turns, originals=originals)
         with observer.watching():
@@ -174,8 +179,7 @@ class WalkedLayers:
             rows = slice(part.start, part.stop)
             zero_point = None if found.zero_point is None else tensor_of(found.zero_point[rows])
             weight = dequantize(tensor_of(found.codes[rows]), tensor_of(found.scale[rows]), zero_point)
-            parameter = self.model.model.get_parameter(part.rows.parameter)
-            flat = parameter.view(-1, parameter.shape[-1])
-            flat[part.rows.start : part.rows.stop] = weight.to(dtype=parameter.dtype)
+            parameter = self.model.model.get_parameter(part.lines.name)
+            lines_of(parameter, part.lines).copy_(weight)
 
         run_parallel(len(parts), put, workers=self.workers, stop=self.stop)

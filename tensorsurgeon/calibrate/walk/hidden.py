@@ -59,8 +59,8 @@ class HiddenStates:
             self._is_empty = False
         if (self.shape[1:], self.dtype) != (shape, dtype):
             raise PlanError(
-                f"hidden states of one layer are {list(self.shape[1:])} in {self.dtype} for one batch and {list(shape)} in {dtype} "
-                "for another; this model cannot be walked"
+                f"hidden states of one layer are {list(self.shape[1:])} in {self.dtype} for one batch and {list(shape)} in "
+                f"{dtype} for another; this model cannot be walked"
             )
 
     def read(self, start: int, stop: int) -> Tensor:

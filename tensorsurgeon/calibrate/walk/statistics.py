@@ -17,22 +17,19 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from tensorsurgeon.calibrate.walk.experts import (
-    ExpertStack,
-    ExpertStatistics,
-    InputStatistics,
-)
+from tensorsurgeon.calibrate.walk.crosses import Crosses
+from tensorsurgeon.calibrate.walk.experts import ExpertStatistics, InputStatistics
+from tensorsurgeon.calibrate.walk.stacks import ExpertStack
 from tensorsurgeon.calibrate.walk.workers import Turns
 from tensorsurgeon.errors import PlanError, RecipeError
 from tensorsurgeon.machine.files import make_durable, make_folder_durable
-from tensorsurgeon.quant.gptq.asymmetric import CrossAccumulator
 from tensorsurgeon.quant.gptq.hessian import HessianAccumulator
 
 
-def summed(accumulator: Sum, cross: CrossSum | None) -> InputStatistics:
-    """The statistics that accumulators hold."""
+def summed(accumulator: Sum, cross: Tensor | None = None) -> InputStatistics:
+    """The statistics that an accumulator holds, and the cross products beside it."""
     hessian = accumulator.result()
-    return InputStatistics(accumulator.tokens, hessian.diagonal().clone(), hessian, None if cross is None else cross.result())
+    return InputStatistics(accumulator.tokens, hessian.diagonal().clone(), hessian, cross)
 
 
 class LayerStatistics(Protocol):
@@ -66,18 +63,6 @@ class Sum(Protocol):
         ...
 
 
-class CrossSum(Protocol):
-    """Sums ``(o - x) x^T`` over tokens, turned; o is the input of the same token behind original layers."""
-
-    def add(self, inputs: Tensor, original: Tensor) -> None:
-        """Take both inputs of the same tokens, [..., in_features]."""
-        ...
-
-    def result(self) -> Tensor:
-        """The sum so far, a new tensor."""
-        ...
-
-
 class Inputs(Protocol):
     """Keeps what went into a stack of experts."""
 
@@ -94,7 +79,7 @@ class LayerObserver:
     """Sums the inputs of a layer's linears, and keeps those of its experts, while the walk runs the layer.
 
     ``linears`` are the modules wanted, by full name; ``new_sum`` makes what sums so many features. ``originals`` keeps what
-    goes into the stacks behind original layers, and ``new_cross`` makes what sums cross products, where that is carried.
+    goes into the stacks behind original layers, and ``crosses`` cross products, where that is carried.
     """
 
     def __init__(
@@ -105,11 +90,10 @@ class LayerObserver:
         turns: Turns,
         new_sum: Callable[[int], Sum] = HessianAccumulator,
         originals: Mapping[str, Inputs] | None = None,
-        new_cross: Callable[[int], CrossSum] = CrossAccumulator,
+        crosses: Crosses | None = None,
     ) -> None:
         self._originals = originals or {}
-        self._new_cross = new_cross
-        self._crosses: dict[str, CrossSum | None] = {}
+        self._crosses = crosses or Crosses()
         self._linears = dict(sorted(linears.items()))
         self._stacks = {stack.name: stack for stack in stacks}
         self._inputs = inputs
@@ -140,11 +124,9 @@ class LayerObserver:
 
     def _note_experts(self, stack: ExpertStack) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = [*args, *kwargs.values()]
-            if len(given) < 2 or given[0].ndim != 2 or given[1].ndim != 2 or given[1].is_floating_point():
-                raise PlanError(f"{stack.name}: its experts are not called with hidden states and chosen experts")
-            self._local.seen.setdefault(stack.first_name, []).append(_seen(given[0]))
-            self._local.chosen[stack.name] = (given[0], given[1])
+            hidden, chosen = stack.called_with(args, kwargs)
+            self._local.seen.setdefault(stack.first_name, []).append(_seen(hidden))
+            self._local.chosen[stack.name] = (hidden, chosen)
 
         return hook
 
@@ -167,13 +149,14 @@ class LayerObserver:
                 self._choose_leaders(seen)
             for name, (_, chosen) in self._local.chosen.items():
                 self._inputs[name].prepare(chosen.shape[1])
-                if original is not None:
+                if name in self._originals:
                     self._originals[name].prepare(chosen.shape[1])
         for name, (hidden, chosen) in self._local.chosen.items():
-            self._inputs[name].add(first_token, hidden, chosen)
-            if original is not None:
+            self._inputs[name].add(first_token * max(1, self._stacks[name].copies), hidden, chosen)
+            if original is not None and name in self._originals:
                 self._originals[name].add(first_token, *fed[name])
         tokens = result.numel() // result.shape[-1]
+        gathered = {stack.first_name for stack in self._stacks.values() if stack.copies}
         for name, leader in self._leader.items():
             mine = seen.get(name, [])
             if leader != name:
@@ -186,21 +169,10 @@ class LayerObserver:
                         self._sums[name] = self._new_sum(tensor.shape[-1])
                     self._sums[name].add(tensor)
                 if original is not None:
-                    self._cross(name, mine, before.get(name, []), tokens)
+                    theirs = [] if name in gathered else before.get(name, [])
+                    self._crosses.add(name, [s.tensor for s in mine], [s.tensor for s in theirs], tokens)
         self._local.seen, self._local.chosen = {}, {}
         return result
-
-    def _cross(self, name: str, mine: Sequence[_Seen], theirs: Sequence[_Seen], tokens: int) -> None:
-        """Add cross products of a batch of so many ``tokens``; a linear that is not called with all of them has none."""
-        shapes = {seen.tensor.shape for seen in (*mine, *theirs)}
-        if len(mine) != 1 or len(theirs) != 1 or len(shapes) != 1 or mine[0].tensor[..., 0].numel() != tokens:
-            self._crosses[name] = None
-            return
-        if name not in self._crosses:
-            self._crosses[name] = self._new_cross(mine[0].tensor.shape[-1])
-        cross = self._crosses[name]
-        if cross is not None:
-            cross.add(mine[0].tensor, theirs[0].tensor)
 
     def _choose_leaders(self, seen: Mapping[str, list[_Seen]]) -> None:
         names = [*self._linears, *(stack.first_name for stack in self._stacks.values())]
@@ -213,7 +185,7 @@ class LayerObserver:
         """Statistics by key, and under which key a shared input is kept; the sums are let go."""
         made = {}
         for name in list(self._sums):
-            made[name] = summed(self._sums.pop(name), self._crosses.pop(name, None))
+            made[name] = summed(self._sums.pop(name), self._crosses.pop(name))
         return made, dict(self._leader)
 
     def result(self, experts: Mapping[str, ExpertStatistics]) -> WalkedStatistics:
@@ -232,7 +204,7 @@ class WalkedStatistics:
     def __init__(self, sums: dict[str, InputStatistics], leader: dict[str, str], experts: dict[str, ExpertStatistics]) -> None:
         self._sums = sums
         self._leader = leader
-        self._experts = experts
+        self._experts = {name: found for found in experts.values() for name in (found.stack.first_name, found.stack.down_name)}
 
     def shared_key(self, key: str) -> str:
         """The key under which a shared input is kept."""
@@ -241,7 +213,7 @@ class WalkedStatistics:
     def of(self, key: str) -> InputStatistics | None:
         """The statistics of an input; None if it was never seen."""
         parameter, _, expert = key.rpartition(".")
-        stack = self._experts.get(parameter.rpartition(".")[0]) if expert.isdecimal() else None
+        stack = self._experts.get(parameter) if expert.isdecimal() else None
         if stack is None:
             return self._sums.get(self.shared_key(key))
         if parameter == stack.stack.down_name:

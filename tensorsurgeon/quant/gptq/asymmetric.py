@@ -1,8 +1,8 @@
 """A target that leans towards what the original inputs would have given, so that a layer makes up for those before it.
 
-GPTQ keeps a layer's outputs on the inputs that it will really get, ``X_q``, behind layers already quantized: it takes their errors
-as given. GPTAQ (arXiv 2504.02692) wants the outputs on the original inputs ``X_o`` instead. In closed form, and only a share
-``a`` of the way: with ``H = X_q^T X_q`` and ``C = (X_o - X_q)^T X_q``, quantize
+GPTQ keeps a layer's outputs on the inputs that it will really get, ``X_q``, behind layers already quantized, and takes their
+errors as given. GPTAQ (arXiv 2504.02692) wants the outputs on the original inputs ``X_o`` instead. In closed form, and only a
+share ``a`` of the way: with ``H = X_q^T X_q`` and ``C = (X_o - X_q)^T X_q``, quantize
 
     W* = W + a W C (H + ridge)^-1
 
