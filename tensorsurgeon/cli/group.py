@@ -11,6 +11,7 @@ import click
 from tensorsurgeon.cli.apply import apply
 from tensorsurgeon.cli.plan import plan, transforms
 from tensorsurgeon.cli.read import diff, inspect, verify
+from tensorsurgeon.cli.resume import resume
 from tensorsurgeon.cli.terminal import Stop, note, one_line, told
 from tensorsurgeon.errors import SurgeonError, did_you_mean, our_fault
 from tensorsurgeon.machine.limits import raise_open_files_limit
@@ -69,7 +70,7 @@ def main(verbose: int) -> None:
     raise_open_files_limit()
 
 
-for _command in (inspect, plan, apply, verify, diff, transforms):
+for _command in (inspect, plan, apply, resume, verify, diff, transforms):
     main.add_command(_command)
 
 
