@@ -137,6 +137,24 @@ def test_codes_equal_those_of_calibrating_the_weights_in_f32(name: str, plain: P
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_statistics_equal_those_of_a_bf16_copy(plain: Path, tmp_path: Path) -> None:
+    """The walk computes in the model's dtype, whatever it is filled from."""
+    source = by_layout("hf-fp8")(plain, tmp_path / "source")
+    apply(Dequantize(dtype="BF16"), source, tmp_path / "copy", workers=1)
+    ids = write_ids(tmp_path / "ids.npy", rows=12, vocabulary=400)
+    for name in ("source", "copy"):
+        options = options_of(ids, samples=12, sequential=False, write_statistics=tmp_path / f"{name}-statistics")
+        run_calibrated(gptq_plan(tmp_path / name), tmp_path / f"{name}-out", options, workers=2)
+    for number in range(2):
+        files = [
+            (tmp_path / f"{name}-statistics" / f"layer-0000{number}.safetensors").read_bytes() for name in ("source", "copy")
+        ]
+        assert files[0] == files[1]
+    codes = [read_all(tmp_path / f"{name}-out") for name in ("source", "copy")]
+    assert any(codes[0][key].tobytes() != codes[1][key].tobytes() for key in codes[0])
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_codes_are_not_those_of_rounding_nor_of_other_text(plain: Path, tmp_path: Path) -> None:
     """What the equality above would not show: that statistics were used at all."""
     source = by_layout("hf-fp8")(plain, tmp_path / "source")

@@ -41,6 +41,9 @@ def model_builder(checkpoint: Checkpoint, experts_implementation: str | None) ->
         named = getattr(transformers, str((config.architectures or [""])[0]), None)
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             make: Any = named._from_config
+            if not named._can_set_experts_implementation():
+                # Models without experts, or with experts of their own making, refuse any but the eager one.
+                experts_implementation = None
         else:
             make = functools.partial(transformers.AutoModelForCausalLM.from_config, trust_remote_code=False)
     arguments: dict[str, Any] = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
@@ -77,7 +80,7 @@ def _refuse_what_no_config_needs(checkpoint: Checkpoint) -> None:
             where = f"config.json {path}{key}"
             if isinstance(value, dict):
                 parts.append((f"{path}{key}.", value))
-            elif isinstance(value, int) and value > len(checkpoint.specs) and _COUNTS.search(key):
+            elif isinstance(value, int) and value > len(checkpoint.specs) and _COUNTS.search(key) and not key.startswith("max_"):
                 raise CheckpointError(
                     f"{where}: asks for {value}, and the checkpoint has {len(checkpoint.specs)} tensors",
                     where=str(checkpoint),
