@@ -212,7 +212,7 @@ def test_a_signal_stops_in_order_says_how_to_resume_and_loses_nothing(number, sl
     assert process.returncode == 130
     assert "Traceback" not in stderr
     assert "stopping after the units under way" in stderr
-    assert "--resume" in stderr
+    assert "continue with: surgeon resume " in stderr
     assert stdout == ""
     assert not list(target.glob("*.safetensors"))
     done = len((target / ".surgeon" / "journal.jsonl").read_text().splitlines())
