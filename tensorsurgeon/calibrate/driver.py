@@ -18,6 +18,7 @@ from tensorsurgeon.calibrate.card.budget import BATCH_TOKENS, CardPlan
 from tensorsurgeon.calibrate.card.layers import CardLayers
 from tensorsurgeon.calibrate.card.weights import WeightsAhead
 from tensorsurgeon.calibrate.codes.linears import Linear, linears_by_layer
+from tensorsurgeon.calibrate.codes.rules import share_for
 from tensorsurgeon.calibrate.codes.stage import Layer, Layers, Stage
 from tensorsurgeon.calibrate.codes.stored import StoredLayers
 from tensorsurgeon.calibrate.codes.walked import WalkedLayers
@@ -30,7 +31,6 @@ from tensorsurgeon.calibrate.walk.model import StreamedModel, read_weights
 from tensorsurgeon.calibrate.walk.walk import Walk
 from tensorsurgeon.checkpoint.sink import Sink, publish_bytes
 from tensorsurgeon.checkpoint.source import Source
-from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import JournalError, PlanViolationError, RecipeError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.scheme import Quantized
@@ -136,7 +136,7 @@ class Driver:
         def original(linear: Linear) -> np.ndarray:
             return linear.read(plan, source)
 
-        reader = TensorReader(plan.source, source)
+        reader = self.model.weights.reader(source)
         if self.data is None:
             if self.options.read_statistics is None:
                 raise RecipeError("calibration needs data or statistics")
@@ -154,7 +154,8 @@ class Driver:
             )  # fmt: skip
         walk = Walk(self.model, read_weights(reader), self.data.tokens, folder=state.folder)
         return WalkedLayers(
-            model=self.model, original=original, options=self.options, walk=walk, state=state, workers=workers, stop=stop
+            model=self.model, original=original, options=self.options, walk=walk, state=state, workers=workers, stop=stop,
+            asymmetric=any(share_for(linear.scheme, linear.method, self.options) for linear in self.linears),
         )  # fmt: skip
 
 

@@ -34,6 +34,9 @@ _OPTIONS: Final = (
     click.option("--fallback-tokens", type=click.IntRange(0),
                  help="Modules that saw fewer are rounded to nearest.  [default: 8]"),
     click.option("--no-sequential", is_flag=True, help="Feed each layer what the original layers put out."),
+    click.option("--asymmetric", type=click.FloatRange(0.0, 1.0), metavar="SHARE",
+                 help="How far each layer makes up for the errors of those before it, 0 to 1.  "
+                      "[default: 0.5 at 2 and 3 bits with signed scales, else 0]"),
     click.option("--damp-percent", type=click.FloatRange(0.0),
                  help="Share of the Hessian's mean diagonal added to it.  [default: 0.01]"),
     click.option("--no-search", is_flag=True, help="Keep the scales of the scheme's rule."),
@@ -45,7 +48,8 @@ _OPTIONS: Final = (
 )  # fmt: skip
 _NAMES: Final = (
     "sources", "samples", "sequence_length", "seed", "experts", "expert_hessian", "minimum_tokens", "fallback_tokens",
-    "no_sequential", "damp_percent", "no_search", "no_polish", "write_statistics", "read_statistics", "device", "max_gpu_ram",
+    "no_sequential", "asymmetric", "damp_percent", "no_search", "no_polish", "write_statistics", "read_statistics", "device",
+    "max_gpu_ram",
 )  # fmt: skip
 
 
@@ -97,7 +101,7 @@ def run_with_calibration(
     device = str(given.pop("device", "cpu"))
     cap = parse_size(given.pop("max_gpu_ram"), "--max-gpu-ram") if "max_gpu_ram" in given else None
     options = options_from(given)
-    with _noting(note):
+    with noting(note):
         result = run_calibrated(plan, target, options, device=device, max_gpu_ram_bytes=cap, **running)
     return result.run, result.summary
 
@@ -125,12 +129,12 @@ def options_from(calibration: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def _noting(note: Callable[[str], None] | None) -> Iterator[None]:
-    """What calibration logs, told to the person at the terminal."""
+def noting(note: Callable[[str], None] | None, name: str = "tensorsurgeon.calibrate") -> Iterator[None]:
+    """What a room logs while it works, told to the person at the terminal."""
     if note is None:
         yield
         return
-    logger = logging.getLogger("tensorsurgeon.calibrate")
+    logger = logging.getLogger(name)
     handler = _Notes(note)
     level = logger.level
     logger.addHandler(handler)

@@ -71,15 +71,15 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM end the run in order: units under way are finished and journalled."""
+def stop_on_signals(what: str = "after the units under way") -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM end the run in order; ``what`` says when it stops: units under way are finished and journalled."""
     stop = threading.Event()
 
     def ask(number: int, frame: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        note("\nstopping after the units under way (again: at once)")
+        note(f"\nstopping {what} (again: at once)")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -105,3 +105,33 @@ def progress_bar(total_bytes: int, quiet: bool) -> Iterator[Callable[[int], None
                 bar.update(nbytes)
 
         yield advance
+
+
+@contextmanager
+def step_bar(quiet: bool) -> Iterator[tuple[Callable[[int, int, str], None], Callable[[str], None]]]:
+    """A bar over steps that take time, and how to say something above it; silent when nobody looks.
+
+    The bar is told (done, total, at what); without a terminal messages are lines on stderr.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda *_: None, note
+        return
+    from tqdm import tqdm
+
+    lock = threading.Lock()
+    shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+    with tqdm(total=0, file=sys.stderr, leave=False, bar_format=shape) as bar:
+
+        def advance(done: int, total: int, what: str) -> None:
+            with lock:
+                if total != bar.total:
+                    bar.reset(total)
+                bar.set_description_str(printable(what), refresh=False)
+                bar.update(done - bar.n)
+                bar.refresh()
+
+        def say(text: str) -> None:
+            with lock:
+                bar.write(printable(text), file=sys.stderr)
+
+        yield advance, say

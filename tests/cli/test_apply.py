@@ -128,7 +128,9 @@ def test_the_fixture_becomes_int8_with_everything_else_untouched(tmp_path):
         assert after[name + "_scale"].shape == before[name].shape[:1]
     for path in FIXTURE.iterdir():
         if path.suffix != ".safetensors" and path.name not in ("config.json", "model.safetensors.index.json"):
-            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+            # The original's card describes another model than this one.
+            name = "README.base.md" if path.name == "README.md" else path.name
+            assert (tmp_path / "out" / name).read_bytes() == path.read_bytes()
     old, new = json.loads((FIXTURE / "config.json").read_text()), json.loads((tmp_path / "out" / "config.json").read_text())
     assert new.pop("quantization_config")
     assert new == old
