@@ -36,6 +36,7 @@ ROOMS = (
     "calibrate",
     "verifying",
     "look",
+    "publish",
     "api",
     "cli",
     "__main__",

@@ -10,6 +10,7 @@ import click
 
 from tensorsurgeon.cli.apply import apply
 from tensorsurgeon.cli.plan import plan, transforms
+from tensorsurgeon.cli.push import push
 from tensorsurgeon.cli.read import diff, inspect, verify
 from tensorsurgeon.cli.terminal import Stop, note, one_line, told
 from tensorsurgeon.errors import SurgeonError, did_you_mean, our_fault
@@ -69,7 +70,7 @@ def main(verbose: int) -> None:
     raise_open_files_limit()
 
 
-for _command in (inspect, plan, apply, verify, diff, transforms):
+for _command in (inspect, plan, apply, verify, diff, push, transforms):
     main.add_command(_command)
 
 
