@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
@@ -60,6 +60,7 @@ def run_calibrated(
     max_gpu_ram_bytes: int | None = None,
     stop: threading.Event | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
+    command: Sequence[str] = (),
     ahead: int = DEFAULT_AHEAD,
     keep_source: bool = False,
 ) -> CalibratedResult:
@@ -96,7 +97,7 @@ def run_calibrated(
     with one_torch_thread(), nullcontext() if card is None else capped(where, card, max_gpu_ram_bytes):
         result = run_plan(
             plan, target, workers=workers, max_ram_bytes=max_ram_bytes, resume=resume, overwrite=overwrite, stop=stop,
-            progress=progress, execute=driver.execute, ahead=ahead, keep_source=keep_source,
+            progress=progress, execute=driver.execute, command=command, ahead=ahead, keep_source=keep_source,
         )  # fmt: skip
     log = Path(target) / LOG_NAME
     summary = summarize(read_log(log)) if log.exists() else summarize([])

@@ -22,9 +22,11 @@ from tensorsurgeon.tensors.spec import TensorSpec
 
 # The bound of the safetensors library; a larger header is refused by every reader.
 MAX_HEADER_BYTES = 100_000_000
-# The longest names in use have 200 letters in 15 parts.
-_MAX_NAME = 10_000
+# The longest names in use have 200 letters in 15 parts. What a name and all that it begins with take, letters times parts,
+# is bounded for the header as well: names of 60 letters in 8 parts have half of that in the largest header.
+_MAX_NAME = 1 << 16
 _MAX_NAME_PARTS = 200
+_MAX_PATHS = 6 * MAX_HEADER_BYTES
 _METADATA = "__metadata__"
 _KEYS = {"dtype", "shape", "data_offsets"}
 NO_STAMP = Stamp(0, 0, 0, 0)
@@ -157,9 +159,13 @@ def _check_text(names: Iterable[str], metadata: Mapping[str, str]) -> None:
 
     A name of megabytes, or of thousands of parts, is no name: whoever keeps all that it may stand for runs out of memory.
     """
+    paths = 0
     for name in names:
-        if len(name) > _MAX_NAME or name.count(".") > _MAX_NAME_PARTS:
-            raise HeaderError(f"a name has {len(name)} letters in {name.count('.') + 1} parts, it begins {name[:40]!r}")
+        parts = name.count(".") + 1
+        paths += len(name) * parts
+        if len(name) > _MAX_NAME or parts > _MAX_NAME_PARTS + 1 or paths > _MAX_PATHS:
+            several = "" if len(name) > _MAX_NAME or parts > _MAX_NAME_PARTS + 1 else ", after many others like it"
+            raise HeaderError(f"a name has {len(name)} letters in {parts} parts{several}, it begins {name[:40]!r}")
     try:
         "".join(names).encode()
         "".join(part for pair in metadata.items() for part in pair).encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import click
 
 from tensorsurgeon.cli.calibrate import calibration_options, run_with_calibration, settings_for
 from tensorsurgeon.cli.plan import plan_named, transform_options
+from tensorsurgeon.cli.resume import go_on, words_given
 from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, stop_on_signals
 from tensorsurgeon.errors import ExecutionError, NumericError, SurgeonError
 from tensorsurgeon.tensors.sizes import parse_size, show_size
@@ -16,12 +18,12 @@ from tensorsurgeon.tensors.sizes import parse_size, show_size
 
 @click.command()
 @click.argument("transform")
-@click.argument("source", type=click.Path(readable=False))
-@click.argument("target", type=click.Path(readable=False))
+@click.argument("source", type=click.Path(readable=False), required=False, metavar="SOURCE")
+@click.argument("target", type=click.Path(readable=False), required=False, metavar="TARGET")
 @transform_options
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; the cores of this machine by default.")
 @click.option("--max-ram", metavar="SIZE", help="Cap on the tensors in flight, such as 8GB; half of the free memory by default.")
-@click.option("--resume", is_flag=True, help="Continue the run that was stopped in TARGET.")
+@click.option("--resume", is_flag=True, help="Continue the run that was stopped in TARGET; alone with TARGET: as it was begun.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that TARGET holds.")
 @click.option(
     "--ahead",
@@ -36,8 +38,8 @@ from tensorsurgeon.tensors.sizes import parse_size, show_size
 @calibration_options
 def apply(
     transform: str,
-    source: str,
-    target: str,
+    source: str | None,
+    target: str | None,
     settings: tuple[str, ...],
     then: tuple[str, ...],
     max_shard_size: str,
@@ -62,6 +64,12 @@ def apply(
     """
     if resume and overwrite:
         raise click.UsageError("--resume continues a run and --overwrite replaces it; give one of them")
+    context = click.get_current_context()
+    if source is None and resume:
+        go_on(context, transform, words_given(context), quiet, as_json)
+        return
+    if source is None or target is None:
+        raise click.UsageError(f"Missing argument '{'SOURCE' if source is None else 'TARGET'}'.")
     made = plan_named(transform, then, settings_for(calibration, settings), backend, source, max_shard_size)
     if require:
         from tensorsurgeon.engines.advice import check_requirements
@@ -78,6 +86,7 @@ def apply(
             result, summary = run_with_calibration(
                 made, target, calibration, note=None if quiet else note, workers=workers, max_ram_bytes=cap, resume=resume,
                 overwrite=overwrite, stop=stop, ahead=ahead, keep_source=keep_source, progress=lambda p: advance(p.nbytes),
+                command=(transform, source, *words_given(context)),
             )  # fmt: skip
         except SurgeonError as error:
             raise Stop(error, _how_to_go_on(error, target, "sources" in calibration)) from error
@@ -106,5 +115,5 @@ def _how_to_go_on(error: SurgeonError, target: str, is_calibrated: bool) -> str:
             changed = "the source, the transform or the calibration" if is_calibrated else "the source or the transform"
             return f"; --resume would stop here again: change {changed} and use --overwrite"
         case ExecutionError(can_resume=True):
-            return f"; continue with: surgeon apply ... {target} --resume"
+            return f"; continue with: surgeon resume {shlex.quote(target)}"
     return ""

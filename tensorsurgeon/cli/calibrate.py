@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,9 +81,6 @@ def run_with_calibration(
     """
     from tensorsurgeon.running.run import run_plan
 
-    # The plan stays to the end and holds no cycles: a collector that walks through it again and again takes a third of a run
-    # of a few GB. This is the process of the command; one that uses the library keeps its collector as it is.
-    gc.freeze()
     if not plan.needs_codes:
         if calibration:
             named = ", ".join(f"--{'calibration' if name == 'sources' else name.replace('_', '-')}" for name in calibration)

@@ -12,6 +12,7 @@ from tensorsurgeon.cli.apply import apply
 from tensorsurgeon.cli.plan import plan, transforms
 from tensorsurgeon.cli.push import push
 from tensorsurgeon.cli.read import diff, inspect, verify
+from tensorsurgeon.cli.resume import resume
 from tensorsurgeon.cli.terminal import Stop, note, one_line, told
 from tensorsurgeon.errors import SurgeonError, did_you_mean, our_fault
 from tensorsurgeon.machine.limits import raise_open_files_limit
@@ -70,7 +71,7 @@ def main(verbose: int) -> None:
     raise_open_files_limit()
 
 
-for _command in (inspect, plan, apply, verify, diff, push, transforms):
+for _command in (inspect, plan, apply, resume, verify, diff, push, transforms):
     main.add_command(_command)
 
 

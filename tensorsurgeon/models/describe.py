@@ -13,8 +13,9 @@ from typing import Any, Final, NamedTuple
 
 from tensorsurgeon.errors import RecipeError, did_you_mean
 from tensorsurgeon.models.asked.answers import Answer, answer_for
-from tensorsurgeon.models.experts import EXPERTS, is_expert_list
+from tensorsurgeon.models.experts import EXPERTS, is_expert_list, numbered
 from tensorsurgeon.models.families import Family, family_of
+from tensorsurgeon.models.fused import Fusions
 from tensorsurgeon.models.roles import LINEARS, NO_LINEARS, PARTS, WITHOUT_CONFIG, Role, Use
 from tensorsurgeon.models.rules import LAYERS, Known, part_of, role_inside, role_outside
 from tensorsurgeon.models.sizes import Sizes
@@ -49,6 +50,7 @@ class Model:
         self._specs = specs
         self.sizes = Sizes(specs.config)
         self._uses: dict[tuple[_Place, tuple[int, ...]], Use] = {}
+        self._of_experts: dict[tuple[str, str, tuple[int, ...]] | None, Use] = {}
         self._by_name: dict[str, Use] = {}
         self._insides: dict[str, str] = {}
         self._is_layers: dict[str, bool] = {}
@@ -62,6 +64,18 @@ class Model:
     def answer(self) -> Answer | None:
         """What an engine's own class said of this model; None where it was not asked."""
         return answer_for(self._specs.config)
+
+    @cached_property
+    def _fusions(self) -> Fusions:
+        return Fusions((), ()) if self.answer is None else self.answer.fusions()
+
+    @cached_property
+    def _modules(self) -> frozenset[str]:
+        return frozenset(spec.module for spec in self._specs.values())
+
+    def fused_name(self, module: str) -> str | None:
+        """What an engine calls the module this one is fused into; None if it stands alone."""
+        return self._fusions.name(module, lambda: self._modules)
 
     @property
     def known_by(self) -> str:
@@ -82,12 +96,17 @@ class Model:
         known = self._by_name.get(name)
         if known is not None:
             return known
-        spec = self._specs.get(name)
-        shape = () if spec is None else spec[2]
-        key = self._place(name), shape
-        found = self._uses.get(key)
+        shape = self._specs[name][2] if name in self._specs else ()
+        expert = numbered(name)
+        # What holds for one expert of a list holds for all of them, and most names are experts'.
+        alike = None if expert is None else (expert[0], expert[2], shape)
+        found = self._of_experts.get(alike)
         if found is None:
-            found = self._uses[key] = self._decide(key[0], shape)
+            place = self._place(name)
+            found = self._uses.get((place, shape)) or self._decide(place, shape)
+            self._uses[place, shape] = found
+            if alike is not None:
+                self._of_experts[alike] = found
         self._by_name[name] = found
         return found
 
@@ -128,10 +147,10 @@ class Model:
                 raise RecipeError(f"'role:{text}': only {', '.join(sorted(PARTS))} have roles within them")
             whole.update(() if second else ROLES[first])
             inner.update((part, role) for part in ROLES[first] for role in ROLES.get(second, ()))
-        use = self.use
+        use, by_name = self.use, self._by_name
 
         def chosen(name: str) -> bool:
-            found = use(name)
+            found = by_name.get(name) or use(name)
             return (found[0] in whole or found[:2] in inner) and (asked or found[3])
 
         return chosen
@@ -221,7 +240,7 @@ class Model:
         if found is None and is_layer:
             found = role_inside(f"{head}*", path, leaf, shape, self._known)
         elif found is None:
-            found = role_outside([*outer, *path], leaf, shape)
+            found = role_outside([*outer, *path], leaf, shape, self.sizes.hidden)
         if part is None and is_layer and self._has_language_model and _LANGUAGE_MODEL.search(head) is None:
             return Use(Role.OTHER, None, "layers outside the language model")
         if part is not None:

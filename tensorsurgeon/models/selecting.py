@@ -47,8 +47,8 @@ def selected_linears(specs: SpecMap, where: Sequence[str], exclude: Sequence[str
 def _is_linear(specs: SpecMap, model: Model, name: str) -> bool:
     if len(specs[name][2]) != 2 or not name.endswith(".weight"):
         return False
-    found = model.use(name)
-    return found.role not in PARTS or found.within not in NO_LINEARS
+    role, within = model.use(name)[:2]
+    return role not in PARTS or within not in NO_LINEARS
 
 
 def _refuse_left_over(specs: SpecMap, model: Model, chosen: Sequence[str], linears: Sequence[str]) -> None:
@@ -68,7 +68,7 @@ def _refuse_left_over(specs: SpecMap, model: Model, chosen: Sequence[str], linea
 def _refuse_transposed(specs: SpecMap, model: Model, linears: Sequence[str]) -> None:
     """Groups and scales run along a weight's inputs, and every reader takes the last axis for them."""
     patterns = () if model.family is None else model.family.transposed
-    for name in linears:
+    for name in linears if patterns else ():
         if any(pattern.match(specs[name].module) is not None for pattern in patterns):
             raise SpecError(
                 f"{specs[name]}: this family stores it [in, out] (table of {model.family.name if model.family else ''}), and no "
@@ -78,8 +78,9 @@ def _refuse_transposed(specs: SpecMap, model: Model, linears: Sequence[str]) -> 
 
 def _refuse_unknown(specs: SpecMap, model: Model, selector: Selector) -> None:
     by_name = [pattern for pattern in (*selector.where, *selector.exclude) if not pattern.role]
+    use = model.use
     for name, dtype, shape in specs.values():
-        if len(shape) == 2 and 0 not in shape and dtype in WEIGHT_DTYPES and model.role(name) is None:
+        if len(shape) == 2 and dtype in WEIGHT_DTYPES and use(name)[0] is None and 0 not in shape:
             if any(pattern.match(name) is not None for pattern in by_name):
                 continue
             inner = masked(name).rpartition("*.")[2]
@@ -103,7 +104,7 @@ def refuse_stacked_experts(specs: SpecMap, where: Sequence[str], exclude: Sequen
     for name in stacks:
         split = after_splitting(name)
         assert split is not None
-        hit = [test(name) is not None or (not pattern.role and test(split) is not None) for pattern, test in tests]
+        hit = [bool(test(name)) or (not pattern.role and bool(test(split))) for pattern, test in tests]
         if any(hit[len(wanted) :]):
             continue
         if any(h and (p.role or p.match(split) is not None) for h, p in zip(hit, wanted, strict=False)):
@@ -117,7 +118,7 @@ def why_left(specs: SpecMap, name: str, where: Sequence[str], exclude: Sequence[
     """Why a tensor is in no scope given by these patterns, in words."""
     model = describe_model(specs)
     for text in exclude:
-        if Pattern.parse(text).tested(model.chooser)(name) is not None:
+        if Pattern.parse(text).tested(model.chooser)(name):
             return f"excluded by {text.removeprefix('maybe:')}"
     outside = "outside " + " and ".join(text.removeprefix("maybe:") for text in where)
     use = model.use(name)

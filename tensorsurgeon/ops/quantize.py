@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -94,16 +94,20 @@ class Quantize:
         local: dict[tuple[DType, tuple[int, ...]], tuple[TensorSpec, ...]] = {}
         rewrites: list[Rewrite] = []
         # The parts of a module that engines fuse share one global scale where the grid has one.
-        groups = sibling_groups(chosen) if self.scheme.type == "nvfp4" else ((name,) for name in chosen)
+        groups = sibling_groups(specs, chosen) if self.scheme.type == "nvfp4" else ((name,) for name in chosen)
         for group in groups:
             weights = [specs[name] for name in group]
+            outputs: list[TensorSpec] = []
             for weight in weights:
-                if weight.dtype not in ways:
-                    ways[weight.dtype] = self._written(weight, specs)
-                if weight[1:] not in local:
-                    local[weight[1:]] = self._local_tensors(weight, ways[weight.dtype].scheme)
-            written = ways[weights[0].dtype]
-            outputs = [spec for weight in weights for spec in _outputs(weight, local[weight[1:]])]
+                form = weight[1:]
+                if form not in local:
+                    if weight.dtype not in ways:
+                        ways[weight.dtype] = self._written(weight, specs)
+                    local[form] = self._local_tensors(weight, ways[weight.dtype].scheme)
+                prefix = weight[0].removesuffix("weight")
+                for name, dtype, shape in local[form]:
+                    outputs.append(TensorSpec(prefix + name, dtype, shape))
+            written = ways[weights[0][1]]
             if len(weights) == 1 and is_large(weights[0]) and self.layout.can_chunk_rows(written.scheme):
                 rewrites.extend(_chunks(weights[0], outputs, written))
             else:
@@ -164,11 +168,6 @@ class Quantize:
             plain = replace(scheme, clip_search=False)
             return quantize_searched(weight, scheme, choose_backend(self.backend, plain, region.spec.dtype))
         return choose_backend(self.backend, scheme, region.spec.dtype).quantize(weight, scheme, global_amax=global_amax)
-
-
-def _outputs(weight: TensorSpec, local: Iterable[TensorSpec]) -> list[TensorSpec]:
-    prefix = weight.name.removesuffix("weight")
-    return [TensorSpec(prefix + name, dtype, shape) for name, dtype, shape in local]
 
 
 def _chunks(weight: TensorSpec, outputs: Sequence[TensorSpec], written: Written) -> Iterator[Rewrite]:

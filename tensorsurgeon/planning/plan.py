@@ -23,7 +23,7 @@ from tensorsurgeon.planning.identity import step_identity
 from tensorsurgeon.planning.output_files import OutputFiles, output_files, written_modules
 from tensorsurgeon.planning.resolving import Resolved, resolve, units_of
 from tensorsurgeon.planning.rewriting import AnyTransform, Rewrite, Transform, steps_of
-from tensorsurgeon.planning.work import Unit, peak_bytes, plan_units
+from tensorsurgeon.planning.work import Peaks, Unit, plan_units
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.names import canonical_order
 from tensorsurgeon.tensors.spec import SpecMap
@@ -93,8 +93,9 @@ class Plan:
     def peak_unit_bytes(self) -> int:
         """What the largest unit holds; a memory cap below this cannot work."""
         tasks = self.resolved.tasks
+        peaks = Peaks(self.steps)
         groups = units_of(tasks, self.resolved.made)
-        return max((peak_bytes([tasks[number] for number in group], self.steps) for group in groups), default=0)
+        return max((peaks.of([tasks[number] for number in group]) for group in groups), default=0)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -115,8 +116,8 @@ class Plan:
         """For each step: the names of the tensors that it reads and of those that it makes."""
         return [
             (
-                {region.spec.name for rewrite in rewrites for region in rewrite.inputs},
-                {region.spec.name for rewrite in rewrites for region in rewrite.outputs},
+                {region[0][0] for rewrite in rewrites for region in rewrite[0]},
+                {region[0][0] for rewrite in rewrites for region in rewrite[1]},
             )
             for rewrites in self.rewrites
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from tensorsurgeon.models.roles import Role
 from tensorsurgeon.models.selecting import why_left
 from tensorsurgeon.planning.pace import streaming_of
 from tensorsurgeon.planning.plan import Plan
-from tensorsurgeon.planning.rewriting import Rewrite, is_reversible, op_name
+from tensorsurgeon.planning.rewriting import Rewrite, details_of, is_reversible, op_name
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.tensors.spec import TensorSpec
 
@@ -139,9 +139,9 @@ def _reasons(plan: Plan, modules: Iterable[str], made_by_steps: list[set[str]]) 
     return reasons
 
 
-def _written(rewrites: Iterable[Rewrite]) -> list[Written]:
+def _written(rewrites: Sequence[Rewrite]) -> list[Written]:
     """How a step that chooses among weights writes them: the first of its ways stands for all."""
-    first = next((written for rewrite in rewrites if (written := written_by(rewrite.detail)) is not None), None)
+    first = next((written for detail in details_of(rewrites) if (written := written_by(detail)) is not None), None)
     return [first] if first is not None and first.where else []
 
 
@@ -159,7 +159,8 @@ def _dropped(plan: Plan) -> dict[str, int]:
 def _dequantized(plan: Plan) -> dict[str, int]:
     """The formats that are unpacked and not written again as they are, in words, with how many modules each has."""
     counts: dict[str, set[str]] = {}
-    for rewrite in (rewrite for rewrites in plan.rewrites for rewrite in rewrites if rewrite.detail is not None):
+    reading = (rewrites for rewrites in plan.rewrites if any(map(stored_in, details_of(rewrites))))
+    for rewrite in (rewrite for rewrites in reading for rewrite in rewrites):
         stored = stored_in(rewrite.detail)
         if stored is None or written_by(rewrite.detail) is not None:
             continue

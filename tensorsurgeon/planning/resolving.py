@@ -70,7 +70,9 @@ class _Contents:
     """Of what pieces each tensor consists, while steps are taken one after the other."""
 
     def __init__(self, source: SpecMap) -> None:
-        self.pieces = {spec.name: _whole(number, spec.nbytes) for number, spec in enumerate(source.values())}
+        self.pieces: dict[str, Pieces] = {
+            spec.name: (Piece(number, 0, spec.nbytes),) if spec.nbytes else () for number, spec in enumerate(source.values())
+        }
         self.tasks: list[Task] = []
         self.made: list[tuple[int, int]] = []
 
@@ -79,55 +81,63 @@ class _Contents:
         whole: dict[str, Pieces] = {}
         partial: dict[str, list[tuple[int, Pieces]]] = defaultdict(list)
         ends: dict[str, list[int]] = {}
+        known = self.pieces
         for rewrite in rewrites:
-            inputs = [self._read(region, ends) for region in rewrite.inputs]
-            outputs = _move(rewrite, inputs) if rewrite.moves_bytes else self._made(step, rewrite, inputs)
-            for region, pieces in zip(rewrite.outputs, outputs, strict=True):
-                if region.start is None:
-                    whole[region.spec.name] = pieces
+            read, written, moves_bytes, _ = rewrite
+            inputs = [known[region[0][0]] if region[1] is None else _cut(known[region[0][0]], region, ends) for region in read]
+            if not moves_bytes:
+                outputs = self._made(step, rewrite, inputs)
+            elif len(read) == len(written) == 1:
+                # By far the commonest: one tensor or slice under a new name.
+                outputs = inputs
+            else:
+                outputs = _move(rewrite, inputs)
+            for region, pieces in zip(written, outputs, strict=True):
+                if region[1] is None:
+                    whole[region[0][0]] = pieces
                 else:
-                    partial[region.spec.name].append((region.byte_range[0], pieces))
-        for name in {region.spec.name for rewrite in rewrites for region in rewrite.inputs}:
+                    partial[region[0][0]].append((region.byte_range[0], pieces))
+        for name in {region[0][0] for rewrite in rewrites for region in rewrite[0]}:
             del self.pieces[name]
         self.pieces.update(whole)
         for name, parts in partial.items():
             parts.sort(key=lambda part: part[0])
             self.pieces[name] = _joined([piece for _, pieces in parts for piece in pieces])
 
-    def _read(self, region: Region, ends: dict[str, list[int]]) -> Pieces:
-        pieces = self.pieces[region.spec.name]
-        return pieces if region.start is None else _cut(pieces, region, ends)
-
     def _made(self, step: int, rewrite: Rewrite, inputs: Sequence[Pieces]) -> list[Pieces]:
         """The arrays of a new task, one per output."""
-        for region in (*rewrite.inputs, *rewrite.outputs):
-            if region.spec.dtype.numpy is None:
-                raise SpecError(f"{region.spec}: elements narrower than a byte have no array form; they can only be moved whole")
-        first = -1 - len(self.made)
-        origins = range(first, first - len(rewrite.outputs), -1)
-        self.made += [(len(self.tasks), position) for position in range(len(origins))]
-        self.tasks.append(Task(step, rewrite, tuple(inputs), origins))
-        return [_whole(origin, region.byte_range[1]) for origin, region in zip(origins, rewrite.outputs, strict=True)]
-
-
-def _whole(origin: int, nbytes: int) -> Pieces:
-    return (Piece(origin, 0, nbytes),) if nbytes else ()
+        read, written = rewrite[:2]
+        first = origin = -1 - len(self.made)
+        number = len(self.tasks)
+        outputs: list[Pieces] = []
+        for region in written:
+            spec, start, _ = region
+            nbytes = spec.nbytes if start is None else region.byte_range[1]
+            self.made.append((number, first - origin))
+            outputs.append((Piece(origin, 0, nbytes),) if nbytes else ())
+            origin -= 1
+        self.tasks.append(Task(step, rewrite, tuple(inputs), range(first, origin, -1)))
+        for spec, _, _ in (*read, *written):
+            if spec[1].numpy is None:
+                raise SpecError(f"{spec}: elements narrower than a byte have no array form; they can only be moved whole")
+        return outputs
 
 
 def _check_bytes(specs: SpecMap, contents: dict[str, Pieces]) -> None:
     """Every tensor has exactly its bytes: a step that says it moves bytes may not change how many there are."""
     for name, spec in specs.items():
-        found = sum(piece.nbytes for piece in contents[name])
+        pieces = contents[name]
+        found = pieces[0][2] if len(pieces) == 1 else sum(piece[2] for piece in pieces)
         if found != spec.nbytes:
             raise PlanError(f"{spec}: takes {spec.nbytes} bytes, but the steps that make it move {found}")
 
 
 def _check_inputs(specs: SpecMap, rewrites: Sequence[Rewrite]) -> None:
     for rewrite in rewrites:
-        for region in rewrite.inputs:
-            found = specs.get(region.spec.name)
-            if found is not region.spec and found != region.spec:
-                raise PlanError(f"{region.spec}: a step plans to read this tensor, but it is {found}")
+        for spec, _, _ in rewrite[0]:
+            found = specs.get(spec[0])
+            if found is not spec and found != spec:
+                raise PlanError(f"{spec}: a step plans to read this tensor, but it is {found}")
 
 
 def _cut(pieces: Pieces, region: Region, ends: dict[str, list[int]]) -> Pieces:
@@ -161,9 +171,6 @@ def _slice(pieces: Sequence[Piece], ends: Sequence[int], begin: int, nbytes: int
 
 
 def _move(rewrite: Rewrite, inputs: Sequence[Pieces]) -> list[Pieces]:
-    if len(inputs) == 1 and len(rewrite.outputs) == 1:
-        # By far the commonest: one tensor or slice under a new name.
-        return [inputs[0]]
     pieces = [p for piece in inputs for p in piece]
     ends = list(accumulate(p.nbytes for p in pieces))
     result = []

@@ -109,26 +109,32 @@ def advance(specs: SpecMap, rewrites: Sequence[Rewrite]) -> SpecMap:
     depends on how the source was sharded. Raises if outputs collide with each other or with what stays, if
     rewrites leave part of a tensor behind, or do not tile their outputs.
     """
+    if not rewrites:
+        return specs
     tiles = _Tiles()
     made: dict[str, TensorSpec] = {}
     # By the name of the first input: what stands in its place. What has no input stands at the end.
     standing: dict[str | None, list[TensorSpec]] = defaultdict(list)
     for rewrite in rewrites:
-        for region in rewrite.inputs:
-            tiles.read(region)
-        anchor = rewrite.inputs[0].spec.name if rewrite.inputs else None
-        for region in rewrite.outputs:
-            spec = region.spec
-            known = made.get(spec.name)
+        read, written = rewrite[:2]
+        for region in read:
+            if region[1] is None:
+                tiles.whole.add(region[0][0])
+            else:
+                tiles.read(region)
+        anchor = read[0][0][0] if read else None
+        for region in written:
+            spec, start, _ = region
+            known = made.get(spec[0])
             if known is None:
-                made[spec.name] = spec
+                made[spec[0]] = spec
                 standing[anchor].append(spec)
-            elif region.start is None or known != spec or spec not in tiles.written:
+            elif start is None or known != spec or spec not in tiles.written:
                 raise NameCollisionError(
                     f"{spec.name}: two rewrites make a tensor of this name ({known} and {spec}, the latter from "
                     f"{anchor}); make the templates tell them apart"
                 )
-            if region.start is not None:
+            if start is not None:
                 tiles.write(region)
     for name in ("", "__metadata__"):
         if name in made:
@@ -149,11 +155,17 @@ def advance(specs: SpecMap, rewrites: Sequence[Rewrite]) -> SpecMap:
     return result
 
 
+def details_of(rewrites: Sequence[Rewrite]) -> list[Hashable]:
+    """The details of a step's rewrites, each object once: many thousands of rewrites share a few."""
+    details = [rewrite[3] for rewrite in rewrites]
+    return list(dict(zip(map(id, details), details, strict=True)).values())
+
+
 def _unpacked(specs: SpecMap, rewrites: Sequence[Rewrite]) -> frozenset[str] | None:
     """The weights that come from codes: those just unpacked, those that moved, those that nothing touched."""
     made: set[str] = set()
     is_unpacking = False
-    for rewrite in rewrites:
+    for rewrite in rewrites if any(map(stored_in, details_of(rewrites))) else ():
         if rewrite.detail is not None and stored_in(rewrite.detail) is not None:
             is_unpacking = True
             if written_by(rewrite.detail) is None:
@@ -179,9 +191,9 @@ class _Tiles:
 
     def read(self, region: Region) -> None:
         spec, start, stop = region
-        if start is None or stop is None:
-            self.whole.add(spec.name)
-        elif spec.name in self.reads:
+        assert start is not None
+        assert stop is not None
+        if spec.name in self.reads:
             self.reads[spec.name][1].append((start, stop))
         else:
             self.reads[spec.name] = spec, [(start, stop)]

@@ -70,13 +70,10 @@ def plan_units(resolved: Resolved, source: Checkpoint, layout: Layout, steps: Se
 
 def _computing_units(resolved: Resolved, writes: list[list[Write]], steps: Sequence[Transform]) -> Iterator[Unit]:
     tasks = resolved.tasks
+    peaks = Peaks(steps)
     for numbers in units_of(tasks, resolved.made):
-        if len(numbers) == 1:
-            (number,) = numbers
-            yield Unit((tasks[number],), tuple(writes[number]), (), peak_bytes([tasks[number]], steps))
-        else:
-            members = tuple(tasks[n] for n in numbers)
-            yield Unit(members, tuple(w for n in numbers for w in writes[n]), (), peak_bytes(members, steps))
+        members = tuple(tasks[n] for n in numbers)
+        yield Unit(members, tuple(w for n in numbers for w in writes[n]), (), peaks.of(members))
 
 
 def shards_read(unit: Unit, locations: Sequence[tuple[int, int]]) -> frozenset[int]:
@@ -86,9 +83,31 @@ def shards_read(unit: Unit, locations: Sequence[tuple[int, int]]) -> frozenset[i
     return frozenset(copied | {locations[origin][0] for origin in origins})
 
 
-def peak_bytes(tasks: Sequence[Task], steps: Sequence[Transform]) -> int:
-    """What a unit of these tasks holds: every array to its end, and the scratch of one task at a time."""
-    return sum(map(_held_bytes, tasks)) + max(scratch_bytes(steps[task.step], task.rewrite) for task in tasks)
+class Peaks:
+    """What units hold at their fullest: every array to its end, and the scratch of one task at a time.
+
+    A model has few forms of tasks and many tasks, and each form is asked for its scratch once.
+    """
+
+    def __init__(self, steps: Sequence[Transform]) -> None:
+        self._steps = steps
+        self._alone: dict[tuple[object, ...], int] = {}
+
+    def of(self, tasks: Sequence[Task]) -> int:
+        """Bytes that a unit of these tasks holds."""
+        if len(tasks) > 1:
+            return self._together(tasks)
+        # Nothing but names tells such tasks apart; details are few objects, and rewrites keep them alive.
+        step, rewrite = tasks[0][:2]
+        inputs, outputs, _, detail = rewrite
+        form = (step, id(detail), *[(spec[1], spec[2], start, stop) for spec, start, stop in (*inputs, *outputs)])
+        known = self._alone.get(form)
+        if known is None:
+            known = self._alone[form] = self._together(tasks)
+        return known
+
+    def _together(self, tasks: Sequence[Task]) -> int:
+        return sum(map(_held_bytes, tasks)) + max(scratch_bytes(self._steps[task.step], task.rewrite) for task in tasks)
 
 
 def _held_bytes(task: Task) -> int:

@@ -65,7 +65,8 @@ def run_plan(
 ) -> RunResult:
     """Write the planned checkpoint into the folder ``target``; ``execute`` decides in which order units run.
 
-    ``command`` is what a person typed; a stopped run keeps it, so that it can be continued without typing it again.
+    ``command`` is what a person typed: transform, source and options; a stopped run keeps it with the folder it was typed in,
+    so that it can be continued without typing it again.
 
     A source on the Hub is fetched while the run lasts, ``ahead`` shards before they are read; each goes when all that reads
     it is done, unless ``keep_source`` has it in the Hub's cache, where it stays.

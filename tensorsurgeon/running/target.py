@@ -42,7 +42,7 @@ def prepare_target(
     kept while the run lasts, so that it can be given again; ``spool_bytes`` of the source lie beside the output meanwhile.
     """
     refuse_overlap(plan.source, target)
-    identity = identity_of(plan) | {"files": files_of(plan), "command": list(command)}
+    identity = identity_of(plan) | {"files": files_of(plan), "command": list(command), "folder": os.getcwd()}
     try:
         if target.exists() and not target.is_dir():
             raise TargetError("is a file; name a folder", where=str(target))

@@ -66,14 +66,13 @@ class Pattern(NamedTuple):
         found = None if self.role else self.regex.fullmatch(name)
         return None if found is None else _fields(found)
 
-    def tested(self, choose: Chooser | None) -> Callable[[str], re.Match[str] | None]:
+    def tested(self, choose: Chooser | None) -> Callable[[str], re.Match[str] | bool | None]:
         """A test for names; ``choose`` says which of them have a role."""
         if not self.role:
             return self.regex.fullmatch
         if choose is None:
             raise RecipeError(f"pattern {self.text!r}: roles are known of a checkpoint's tensors only")
-        has_role, whole = choose(self.role), self.regex.fullmatch
-        return lambda name: whole(name) if has_role(name) else None
+        return choose(self.role)
 
 
 def _template_regex(template: str) -> str:
@@ -114,13 +113,14 @@ class Selector:
         Raises NoMatchError for a pattern, of either list, that matches no name and does not say ``maybe:``. ``choose``
         is needed for patterns that name roles.
         """
-        return {name: _fields(found) for name, found in self._matches(names, choose)}
+        matches = self._matches(names, choose)
+        return {name: _fields(found if isinstance(found, re.Match) else _ANY_NAME.fullmatch(name)) for name, found in matches}
 
     def names(self, names: Iterable[str], choose: Chooser | None = None) -> list[str]:
         """Like ``select`` where the fields are of no interest."""
         return [name for name, _ in self._matches(names, choose)]
 
-    def _matches(self, names: Iterable[str], choose: Chooser | None) -> list[tuple[str, re.Match[str]]]:
+    def _matches(self, names: Iterable[str], choose: Chooser | None) -> list[tuple[str, re.Match[str] | bool]]:
         names = list(names)
         for pattern in (*self.where, *self.exclude):
             if not pattern.may_be_absent and not any(map(pattern.tested(choose), names)):
@@ -131,11 +131,11 @@ class Selector:
         roles = [pattern.role for pattern in self.exclude if pattern.role]
         if roles and choose is not None:
             excluded.append(("", choose(*roles)))
-        chosen = []
+        chosen: list[tuple[str, re.Match[str] | bool]] = []
         for name in names:
             for literal, match in wanted:
                 found = match(name) if literal in name else None
-                if found is not None:
+                if found:
                     for other, excludes in excluded:
                         if other in name and excludes(name):
                             break
@@ -147,8 +147,10 @@ class Selector:
         return chosen
 
 
-def _fields(found: re.Match[str]) -> dict[str, str]:
+def _fields(found: re.Match[str] | None) -> dict[str, str]:
     """The named groups that took part in the match: an optional one that did not has no text to fill in."""
+    if found is None:
+        return {}
     fields = found.groupdict()
     return {k: v for k, v in fields.items() if v is not None} if None in fields.values() else fields
 
