@@ -93,7 +93,7 @@ def run_calibrated(
     card = None
     if on_card and data is not None:
         card = plan_card(model, (*data.tokens.shape, model.hidden_size), where, max_gpu_ram_bytes)
-    driver = Driver(model=model, data=data, options=options, linears=linears, target=Path(target), card=card)
+    driver = Driver(model=model, data=data, options=options, linears=linears, target=Path(target), card=card, ahead=ahead)
     with one_torch_thread(), nullcontext() if card is None else capped(where, card, max_gpu_ram_bytes):
         result = run_plan(
             plan, target, workers=workers, max_ram_bytes=max_ram_bytes, resume=resume, overwrite=overwrite, stop=stop,

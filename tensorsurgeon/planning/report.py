@@ -186,6 +186,7 @@ def _streaming_as_text(stream: dict[str, Any]) -> str:
     return (
         f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])} from the Hub; at most "
         f"{show_size(stream['spool_bytes'])} of them lie beside the output at once (--ahead {stream['ahead']})"
+        + (f"; {len(stream['twice'])} come twice, for layers are walked first" if stream["twice"] else "")
     )
 
 
