@@ -11,7 +11,7 @@ import click
 from tensorsurgeon.cli.apply import apply
 from tensorsurgeon.cli.evaluate import evaluate
 from tensorsurgeon.cli.plan import plan, transforms
-from tensorsurgeon.cli.publish import card
+from tensorsurgeon.cli.publish import card, page
 from tensorsurgeon.cli.read import diff, inspect, verify
 from tensorsurgeon.cli.terminal import Stop, note, one_line, told
 from tensorsurgeon.errors import SurgeonError, did_you_mean, our_fault
@@ -71,7 +71,7 @@ def main(verbose: int) -> None:
     raise_open_files_limit()
 
 
-for _command in (inspect, plan, apply, verify, diff, evaluate, card, transforms):
+for _command in (inspect, plan, apply, verify, diff, evaluate, card, page, transforms):
     main.add_command(_command)
 
 
