@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tensorsurgeon.ops.split_experts import SplitExperts
     from tensorsurgeon.ops.squeeze import Squeeze
     from tensorsurgeon.ops.stack import Stack
+    from tensorsurgeon.ops.stack_experts import StackExperts
     from tensorsurgeon.ops.transpose import Transpose
     from tensorsurgeon.ops.unsqueeze import Unsqueeze
     from tensorsurgeon.ops.unstack import Unstack
@@ -57,6 +58,7 @@ _HOMES = {
     "tensorsurgeon.ops.split_experts": ("SplitExperts",),
     "tensorsurgeon.ops.squeeze": ("Squeeze",),
     "tensorsurgeon.ops.stack": ("Stack",),
+    "tensorsurgeon.ops.stack_experts": ("StackExperts",),
     "tensorsurgeon.ops.transpose": ("Transpose",),
     "tensorsurgeon.ops.unsqueeze": ("Unsqueeze",),
     "tensorsurgeon.ops.unstack": ("Unstack",),
@@ -70,8 +72,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "CalibrationOptions", "Cast", "Chain", "Checkpoint", "Concat", "DataSource", "Dequantize", "Drop", "Expect", "Keep",
     "Plan", "Quantize", "Region", "Rename", "Repack", "Reshape", "Rewrite", "RunResult", "SpecMap", "Split", "SplitExperts",
-    "Squeeze", "Stack", "SurgeonError", "TensorSpec", "Transform", "Transpose", "Unsqueeze", "Unstack", "__version__", "apply",
-    "describe", "diff", "inspect", "open_checkpoint", "plan", "transform", "verify",
+    "Squeeze", "Stack", "StackExperts", "SurgeonError", "TensorSpec", "Transform", "Transpose", "Unsqueeze", "Unstack",
+    "__version__", "apply", "describe", "diff", "inspect", "open_checkpoint", "plan", "transform", "verify",
 ]  # fmt: skip
 
 

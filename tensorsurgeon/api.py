@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.checkpoint.hub.stays import DEFAULT_AHEAD
 from tensorsurgeon.look.diffing import Difference, diff_checkpoints
 from tensorsurgeon.look.inspecting import inspect_checkpoint
 from tensorsurgeon.ops.on_the_way import for_source
@@ -30,6 +31,7 @@ from tensorsurgeon.verifying.judging import verify as verify_checkpoint
 if TYPE_CHECKING:
     from tensorsurgeon.calibrate.options import CalibrationOptions
 
+# Of a folder, or ``owner/name`` of a model on the Hub.
 Path = str | os.PathLike[str]
 
 
@@ -65,17 +67,22 @@ def apply(
     progress: Callable[[int], None] | None = None,
     calibration: CalibrationOptions | None = None,
     device: str = "cpu",
+    ahead: int = DEFAULT_AHEAD,
+    keep_source: bool = False,
 ) -> RunResult:
     """Write a plan's output into the folder ``target``; ``progress`` is told the bytes of each finished unit.
 
     Neither ``workers`` nor ``max_ram`` changes a byte. A run that was stopped continues with ``resume``. Steps whose
-    method is ``gptq`` or ``imatrix`` need ``calibration``, whose forward runs on ``device``.
+    method is ``gptq`` or ``imatrix`` need ``calibration``, whose forward runs on ``device``. Of a source on the Hub ``ahead``
+    shards are fetched before they are read; ``keep_source`` keeps them in the Hub's cache.
     """
     running: dict[str, Any] = {
         "workers": workers,
         "max_ram_bytes": parse_size(max_ram, "max_ram") if isinstance(max_ram, str) else max_ram,
         "resume": resume,
         "overwrite": overwrite,
+        "ahead": ahead,
+        "keep_source": keep_source,
         "progress": lambda done: None if progress is None else progress(done.nbytes),
     }
     if calibration is None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from tensorsurgeon.calibrate.card.budget import BATCH_TOKENS, CardPlan
 from tensorsurgeon.calibrate.card.layers import CardLayers
 from tensorsurgeon.calibrate.card.weights import WeightsAhead
@@ -105,7 +107,7 @@ class Driver:
 
         last = max(by_layer, default=-1)
         with ExitStack() as held:
-            layers = self._layers(TensorReader(plan.source, source), state, workers, stop, held)
+            layers = self._layers(plan, source, state, workers, stop, held)
             reached, stage = _begin(state, layers, by_layer, done)
             held.callback(stage.close)
             finished = _done(_Finished(dict(done), reached))
@@ -129,26 +131,30 @@ class Driver:
         return digests
 
     def _layers(
-        self, reader: TensorReader, state: CalibrationState, workers: int, stop: threading.Event, held: ExitStack
+        self, plan: Plan, source: Source, state: CalibrationState, workers: int, stop: threading.Event, held: ExitStack
     ) -> Layers:
+        def original(linear: Linear) -> np.ndarray:
+            return linear.read(plan, source)
+
+        reader = TensorReader(plan.source, source)
         if self.data is None:
             if self.options.read_statistics is None:
                 raise RecipeError("calibration needs data or statistics")
             return StoredLayers(
-                model=self.model, reader=reader, options=self.options, folder=self.options.read_statistics, workers=workers,
+                model=self.model, original=original, options=self.options, folder=self.options.read_statistics, workers=workers,
                 stop=stop,
             )  # fmt: skip
         if self.card is not None:
             device = self.model.device
             weights = held.enter_context(WeightsAhead(reader, device))
-            walk = Walk(self.model, weights.tensor, self.data.tokens, BATCH_TOKENS)
+            walk = Walk(self.model, weights.tensor, self.data.tokens, BATCH_TOKENS, folder=state.folder)
             return CardLayers(
-                model=self.model, reader=reader, options=self.options, walk=walk, state=state, weights=weights, plan=self.card,
-                device=device, stop=stop,
+                model=self.model, original=original, options=self.options, walk=walk, state=state, weights=weights,
+                plan=self.card, device=device, stop=stop,
             )  # fmt: skip
-        walk = Walk(self.model, read_weights(reader), self.data.tokens)
+        walk = Walk(self.model, read_weights(reader), self.data.tokens, folder=state.folder)
         return WalkedLayers(
-            model=self.model, reader=reader, options=self.options, walk=walk, state=state, workers=workers, stop=stop
+            model=self.model, original=original, options=self.options, walk=walk, state=state, workers=workers, stop=stop
         )  # fmt: skip
 
 

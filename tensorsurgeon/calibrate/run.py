@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
@@ -30,6 +30,7 @@ from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.state import file_digest
 from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.calibrate.walk.statistics import layer_path
+from tensorsurgeon.checkpoint.hub.stays import DEFAULT_AHEAD
 from tensorsurgeon.errors import BudgetError, NoMatchError, RecipeError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.threads import one_torch_thread
@@ -59,6 +60,9 @@ def run_calibrated(
     max_gpu_ram_bytes: int | None = None,
     stop: threading.Event | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
+    command: Sequence[str] = (),
+    ahead: int = DEFAULT_AHEAD,
+    keep_source: bool = False,
 ) -> CalibratedResult:
     """Write the planned checkpoint, with codes that calibration chooses for the steps that ask for them.
 
@@ -93,7 +97,7 @@ def run_calibrated(
     with one_torch_thread(), nullcontext() if card is None else capped(where, card, max_gpu_ram_bytes):
         result = run_plan(
             plan, target, workers=workers, max_ram_bytes=max_ram_bytes, resume=resume, overwrite=overwrite, stop=stop,
-            progress=progress, execute=driver.execute,
+            progress=progress, execute=driver.execute, command=command, ahead=ahead, keep_source=keep_source,
         )  # fmt: skip
     log = Path(target) / LOG_NAME
     summary = summarize(read_log(log)) if log.exists() else summarize([])

@@ -22,11 +22,14 @@ from tensorsurgeon.tensors.spec import TensorSpec
 
 # The bound of the safetensors library; a larger header is refused by every reader.
 MAX_HEADER_BYTES = 100_000_000
-# The longest names in use have 200 letters in 15 parts.
-_MAX_NAME = 10_000
+# The longest names in use have 200 letters in 15 parts. What a name and all that it begins with take, letters times parts,
+# is bounded for the header as well: names of 60 letters in 8 parts have half of that in the largest header.
+_MAX_NAME = 1 << 16
 _MAX_NAME_PARTS = 200
+_MAX_PATHS = 6 * MAX_HEADER_BYTES
 _METADATA = "__metadata__"
 _KEYS = {"dtype", "shape", "data_offsets"}
+NO_STAMP = Stamp(0, 0, 0, 0)
 
 
 class Entry(NamedTuple):
@@ -45,8 +48,8 @@ class ShardHeader(NamedTuple):
     file_bytes: int
     # The raw JSON, so that a fingerprint can notice any change.
     raw: bytes
-    # Of the file when it was read; only headers made in memory have none.
-    stamp: Stamp = Stamp(0, 0, 0, 0)
+    # Of the file when it was read; headers made in memory have none, nor have those of files elsewhere.
+    stamp: Stamp = NO_STAMP
 
 
 def read_header(path: Path) -> ShardHeader:
@@ -73,18 +76,7 @@ def _read_json_bytes(fd: int, file_bytes: int, path: Path) -> bytes:
     head = os.pread(fd, 8, 0)
     if head == b"version " and is_lfs_pointer(os.pread(fd, 64, 0)):
         raise HeaderError("is a Git LFS pointer and not the file itself; run git lfs pull", where=str(path))
-    length = int.from_bytes(head, "little")
-    if length > MAX_HEADER_BYTES:
-        raise HeaderError(
-            f"the header claims {length} bytes, more than the {MAX_HEADER_BYTES} that safetensors allows; "
-            "this is no safetensors file, or a damaged one",
-            where=str(path),
-        )
-    if 8 + length > file_bytes:
-        raise HeaderError(
-            f"the header claims {length} bytes but the file ends after {file_bytes}; it is truncated, download it again",
-            where=str(path),
-        )
+    length = header_bytes(head, file_bytes, str(path))
     chunks = []
     position = 8
     while position < 8 + length:
@@ -94,6 +86,23 @@ def _read_json_bytes(fd: int, file_bytes: int, path: Path) -> bytes:
         chunks.append(chunk)
         position += len(chunk)
     return b"".join(chunks)
+
+
+def header_bytes(head: bytes, file_bytes: int, where: str) -> int:
+    """How long the JSON of a header is, by the first eight bytes of its file; HeaderError for what no reader accepts."""
+    length = int.from_bytes(head, "little")
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(
+            f"the header claims {length} bytes, more than the {MAX_HEADER_BYTES} that safetensors allows; "
+            "this is no safetensors file, or a damaged one",
+            where=where,
+        )
+    if 8 + length > file_bytes:
+        raise HeaderError(
+            f"the header claims {length} bytes but the file ends after {file_bytes}; it is truncated, download it again",
+            where=where,
+        )
+    return length
 
 
 def parse_header(raw: bytes, file_bytes: int, path: Path) -> ShardHeader:
@@ -150,9 +159,13 @@ def _check_text(names: Iterable[str], metadata: Mapping[str, str]) -> None:
 
     A name of megabytes, or of thousands of parts, is no name: whoever keeps all that it may stand for runs out of memory.
     """
+    paths = 0
     for name in names:
-        if len(name) > _MAX_NAME or name.count(".") > _MAX_NAME_PARTS:
-            raise HeaderError(f"a name has {len(name)} letters in {name.count('.') + 1} parts, it begins {name[:40]!r}")
+        parts = name.count(".") + 1
+        paths += len(name) * parts
+        if len(name) > _MAX_NAME or parts > _MAX_NAME_PARTS + 1 or paths > _MAX_PATHS:
+            several = "" if len(name) > _MAX_NAME or parts > _MAX_NAME_PARTS + 1 else ", after many others like it"
+            raise HeaderError(f"a name has {len(name)} letters in {parts} parts{several}, it begins {name[:40]!r}")
     try:
         "".join(names).encode()
         "".join(part for pair in metadata.items() for part in pair).encode()

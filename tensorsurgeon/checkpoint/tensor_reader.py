@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 
 from tensorsurgeon.checkpoint.folder import Checkpoint, Location
-from tensorsurgeon.checkpoint.source import Source
+from tensorsurgeon.checkpoint.source import Source, open_source
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.tensors.spec import TensorSpec
 
@@ -31,7 +31,7 @@ class TensorReader:
         self.specs = checkpoint.specs
         self._progress = progress
         self._locations: dict[str, Location] = dict(zip(checkpoint.specs, checkpoint.locations, strict=True))
-        self._source = source or Source(checkpoint)
+        self._source = source or open_source(checkpoint)
         self._is_own = source is None
 
     def location(self, name: str) -> Location:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import click
 from tensorsurgeon.cli.calibrate import calibration_options, run_with_calibration, settings_for
 from tensorsurgeon.cli.finished import command_elsewhere, put_beside, summary
 from tensorsurgeon.cli.plan import plan_named, transform_options
+from tensorsurgeon.cli.resume import go_on, words_given
 from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, stop_on_signals
 from tensorsurgeon.errors import ExecutionError, NumericError, SurgeonError
 from tensorsurgeon.tensors.sizes import parse_size
@@ -19,22 +21,28 @@ from tensorsurgeon.tensors.sizes import parse_size
 
 @click.command()
 @click.argument("transform")
-@click.argument("source", type=click.Path(readable=False))
-@click.argument("target", type=click.Path(readable=False))
+@click.argument("source", type=click.Path(readable=False), required=False, metavar="SOURCE")
+@click.argument("target", type=click.Path(readable=False), required=False, metavar="TARGET")
 @transform_options
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; the cores of this machine by default.")
 @click.option("--max-ram", metavar="SIZE", help="Cap on the tensors in flight, such as 8GB; half of the free memory by default.")
-@click.option("--resume", is_flag=True, help="Continue the run that was stopped in TARGET.")
+@click.option("--resume", is_flag=True, help="Continue the run that was stopped in TARGET; alone with TARGET: as it was begun.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that TARGET holds.")
+@click.option(
+    "--ahead",
+    type=click.IntRange(1, 64),
+    default=2,
+    show_default=True,
+    help="Shards of a SOURCE on the Hub that are fetched before they are read; more need more disk.",
+)
+@click.option("--keep-source", is_flag=True, help="Keep the shards of a SOURCE on the Hub in its cache.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar and no messages.")
 @json_option
 @calibration_options
-@click.pass_context
 def apply(
-    ctx: click.Context,
     transform: str,
-    source: str,
-    target: str,
+    source: str | None,
+    target: str | None,
     settings: tuple[str, ...],
     then: tuple[str, ...],
     max_shard_size: str,
@@ -44,6 +52,8 @@ def apply(
     max_ram: str | None,
     resume: bool,
     overwrite: bool,
+    ahead: int,
+    keep_source: bool,
     quiet: bool,
     as_json: bool,
     calibration: Mapping[str, Any],
@@ -57,6 +67,12 @@ def apply(
     """
     if resume and overwrite:
         raise click.UsageError("--resume continues a run and --overwrite replaces it; give one of them")
+    context = click.get_current_context()
+    if source is None and resume:
+        go_on(context, transform, words_given(context), quiet, as_json)
+        return
+    if source is None or target is None:
+        raise click.UsageError(f"Missing argument '{'SOURCE' if source is None else 'TARGET'}'.")
     made = plan_named(transform, then, settings_for(calibration, settings), backend, source, max_shard_size)
     if require:
         from tensorsurgeon.engines.advice import check_requirements
@@ -73,7 +89,8 @@ def apply(
         try:
             result, calibrated = run_with_calibration(
                 made, target, calibration, note=None if quiet else note, workers=workers, max_ram_bytes=cap, resume=resume,
-                overwrite=overwrite, stop=stop, progress=lambda p: advance(p.nbytes),
+                overwrite=overwrite, stop=stop, ahead=ahead, keep_source=keep_source, progress=lambda p: advance(p.nbytes),
+                command=(transform, source, *words_given(context)),
             )  # fmt: skip
         except SurgeonError as error:
             raise Stop(error, _how_to_go_on(error, target, "sources" in calibration)) from error
@@ -81,7 +98,7 @@ def apply(
     from tensorsurgeon.engines.advice import advise_all
 
     advice = advise_all(made)
-    put_beside(made, target, command_elsewhere(ctx), advice)
+    put_beside(made, target, command_elsewhere(context), advice)
     data = {
         "target": target,
         "tensors": len(made.specs),
@@ -106,5 +123,5 @@ def _how_to_go_on(error: SurgeonError, target: str, is_calibrated: bool) -> str:
             changed = "the source, the transform or the calibration" if is_calibrated else "the source or the transform"
             return f"; --resume would stop here again: change {changed} and use --overwrite"
         case ExecutionError(can_resume=True):
-            return f"; continue with: surgeon apply ... {target} --resume"
+            return f"; continue with: surgeon resume {shlex.quote(target)}"
     return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -59,10 +59,10 @@ class Side:
             if own != theirs:
                 raise RecipeError(f"{self.path}: has {own} {what}, {other.path} has {theirs}; they are not the same model")
 
-    def begin(self, tokens: np.ndarray) -> Walk:
-        """The walk through these tokens."""
+    def begin(self, tokens: np.ndarray, folder: Path) -> Walk:
+        """The walk through these tokens; ``folder`` is for what layers hand on beside states."""
         size = CARD_BATCH_TOKENS if works_on_card(self._device) else BATCH_TOKENS
-        self.walk = Walk(self.model, self.weights.read, tokens, size)
+        self.walk = Walk(self.model, self.weights.read, tokens, size, folder)
         return self.walk
 
     def run_layer(self, number: int, after: HiddenStates, *, workers: int, stop: threading.Event) -> None:
@@ -73,9 +73,9 @@ class Side:
             mine = {module_name: self.rules[module_name] for module_name in self._modules_of(number)}
             observer = None
             inputs: LayerInputs | None = None
-            if mine:
+            if mine and self.walk.reaches(number):
                 name = self.model.layer_names[number]
-                inputs = LayerInputs(name, module, mine, self.model.traced_rows(number), self.weights.number)
+                inputs = LayerInputs(name, module, mine, self._rows_of(mine), self.model.traced(number), self.weights.number)
                 observer = _observing(inputs)
             self.walk.run_layer(number, module, self.states, after, workers=workers, stop=stop, observer=observer)
             if inputs is not None:
@@ -85,9 +85,13 @@ class Side:
         names = (name.rpartition(".")[0] for name in self.model.source_names(number) if name.endswith(".weight"))
         return [name for name in names if name in self.rules]
 
+    def _rows_of(self, modules: Iterable[str]) -> dict[str, int]:
+        return {module: self.weights.checkpoint.specs[f"{module}.weight"].shape[0] for module in modules}
+
     def head(self) -> Head:
-        """The model's head."""
-        return Head(self.model, self.weights.read, self.weights.rows, self._head_inputs())
+        """The model's head; known once the walk has embedded."""
+        assert self.walk is not None
+        return Head(self.walk, self.weights.rows, self._head_inputs())
 
     def _head_inputs(self) -> OnInputs | None:
         own = self.model.model.get_output_embeddings()

@@ -81,8 +81,9 @@ def cover(model: QuantizedModel) -> Coverage:
         raise SpecError("no module is quantized, so there is nothing a quantization_config could say")
     linears, experts, leaves = _fold_quantized(model)
     float_linears, float_experts = _fold_unquantized(model, experts)
-    check_siblings(linears, float_linears)
-    is_mtp = describe_model(model.specs).is_mtp
+    described = describe_model(model.specs)
+    check_siblings(linears, float_linears, described.fused_name)
+    is_mtp = described.is_mtp
     mtp_quantized = any(is_mtp(name) for part in (linears, experts) for name in part)
     float_mtp: list[str] = []
     if not mtp_quantized:

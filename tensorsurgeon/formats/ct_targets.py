@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from tensorsurgeon.formats.coverage import Coverage
-from tensorsurgeon.models.mtp import head_expressions
+from tensorsurgeon.models.mtp import head_expressions, named_apart
 from tensorsurgeon.models.patterns import exact_pattern, patterns_for
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.expressions import Expression
@@ -41,12 +41,13 @@ class Matcher:
 def ignore_list(coverage: Coverage) -> list[str]:
     """Every unquantized module by its exact name; expert lists and an unquantized MTP head by expressions.
 
-    Engines ask for a layer's experts as ``<layer>.mlp.experts.0.gate_proj``, also where the file has them fused.
+    Engines ask for a layer's experts as ``<layer>.mlp.experts.0.gate_proj``, also where the file has them fused. Of an MTP head
+    that is quantized in part, each float linear is an expression: plain names under ``mtp.`` are dropped.
     """
     quantized = coverage.quantized_names()
     experts = patterns_for(coverage.float_experts, coverage.float_experts, quantized)
     return [
-        *coverage.float_linears,
+        *(f"re:{exact_pattern(name)}" if named_apart(name) else name for name in coverage.float_linears),
         *(f"re:{pattern}" for pattern in experts),
         *(["lm_head"] if coverage.tied_head else []),
         *(f"re:{pattern}" for pattern in head_expressions(coverage.float_mtp)),

@@ -15,6 +15,7 @@ from tensorsurgeon.errors import RecipeError, did_you_mean
 from tensorsurgeon.models.asked.answers import Answer, answer_for
 from tensorsurgeon.models.experts import EXPERTS, is_expert_list, numbered
 from tensorsurgeon.models.families import Family, family_of
+from tensorsurgeon.models.fused import Fusions
 from tensorsurgeon.models.roles import LINEARS, NO_LINEARS, PARTS, WITHOUT_CONFIG, Role, Use
 from tensorsurgeon.models.rules import LAYERS, Known, part_of, role_inside, role_outside
 from tensorsurgeon.models.sizes import Sizes
@@ -63,6 +64,18 @@ class Model:
     def answer(self) -> Answer | None:
         """What an engine's own class said of this model; None where it was not asked."""
         return answer_for(self._specs.config)
+
+    @cached_property
+    def _fusions(self) -> Fusions:
+        return Fusions((), ()) if self.answer is None else self.answer.fusions()
+
+    @cached_property
+    def _modules(self) -> frozenset[str]:
+        return frozenset(spec.module for spec in self._specs.values())
+
+    def fused_name(self, module: str) -> str | None:
+        """What an engine calls the module this one is fused into; None if it stands alone."""
+        return self._fusions.name(module, lambda: self._modules)
 
     @property
     def known_by(self) -> str:
@@ -227,7 +240,7 @@ class Model:
         if found is None and is_layer:
             found = role_inside(f"{head}*", path, leaf, shape, self._known)
         elif found is None:
-            found = role_outside([*outer, *path], leaf, shape)
+            found = role_outside([*outer, *path], leaf, shape, self.sizes.hidden)
         if part is None and is_layer and self._has_language_model and _LANGUAGE_MODEL.search(head) is None:
             return Use(Role.OTHER, None, "layers outside the language model")
         if part is not None:

@@ -76,8 +76,11 @@ def part_of(head: str, is_main: bool, is_beyond: bool, path: list[str]) -> tuple
     return None
 
 
-def role_outside(path: list[str], leaf: str, shape: tuple[int, ...]) -> tuple[Role, str] | None:
-    """The role of a tensor that lies in no layer; None if no rule knows it."""
+def role_outside(path: list[str], leaf: str, shape: tuple[int, ...], hidden: int) -> tuple[Role, str] | None:
+    """The role of a tensor that lies in no layer; None if no rule knows it.
+
+    ``hidden``: features that layers pass on, 0 if unknown. A matrix with another width both ways neither reads nor writes them.
+    """
     words = path or [leaf]
     last = words[-1]
     if _RESIDUAL.search(last) or any(_RESIDUAL.search(word) for word in words):
@@ -88,7 +91,11 @@ def role_outside(path: list[str], leaf: str, shape: tuple[int, ...]) -> tuple[Ro
         return Role.NORM, "by its name"
     if _EMBEDDING.search(last):
         return Role.EMBEDDING, "by its name"
-    return (Role.NORM, "by its name") if _NORM.search(last) else None
+    if _NORM.search(last):
+        return Role.NORM, "by its name"
+    if len(shape) == 2 and hidden and hidden not in shape:
+        return Role.OTHER, "outside the layers, with no axis of hidden_size"
+    return None
 
 
 def role_inside(prefix: str, path: list[str], leaf: str, shape: tuple[int, ...], known: Known) -> tuple[Role, str] | None:

@@ -22,7 +22,8 @@ _USUAL: Final = {
     "up_proj": ("up_proj",),
     "down_proj": ("down_proj",),
 }
-_BIAS: Final = ("_bias", ".bias")
+BIAS_ENDINGS: Final = ("_bias", ".bias")
+"""What stands behind the path of a stack, without its ``.weight``, in the name of its biases."""
 
 
 class ExpertCut(NamedTuple):
@@ -51,7 +52,7 @@ def stacked_tensors(specs: SpecMap) -> dict[str, Stacked]:
     for name, spec in specs.items():
         if len(spec.shape) < 2 or not spec.dtype.is_float or spec.dtype.bits < 16:
             continue
-        for layer, inside in _cuts(name):
+        for layer, inside in layer_cuts(name):
             stacked = _of_table(model, spec, layer, inside, tables)
             if stacked is not None:
                 found[name] = stacked
@@ -62,7 +63,7 @@ def stacked_tensors(specs: SpecMap) -> dict[str, Stacked]:
     return found
 
 
-def _cuts(name: str) -> Iterator[tuple[str, str]]:
+def layer_cuts(name: str) -> Iterator[tuple[str, str]]:
     """A tensor's name cut behind each numbered layer, the first one first."""
     parts = name.split(".")
     for at, part in enumerate(parts[1:-1], 1):
@@ -74,7 +75,7 @@ def _of_table(model: Model, spec: TensorSpec, layer: str, inside: str, tables: t
     for stack in tables:
         if inside == stack.tensor:
             return _checked(model, Stacked(spec, f"{layer}.{stack.into}", stack, _count(model, spec, stack), False))
-        for ending in _BIAS:
+        for ending in BIAS_ENDINGS:
             if inside == stack.tensor.removesuffix(".weight") + ending and len(spec.shape) == 2:
                 return Stacked(spec, f"{layer}.{stack.into}", stack, spec.shape[0], True)
     return None

@@ -84,13 +84,23 @@ def record_bytes(plan: Plan, digests: dict[int, list[str]], folder: Path) -> byt
         "tensorsurgeon": __version__,
         "fingerprint": plan.fingerprint,
         "recipe": [f"{step!r}" for step in plan.steps],
-        "source": {"tensors": len(plan.source.specs), "bytes": plan.source.weight_bytes},
+        "source": {"tensors": len(plan.source.specs), "bytes": plan.source.weight_bytes, **_on_the_hub(plan)},
         **({"calibration": plan.calibration} if plan.calibration else {}),
         **({"logs": list(plan.extra_files)} if plan.extra_files else {}),
         "digest": _ALGORITHM,
     }
     head = json.dumps(document, indent=1)[:-2]
     return (head + _block("files", file_digests(plan, folder)) + _block("shards", shards) + "\n}\n").encode()
+
+
+def _on_the_hub(plan: Plan) -> dict[str, Any]:
+    """Which commit of which model the source is, and the digests that its shards were found to have."""
+    snapshot = plan.source.snapshot
+    if snapshot is None:
+        return {}
+    repository, revision, commit, files = snapshot
+    shards = {shard.path.name: files[shard.path.name].digest for shard in plan.source.shards}
+    return {"hub": {"repository": repository, "revision": revision, "commit": commit, "shards": shards}}
 
 
 def _block(key: str, entries: dict[str, list[Any]]) -> str:

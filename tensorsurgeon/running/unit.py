@@ -75,7 +75,7 @@ def _apply(
 ) -> Sequence[Array]:
     arrays = None if codes is None else _from_codes(task.rewrite, codes)
     if arrays is None:
-        inputs = [_gather(region, pieces, source, made) for region, pieces in zip(task.rewrite.inputs, task.inputs, strict=True)]
+        inputs = [gather(region, pieces, source, made) for region, pieces in zip(task.rewrite.inputs, task.inputs, strict=True)]
         arrays = steps[task.step].apply(task.rewrite, inputs)
     check_produced(task.rewrite, arrays)
     return arrays
@@ -115,7 +115,7 @@ def check_produced(rewrite: Rewrite, arrays: Sequence[np.ndarray]) -> None:
             )
 
 
-def _gather(region: Region, pieces: Pieces, source: Source, made: dict[int, Array]) -> Array:
+def gather(region: Region, pieces: Pieces, source: Source, made: dict[int, Array]) -> Array:
     """The array of an input region: read from the source, taken from an earlier task, or put together from both."""
     dtype = region.spec.dtype.numpy
     assert dtype is not None  # ops refuse elements narrower than a byte when they plan

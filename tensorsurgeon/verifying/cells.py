@@ -51,7 +51,8 @@ _SHIFT: Final = 0.6
 # Gains scatter as chance has it, calibrated codes and grids of floats up to twice as much; scales of other groups far more.
 _SCATTER, _SCATTER_CELLS = 3.0, 64
 # Errors beyond six times the median one: none where errors are rounding's, one in some thousands where they are normal.
-_TAIL, _TAIL_SHARE = 6.0, 0.01
+# Of groups of a few inputs half the codes are at the end of the grid and have the error that their scale was rounded with.
+_TAIL, _TAIL_SHARE, _TAIL_SIZE = 6.0, 0.01, 8
 _SAMPLE_ROWS: Final = 32
 
 
@@ -250,6 +251,8 @@ class CellJudge:
 
     def _tail(self) -> float:
         """The share of codes whose error is far beyond the usual one, over some rows of the whole weight."""
+        if self.size < _TAIL_SIZE:
+            return 0.0
         errors = np.concatenate([self._steps_of.row(int(row))[2] for row in self._sample()])
         return float((errors > _TAIL * max(float(np.median(errors)), 0.1)).mean())
 

@@ -55,6 +55,11 @@ class Lineage:
         """The source tensor that a piece is of."""
         return self._names[piece.origin]
 
+    def steps_behind(self, pieces: Sequence[Piece]) -> set[str]:
+        """Every op that computes something on the way from the source to these pieces."""
+        tasks = [self.task_of(piece)[0] for piece in pieces if piece.origin < 0]
+        return {self.step_of(task) for task in tasks}.union(*(self.steps_behind(p) for task in tasks for p in task.inputs))
+
     def can_compute(self, pieces: Sequence[Piece]) -> bool:
         """Whether every step behind these pieces is restated here."""
         for piece in pieces:
@@ -101,6 +106,8 @@ class Lineage:
             return [arrays[0].transpose(rewrite.detail)]
         if kind == "SplitExperts":
             return _parts_of_expert(arrays[0], rewrite)
+        if kind == "StackExperts":
+            return [_expert_of_parts(arrays, rewrite)]
         if kind == "Split":
             ends = list(accumulate(region.shape[-1] for region in rewrite.outputs))
             return np.split(arrays[0], ends[:-1], axis=-1)
@@ -129,7 +136,7 @@ class Lineage:
         return result
 
 
-_COMPUTED: Final = frozenset({"Transpose", "Split", "SplitExperts", "Concat", "Cast", "Dequantize"})
+_COMPUTED: Final = frozenset({"Transpose", "Split", "SplitExperts", "StackExperts", "Concat", "Cast", "Dequantize"})
 
 
 def _parts_of_expert(stacked: np.ndarray, rewrite: Rewrite) -> list[np.ndarray]:
@@ -139,6 +146,17 @@ def _parts_of_expert(stacked: np.ndarray, rewrite: Rewrite) -> list[np.ndarray]:
     is_bias = len(rewrite.outputs[0].shape) == 1
     outputs = stacked.reshape(-1) if is_bias else stacked.T if cut.transposed else stacked
     return [outputs[n :: cut.parts] if cut.interleaved else np.split(outputs, cut.parts)[n] for n in range(cut.parts)]
+
+
+def _expert_of_parts(parts: Sequence[np.ndarray], rewrite: Rewrite) -> np.ndarray:
+    """One expert as its stack holds it: its parts' outputs below each other or in turn, as columns where it lies transposed."""
+    cut = rewrite.detail
+    assert isinstance(cut, ExpertCut)
+    outputs = np.empty((cut.parts * len(parts[0]), *parts[0].shape[1:]), parts[0].dtype)
+    for number, part in enumerate(parts):
+        rows = slice(number, None, cut.parts) if cut.interleaved else slice(number * len(part), (number + 1) * len(part))
+        outputs[rows] = part
+    return outputs.T if cut.transposed else outputs
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ means something else by a key has other names, or another key beside it that say
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from tensorsurgeon.models.describe import describe_model
@@ -51,12 +51,34 @@ class _Sizes(NamedTuple):
         return next(iter(shapes)) if len(shapes) == 1 else None
 
 
-def check_model_sizes(specs: SpecMap, described: Described, findings: Findings) -> None:
-    """One fault for each key of config.json that contradicts the tensors."""
-    config = _text_config(specs.config)
-    sizes = _sizes(specs, described)
-    for key, said, found, where in _contradictions(config, sizes):
-        findings.fault("config-size", f"config.json {key}", f"is {said}, but {where} says {found}")
+class Contradiction(NamedTuple):
+    """A ``key`` of the config that says one thing, and ``where`` in the tensors another is found."""
+
+    key: str
+    said: int
+    found: int | str
+    where: str
+
+
+def check_model_sizes(
+    specs: SpecMap, described: Described, findings: Findings, inherited: Collection[Contradiction] = ()
+) -> None:
+    """One fault for each key of config.json that contradicts the tensors; a note for those that the source has as well.
+
+    What a checkpoint was made from may be odd; asked whether it still is that model, the answer is yes.
+    """
+    for contradiction in contradictions_of(specs, described):
+        key, said, found, where = contradiction
+        message = f"is {said}, but {where} says {found}"
+        if contradiction in inherited:
+            findings.note("config-size", f"config.json {key}", f"{message}; the source has it so")
+        else:
+            findings.fault("config-size", f"config.json {key}", message)
+
+
+def contradictions_of(specs: SpecMap, described: Described) -> tuple[Contradiction, ...]:
+    """Where the sizes in config.json and the shapes of the tensors do not go together."""
+    return tuple(Contradiction(*found) for found in _contradictions(_text_config(specs.config), _sizes(specs, described)))
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from tensorsurgeon.calibrate.codes.rules import damping_for, store_scale_of
-from tensorsurgeon.calibrate.walk.experts import ExpertInputs, ExpertStatistics, find_stacks
+from tensorsurgeon.calibrate.walk.experts import ExpertInputs, ExpertStatistics
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
 from tensorsurgeon.calibrate.walk.model import StreamedModel, read_weights
+from tensorsurgeon.calibrate.walk.stacks import find_stacks
 from tensorsurgeon.calibrate.walk.statistics import (
     LayerObserver,
     StoredStatistics,

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
+from tensorsurgeon.calibrate.walk.lines import lines_of
 from tensorsurgeon.calibrate.walk.model import StreamedModel, read_weights
 from tensorsurgeon.calibrate.walk.walk import Walk
 from tensorsurgeon.checkpoint.folder import open_checkpoint
@@ -105,17 +106,19 @@ def test_one_worker_and_three_give_the_same_states(tmp_path: Path) -> None:
 def test_every_row_of_every_expert_is_traced_to_where_transformers_puts_it(split_checkpoint: Path) -> None:
     checkpoint = open_checkpoint(split_checkpoint)
     model = StreamedModel(checkpoint)
-    traced = model.traced_rows(0)
+    traced = model.traced(0)
     seen = 0
     with Source(checkpoint) as source:
         reader = TensorReader(checkpoint, source)
         with model.layer(0, read_weights(reader)) as layer:
-            for name, runs in traced.items():
+            for (name, turned), runs in traced.runs.items():
+                if turned:
+                    continue
                 rows = torch.from_numpy(reader.array(name).astype(np.float32)).reshape(-1, checkpoint.specs[name].shape[-1])
-                for first, (parameter, start, stop) in runs:
-                    found = layer.get_parameter(parameter.removeprefix(model.layer_names[0] + ".")).float()
-                    assert torch.equal(found.reshape(-1, found.shape[-1])[start:stop], rows[first : first + stop - start])
-                    seen += stop - start
+                for first, lines in runs:
+                    found = lines_of(layer.get_parameter(lines.name.removeprefix(model.layer_names[0] + ".")), lines)
+                    assert torch.equal(found.float(), rows[first : first + lines.total])
+                    seen += lines.total
     assert seen > 8 * 3 * 128
 
 

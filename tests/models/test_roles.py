@@ -44,6 +44,16 @@ def test_a_matrix_with_as_many_rows_as_experts_is_no_router_elsewhere():
     assert describe_model(specs).role(f"{LAYER}.self_attn.g_proj.weight") is Role.ATTENTION
 
 
+@pytest.mark.parametrize("name", ["%s", "weight", "a b", "tab\tname", "схема.权重", "..", "a.b.weight", "model.layers.-1.x"])
+def test_a_matrix_outside_the_layers_that_no_stream_passes_stays_whatever_it_is_called(name):
+    specs = specs_of({**ends(), **attention(f"{LAYER}.self_attn"), name: (3, 2)})
+    assert describe_model(specs).role(name) is Role.OTHER
+    assert name not in selected_linears(specs, ["role:linear"])
+    # One that reads or writes what layers pass on may be a linear, and nobody says whether it is to be quantized.
+    with pytest.raises(PlanError, match="what this matrix is for is not known"):
+        selected_linears(specs_of({**ends(), **attention(f"{LAYER}.self_attn"), name: (3, HIDDEN)}), ["role:linear"])
+
+
 @pytest.mark.parametrize("head", ["mtp.layers.0", "model.layers.1", "model.mtp.layers.0", "model.mtp_block.layers.0"])
 def test_a_head_for_multi_token_prediction_is_found_wherever_it_lies(head):
     inside = {

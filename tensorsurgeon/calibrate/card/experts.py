@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tensorsurgeon.calibrate.card.states import Place, host_buffer
 from tensorsurgeon.calibrate.card.sums import CHUNK_TOKENS, add_outer, mirrored
 from tensorsurgeon.calibrate.options import CalibrationOptions
-from tensorsurgeon.calibrate.walk.experts import ExpertStack, activated, wanted_tokens
+from tensorsurgeon.calibrate.walk.experts import wanted_tokens
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
+from tensorsurgeon.calibrate.walk.stacks import ExpertStack
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class CardInputs:
         elif place == "pinned":
             self._memory = host_buffer((tokens, hidden_size), dtype, device)
         else:
-            self._file = HiddenStates(path, (tokens, 1, hidden_size), dtype, create=True, is_scratch=True)
+            self._file = HiddenStates(path, (tokens, hidden_size), dtype, create=True, is_scratch=True)
 
     def prepare(self, top_k: int) -> None:
         """Make room for ``top_k`` choices per token; called before ``add``."""
@@ -69,7 +70,7 @@ class CardInputs:
         if self._memory is not None:
             return self._memory[start:stop].to(self.device, non_blocking=True)
         assert self._file is not None
-        return self._file.read(start, stop)[:, 0].to(self.device)
+        return self._file.read(start, stop).to(self.device)
 
     def close(self) -> None:
         """Let go of everything."""
@@ -96,7 +97,7 @@ class CardExperts:
         if options.experts != "balanced":
             return []
         index = self._inputs.index.flatten().long()
-        counts = torch.bincount(index[index >= 0], minlength=self.stack.experts).cpu().numpy()
+        counts = torch.bincount(index[index >= 0], minlength=self.stack.experts)[: self.stack.experts].cpu().numpy()
         wanted = wanted_tokens(options, counts)
         cold = np.flatnonzero(counts < wanted)
         if not len(cold):
@@ -139,9 +140,7 @@ class CardExperts:
 
     def hessians(self, experts: Sequence[int], *, first: bool) -> Tensor:
         """F32 [len(experts), K, K]: of the first projections' inputs, or of the down projections' under original weights."""
-        module: Any = self.stack.module
-        up: Tensor = module.get_parameter(self.stack.first)
-        columns = up.shape[2] if first else self.stack.down_shape[2]
+        columns = self.stack.hidden if first else self.stack.inner
         sums = torch.zeros(len(experts), columns, columns, device=self._inputs.device)
         for number, (start, stop) in enumerate(self._windows()):
             window = self._inputs.window(start, stop)
@@ -150,7 +149,7 @@ class CardExperts:
                 for begin in range(0, stop - start if rows is None else len(rows), CHUNK_TOKENS):
                     piece = slice(begin, begin + CHUNK_TOKENS)
                     hidden = window[piece] if rows is None else window.index_select(0, rows[piece])
-                    add_outer(sums[place], hidden if first else activated(module, nn.functional.linear(hidden, up[expert])))
+                    add_outer(sums[place], hidden if first else self.stack.down_inputs(expert, hidden))
         return mirrored(sums)
 
     def _rows(self, expert: int, window: int, start: int, stop: int) -> Tensor | None:

@@ -17,17 +17,18 @@ from tensorsurgeon.calibrate.card.states import CardStates
 from tensorsurgeon.calibrate.card.sums import CardSum
 from tensorsurgeon.calibrate.card.weights import WeightsAhead
 from tensorsurgeon.calibrate.codes.assembly import Assemblies
-from tensorsurgeon.calibrate.codes.linears import Linear, Part, keys_of, parts_of
+from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, stored_turned
+from tensorsurgeon.calibrate.codes.rules import NOT_REACHED
 from tensorsurgeon.calibrate.codes.stage import Layer, Stage, layer_of
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.state import CalibrationState
-from tensorsurgeon.calibrate.walk.experts import ExpertStack, InputStatistics, find_stacks
+from tensorsurgeon.calibrate.walk.experts import InputStatistics
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
 from tensorsurgeon.calibrate.walk.model import StreamedModel
+from tensorsurgeon.calibrate.walk.stacks import ExpertStack, find_stacks
 from tensorsurgeon.calibrate.walk.statistics import LayerObserver, write_layer
 from tensorsurgeon.calibrate.walk.walk import Observer, Walk
 from tensorsurgeon.calibrate.walk.workers import Turns
-from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import JournalError
 
 
@@ -36,7 +37,7 @@ class CardLayers:
     """As ``codes.walked.WalkedLayers``, by one thread; ``weights`` reads a layer ahead and ``plan`` says what lies where."""
 
     model: StreamedModel
-    reader: TensorReader
+    original: ReadOriginal
     options: CalibrationOptions
     walk: Walk
     state: CalibrationState
@@ -59,6 +60,11 @@ class CardLayers:
             raise JournalError(f"cannot be read: {error.strerror}", where=str(self.state.states_path(layer))) from error
         states.check(digest)
         self.walk.embed(None)
+        if layer and self.walk.passes_on:
+            states.close()
+            raise JournalError(
+                "layers of this model hand on more than hidden states, which is not kept", where=str(self.state.folder)
+            )
         return Stage(layer, states)
 
     def _states(self, layer: int, *, create: bool) -> HiddenStates:
@@ -83,7 +89,9 @@ class CardLayers:
             name = self.model.layer_names[stage.layer]
             stacks = find_stacks(name, module)
             own = {stack.first_name: self.options.expert_hessian == "own" for stack in stacks}
-            parts, without = parts_of(linears, self.model.traced_rows(stage.layer), keys_of(name, module, stacks, own))
+            parts, without = parts_of(linears, self.model.traced(stage.layer), keys_of(name, module, stacks, own))
+            if not self.walk.reaches(stage.layer):
+                parts, without = [], dict.fromkeys(range(len(linears)), NOT_REACHED)
             made = self._quantized(stage.layer, module, inputs, outputs, linears, parts, stacks)
             if outputs is not None and (self.options.sequential or not parts):
                 self._run(stage.layer, module, inputs, outputs)
@@ -109,7 +117,7 @@ class CardLayers:
             with ExitStack() as scratch:
                 statistics = self._watched(number, module, inputs, passing, stacks, parts, scratch)
                 quantizer = CardQuantizer(
-                    linears=linears, statistics=statistics, options=self.options, model=self.model, reader=self.reader,
+                    linears=linears, statistics=statistics, options=self.options, model=self.model, original=self.original,
                     device=self.device,
                 )  # fmt: skip
                 put_back = self.options.sequential and outputs is not None
@@ -130,16 +138,19 @@ class CardLayers:
         scratch: ExitStack,
     ) -> WatchedOnCard:
         """Run the layer and sum what the linears of ``parts`` see; ``scratch`` lets go of what experts were fed."""
-        wanted = {part.rows.parameter.rpartition(".")[0] for part in parts}
+        wanted = {part.lines.name.rpartition(".")[0] for part in parts}
         name = self.model.layer_names[number]
-        linears = {f"{name}.{n}": m for n, m in module.named_modules() if f"{name}.{n}" in wanted and isinstance(m, nn.Linear)}
-        used = [stack for stack in stacks if stack.name in wanted]
-        samples, length, hidden = self.walk.shape
+        linears = {
+            f"{name}.{n}": m for n, m in module.named_modules() if f"{name}.{n}" in wanted and stored_turned(m) is not None
+        }
+        parameters = {part.lines.name for part in parts}
+        used = [stack for stack in stacks if not parameters.isdisjoint(stack.parameters)]
+        tokens = self.walk.tokens.numel()
         fed = {}
         for k, stack in enumerate(used):
             path = self.state.folder / f"experts-{k}.bin"
             fed[stack.name] = CardInputs(
-                path, samples * length, hidden, self.model.dtype, device=self.device, place=self.plan.inputs
+                path, tokens * max(1, stack.copies), stack.hidden, self.model.dtype, device=self.device, place=self.plan.inputs
             )  # fmt: skip
             scratch.callback(fed[stack.name].close)
         observer = LayerObserver(linears, used, fed, Turns(), lambda features: CardSum(features, self.device))
@@ -178,7 +189,8 @@ class WatchedOnCard:
     def _expert_of(self, key: str) -> tuple[CardExperts, int, bool] | None:
         """The stack, the number and whether it is the first projection, for the key of one expert."""
         parameter, _, expert = key.rpartition(".")
-        found = self.experts.get(parameter.rpartition(".")[0]) if expert.isdecimal() else None
+        known = (e for e in self.experts.values() if parameter in (e.stack.first_name, e.stack.down_name))
+        found = next(known, None) if expert.isdecimal() else None
         return None if found is None else (found, int(expert), parameter != found.stack.down_name)
 
     def is_early(self, key: str) -> bool:

@@ -17,12 +17,12 @@ from torch import Tensor
 from tensorsurgeon.calibrate.card.made import Made
 from tensorsurgeon.calibrate.card.states import host_buffer
 from tensorsurgeon.calibrate.codes.assembly import Assemblies, Rounded
-from tensorsurgeon.calibrate.codes.linears import Linear, Part
+from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal
 from tensorsurgeon.calibrate.codes.rules import ALL_ZERO, damping_for, store_scale_of, why_rounded
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.walk.experts import InputStatistics
+from tensorsurgeon.calibrate.walk.lines import lines_of
 from tensorsurgeon.calibrate.walk.model import StreamedModel
-from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import NumericError
 from tensorsurgeon.quant.gptq.card.gptq import Grid, dequantize, gptq_batch, round_to_nearest, search
 from tensorsurgeon.quant.gptq.scale_search import ScaleSearch
@@ -80,7 +80,7 @@ class CardQuantizer:
     statistics: CardStatistics
     options: CalibrationOptions
     model: StreamedModel
-    reader: TensorReader
+    original: ReadOriginal
     device: torch.device
 
     def run(self, parts: Sequence[Part], *, put_back: bool, used: dict[str, InputStatistics] | None = None) -> Assemblies:
@@ -179,11 +179,10 @@ class CardQuantizer:
     def _weight(self, part: Part) -> Tensor:
         """The part's rows of the original weight, from the layer where it has them as they are stored."""
         linear = self.linears[part.linear]
-        parameter = self.model.model.get_parameter(part.rows.parameter)
+        parameter = self.model.model.get_parameter(part.lines.name)
         if parameter.dtype == TORCH_DTYPES[linear.weight.dtype]:
-            found: Tensor = parameter.detach().view(-1, parameter.shape[-1])[part.rows.start : part.rows.stop]
-            return found
-        return tensor_of(linear.read(self.reader))[part.start : part.stop].to(self.device)
+            return lines_of(parameter.detach(), part.lines)
+        return tensor_of(self.original(linear))[part.start : part.stop].to(self.device)
 
     def _gptq(self, made: Made, hessian: Tensor, tokens: Sequence[int], which: list[int], grid: Grid) -> list[float]:
         if not which:
@@ -219,8 +218,8 @@ class CardQuantizer:
         start = 0
         for part in parts:
             stop = start + part.stop - part.start
-            parameter = self.model.model.get_parameter(part.rows.parameter)
-            parameter.detach().view(-1, parameter.shape[-1])[part.rows.start : part.rows.stop] = weight[start:stop]
+            parameter = self.model.model.get_parameter(part.lines.name)
+            lines_of(parameter.detach(), part.lines).copy_(weight[start:stop])
             start = stop
 
     def _to_host(

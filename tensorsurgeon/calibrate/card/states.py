@@ -29,15 +29,12 @@ class CardStates(HiddenStates):
     """
 
     def __init__(
-        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, *, create: bool, device: torch.device, place: Place
+        self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, create: bool, device: torch.device, place: Place
     ) -> None:
         super().__init__(path, shape, dtype, create=create)
         self._device = device
-        self._memory: Tensor | None
-        if place == "card":
-            self._memory = torch.empty(shape, dtype=dtype, device=device)
-        else:
-            self._memory = host_buffer(shape, dtype, device)
+        self._place = place
+        self._memory: Tensor | None = self._room()
         self._error: BaseException | None = None
         self._queue: queue.Queue[tuple[int, Tensor, torch.cuda.Event | None] | None] = queue.Queue()
         self._writer = threading.Thread(target=self._write_behind, name="states", daemon=True)
@@ -50,8 +47,20 @@ class CardStates(HiddenStates):
             raise RuntimeError(f"{self.path}: is closed")
         return self._memory
 
+    def _room(self) -> Tensor:
+        if self._place == "card":
+            return torch.empty(self.shape, dtype=self.dtype, device=self._device)
+        return host_buffer(self.shape, self.dtype, self._device)
+
+    def _fit(self) -> None:
+        """Other memory where states are not what was expected; one thread writes, and nothing is held yet."""
+        if (self.memory.shape, self.memory.dtype) != (self.shape, self.dtype):
+            self._memory = None
+            self._memory = self._room()
+
     def check(self, digest: str) -> None:
         super().check(digest)
+        self._fit()
         for number in range(self.shape[0]):
             self.memory[number] = self.read_file(number, number + 1)[0]
 
@@ -61,6 +70,8 @@ class CardStates(HiddenStates):
         return self._memory[start:stop].to(self._device, non_blocking=True)
 
     def write(self, start: int, states: Tensor) -> None:
+        self.adopt(tuple(states.shape[1:]), states.dtype)
+        self._fit()
         part = self.memory[start : start + len(states)]
         part.copy_(states, non_blocking=True)
         event = None

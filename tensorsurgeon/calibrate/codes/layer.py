@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from tensorsurgeon.calibrate.codes.assembly import Assemblies, Rounded
-from tensorsurgeon.calibrate.codes.linears import Linear, Part
+from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal
 from tensorsurgeon.calibrate.codes.rules import ALL_ZERO, damping_for, store_scale_of, why_rounded
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.walk.experts import InputStatistics
 from tensorsurgeon.calibrate.walk.statistics import LayerStatistics, is_finite
 from tensorsurgeon.calibrate.walk.workers import run_parallel
-from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import NumericError
 from tensorsurgeon.quant.gptq.gptq import STACK_ROWS, GptqResult, gptq, output_energy
 from tensorsurgeon.quant.gptq.hessian import FlippedFactor, flipped_cholesky
@@ -45,13 +44,13 @@ def quantize_on_cpu(
     parts: Sequence[Part],
     statistics: LayerStatistics,
     options: CalibrationOptions,
-    reader: TensorReader,
+    original: ReadOriginal,
     *,
     workers: int,
     stop: threading.Event,
     used: dict[str, InputStatistics] | None = None,
 ) -> Assemblies:
-    """Codes for every linear that has parts; the weights come from the shards.
+    """Codes for every linear that has parts; ``original`` reads their weights.
 
     ``used`` is filled with the statistics by key, where somebody wants to keep them.
     """
@@ -62,7 +61,7 @@ def quantize_on_cpu(
     def run(number: int) -> None:
         job = jobs[number]
         began = time.monotonic()
-        arrays = [_weight(part, linears[part.linear], reader) for part in job.parts]
+        arrays = [_weight(part, linears[part.linear], original) for part in job.parts]
         found, factor = shared.take(job.key, job.method)
         try:
             weight, base = _base(arrays, job)
@@ -83,9 +82,9 @@ def quantize_on_cpu(
     return assemblies
 
 
-def _weight(part: Part, linear: Linear, reader: TensorReader) -> np.ndarray:
+def _weight(part: Part, linear: Linear, original: ReadOriginal) -> np.ndarray:
     """The part's rows of the original weight, from the shards: nothing that an earlier step has overwritten."""
-    whole = linear.read(reader)
+    whole = original(linear)
     return whole if part.stop - part.start == len(whole) else whole[part.start : part.stop]
 
 

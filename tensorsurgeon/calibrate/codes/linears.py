@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from torch import nn
 
-from tensorsurgeon.calibrate.walk.experts import ExpertStack
+from tensorsurgeon.calibrate.codes.origins import Origins
+from tensorsurgeon.calibrate.walk.lines import Lines, Traced
 from tensorsurgeon.calibrate.walk.model import StreamedModel
-from tensorsurgeon.calibrate.walk.naming import ParameterRows, rows_of
-from tensorsurgeon.checkpoint.tensor_reader import TensorReader
+from tensorsurgeon.calibrate.walk.stacks import ExpertStack
+from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.errors import PlanError
 from tensorsurgeon.formats.coding import written_by
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.resolving import Pieces
 from tensorsurgeon.quant.scheme import Scheme
+from tensorsurgeon.running.inputs import made_region
 from tensorsurgeon.tensors.spec import Region, TensorSpec
-
-
-class SourceRows(NamedTuple):
-    """Rows of a checkpoint tensor seen as ``[-1, last axis]``."""
-
-    name: str
-    start: int
-    stop: int
 
 
 @dataclass
 class Linear:
-    """One weight to quantize: its spec under the name it has by then, and the checkpoint rows it is made of.
+    """One weight to quantize: its spec under the name it has by then, and the lines of checkpoint tensors it is made of.
 
-    ``units`` are the plan's units that write it.
+    ``pieces`` are the regions of it that the plan's steps make, in order; ``units`` are the plan's units that write it.
     """
 
     weight: TensorSpec
     scheme: Scheme
     method: str
     layer: int | None
-    rows: list[SourceRows] = field(default_factory=list)
+    lines: list[Lines] = field(default_factory=list)
+    pieces: list[tuple[Region, Pieces]] = field(default_factory=list)
     units: set[int] = field(default_factory=set)
     reason: str = ""
 
@@ -49,26 +44,27 @@ class Linear:
         """The weight's module, by the name it has when it is quantized."""
         return self.weight.module
 
-    def read(self, reader: TensorReader) -> np.ndarray:
-        """The weight [N, K] in its own dtype, from the shards."""
-        array = np.empty(self.weight.shape, self.weight.dtype.numpy)
-        view = array.reshape(-1).view(np.uint8).data
-        position = 0
-        for name, start, stop in self.rows:
-            position += reader.rows_into(name, start, stop, view[position:])
+    def read(self, plan: Plan, source: Source) -> np.ndarray:
+        """The weight [N, K] in its own dtype, as the plan's steps make it of the shards."""
+        parts = [made_region(region, pieces, plan, source) for region, pieces in self.pieces]
+        array = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        # Nobody else holds it.
+        array.flags.writeable = True
         return array
+
+
+# Original weights, as they are before they are quantized.
+ReadOriginal = Callable[[Linear], np.ndarray]
 
 
 def find_linears(plan: Plan, model: StreamedModel | None) -> list[Linear]:
     """Every weight that a step with method ``gptq`` or ``imatrix`` quantizes, in the order of the plan's units.
 
     ``layer`` is None, with a reason, for weights that no statistics can be had for: outside the decoder layers, or not
-    made of rows of checkpoint tensors. Those are rounded to nearest. Raises PlanError for grids that GPTQ does not know.
+    made of lines of checkpoint tensors. Those are rounded to nearest. Raises PlanError for grids that GPTQ does not know.
     """
     layer_of = {} if model is None else {name: n for n in range(len(model.layers)) for name in model.source_names(n)}
-    specs = list(plan.source.specs.values())
     found: dict[tuple[int, str], Linear] = {}
-    chunks: dict[tuple[int, str], list[tuple[int, list[SourceRows] | None]]] = {}
     for number, unit in enumerate(plan.units):
         for task in unit.tasks:
             written = written_by(task.rewrite.detail)
@@ -81,32 +77,22 @@ def find_linears(plan: Plan, model: StreamedModel | None) -> list[Linear]:
                 key = (task.step, region.spec.name)
                 linear = found.setdefault(key, Linear(region.spec, scheme, written.method, None))
                 linear.units.add(number)
-                chunks.setdefault(key, []).append((region.start or 0, _source_rows(region, pieces, specs)))
-    for key, linear in found.items():
-        _place(linear, sorted(chunks[key], key=lambda chunk: chunk[0]), layer_of)
+                linear.pieces.append((region, pieces))
+    origins = Origins(plan)
+    for linear in found.values():
+        linear.pieces.sort(key=lambda piece: piece[0].start or 0)
+        _place(linear, origins, layer_of)
     return list(found.values())
 
 
-def _source_rows(region: Region, pieces: Pieces, specs: Sequence[TensorSpec]) -> list[SourceRows] | None:
-    rows = []
-    for origin, start, nbytes in pieces:
-        if origin < 0:
-            return None
-        spec = specs[origin]
-        width = spec.row_bytes
-        if spec.dtype is not region.spec.dtype or width != region.spec.row_bytes or start % width or nbytes % width:
-            return None
-        rows.append(SourceRows(spec.name, start // width, (start + nbytes) // width))
-    return rows
-
-
-def _place(linear: Linear, chunks: list[tuple[int, list[SourceRows] | None]], layer_of: Mapping[str, int]) -> None:
-    for _, rows in chunks:
-        if rows is None:
-            linear.reason = "is not made of whole rows of the checkpoint's tensors"
+def _place(linear: Linear, origins: Origins, layer_of: Mapping[str, int]) -> None:
+    for region, pieces in linear.pieces:
+        lines = origins.lines(region, pieces)
+        if lines is None:
+            linear.reason = "is not made of whole rows or columns of the checkpoint's tensors"
             return
-        linear.rows += rows
-    layers = {layer_of.get(name) for name, _, _ in linear.rows}
+        linear.lines += lines
+    layers = {layer_of.get(lines.name) for lines in linear.lines}
     if len(layers) > 1:
         linear.reason = "is made of tensors of several layers"
     elif layers == {None}:
@@ -131,7 +117,7 @@ def linears_by_layer(linears: Sequence[Linear], count: int) -> dict[int, list[Li
 
 
 class Part(NamedTuple):
-    """Rows ``start`` to ``stop`` of a linear, all of one parameter and, in stacked experts, of one expert.
+    """Rows ``start`` to ``stop`` of a linear, all lines of one parameter and, in stacked experts, of one expert.
 
     ``key`` names the input whose statistics they go by.
     """
@@ -139,26 +125,23 @@ class Part(NamedTuple):
     linear: int
     start: int
     stop: int
-    rows: ParameterRows
+    lines: Lines
     key: str
     expert: int | None
 
 
-def parts_of(
-    linears: Sequence[Linear], traced: Mapping[str, list[tuple[int, ParameterRows]]], keys: Keys
-) -> tuple[list[Part], dict[int, str]]:
+def parts_of(linears: Sequence[Linear], traced: Traced, keys: Keys) -> tuple[list[Part], dict[int, str]]:
     """The parts of each linear, and the linears that have none, with the reason."""
     parts: list[Part] = []
     without: dict[int, str] = {}
     for number, linear in enumerate(linears):
         mine: list[Part] = []
         position = 0
-        for name, start, stop in linear.rows:
-            for rows in rows_of(traced.get(name, []), start, stop) or ():
-                for cut, key, expert in keys.split(rows):
-                    size = cut.stop - cut.start
-                    mine.append(Part(number, position, position + size, cut, key, expert))
-                    position += size
+        for source in linear.lines:
+            for lines in traced.became(source) or ():
+                for cut, key, expert in keys.split(lines):
+                    mine.append(Part(number, position, position + cut.total, cut, key, expert))
+                    position += cut.total
         if position == linear.weight.rows:
             parts += mine
         else:
@@ -166,37 +149,62 @@ def parts_of(
     return parts, without
 
 
-class Keys:
-    """Names the input of each parameter's rows: a linear's own name, or one per stack or per expert."""
+class Outputs(NamedTuple):
+    """Of a parameter of stacked experts: outputs of one, the rows of matrices whose columns they are, and whose input they see.
 
-    def __init__(self, linears: set[str], stacks: Mapping[str, tuple[int, bool]]) -> None:
+    ``shared``: all experts see the statistics of ``key``, else each has its own.
+    """
+
+    height: int
+    turned: int
+    key: str
+    shared: bool
+
+
+class Keys:
+    """Names the input of each parameter's lines: a linear's own name, or one per stack or per expert.
+
+    ``linears``: whether a module's weight is stored [in, out].
+    """
+
+    def __init__(self, linears: Mapping[str, bool], stacks: Mapping[str, Outputs]) -> None:
         self._linears = linears
         self._stacks = stacks
 
-    def split(self, rows: ParameterRows) -> list[tuple[ParameterRows, str, int | None]]:
-        """Runs of one key each; nothing for a parameter that is neither a linear's weight nor stacked experts."""
-        module, _, leaf = rows.parameter.rpartition(".")
+    def split(self, lines: Lines) -> list[tuple[Lines, str, int | None]]:
+        """Runs of one key each; nothing for lines that are no outputs of a linear or of stacked experts."""
+        module, _, leaf = lines.name.rpartition(".")
         if leaf == "weight" and module in self._linears:
-            return [(rows, module, None)]
-        if rows.parameter not in self._stacks:
+            return [(lines, module, None)] if self._linears[module] == bool(lines.turned) else []
+        outputs = self._stacks.get(lines.name)
+        if outputs is None or outputs.turned != lines.turned:
             return []
-        height, shared = self._stacks[rows.parameter]
-        result: list[tuple[ParameterRows, str, int | None]] = []
-        start = rows.start
-        while start < rows.stop:
-            expert = start // height
-            stop = min(rows.stop, (expert + 1) * height)
-            key = rows.parameter if shared else f"{rows.parameter}.{expert}"
-            result.append((ParameterRows(rows.parameter, start, stop), key, expert))
-            start = stop
+        result: list[tuple[Lines, str, int | None]] = []
+        first = 0
+        while first < lines.total:
+            expert = (lines.start + first * lines.step) // outputs.height
+            last = min(lines.total, -(-((expert + 1) * outputs.height - lines.start) // lines.step))
+            result.append((lines.within(first, last), outputs.key if outputs.shared else f"{outputs.key}.{expert}", expert))
+            first = last
         return result
 
 
 def keys_of(name: str, layer: nn.Module, stacks: Sequence[ExpertStack], own: Mapping[str, bool]) -> Keys:
     """The keys of a layer called ``name``; ``own`` says which first projections have a Hessian per expert."""
-    linears = {f"{name}.{local}" for local, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    heights = {}
+    kinds = {f"{name}.{local}": stored_turned(module) for local, module in layer.named_modules()}
+    linears = {module: is_turned for module, is_turned in kinds.items() if is_turned is not None}
+    outputs = {}
     for stack in stacks:
-        heights[stack.first_name] = (stack.first_shape[1], not own[stack.first_name])
-        heights[stack.down_name] = (stack.down_shape[1], False)
-    return Keys(linears, heights)
+        for parameter, (height, turned) in stack.parameters.items():
+            if parameter == stack.down_name:
+                outputs[parameter] = Outputs(height, turned, stack.down_name, False)
+            else:
+                outputs[parameter] = Outputs(height, turned, stack.first_name, not own[stack.first_name])
+    return Keys(linears, outputs)
+
+
+def stored_turned(module: nn.Module) -> bool | None:
+    """Whether a linear's weight is stored [in, out], as GPT-2's Conv1D does; None for what is no linear."""
+    if isinstance(module, nn.Linear):
+        return False
+    return True if type(module).__name__ == "Conv1D" and "nf" in vars(module) else None

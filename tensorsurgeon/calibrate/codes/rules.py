@@ -37,6 +37,7 @@ def why_rounded(tokens: int, is_finite: bool, fallback_tokens: int) -> str:
 
 
 ALL_ZERO: Final = "saw inputs that are all zero"
+NOT_REACHED: Final = "is in a layer that the model does not run for text alone"
 
 
 def stored_dtype_of(scheme: Scheme) -> torch.dtype:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tensorsurgeon.calibrate.codes.layer import quantize_on_cpu
-from tensorsurgeon.calibrate.codes.linears import Linear, keys_of, parts_of
+from tensorsurgeon.calibrate.codes.linears import Linear, ReadOriginal, keys_of, parts_of
 from tensorsurgeon.calibrate.codes.stage import Layer, Stage, layer_of
 from tensorsurgeon.calibrate.options import CalibrationOptions
-from tensorsurgeon.calibrate.walk.experts import find_stacks
 from tensorsurgeon.calibrate.walk.model import StreamedModel
+from tensorsurgeon.calibrate.walk.stacks import find_stacks
 from tensorsurgeon.calibrate.walk.statistics import StoredStatistics, layer_path
-from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +21,7 @@ class StoredLayers:
     """``folder`` holds the statistics; there are no states between layers."""
 
     model: StreamedModel
-    reader: TensorReader
+    original: ReadOriginal
     options: CalibrationOptions
     folder: Path
     workers: int
@@ -43,6 +42,6 @@ class StoredLayers:
         stacks = find_stacks(name, module)
         # Experts had Hessians of their own where the file has none under the name that they would share.
         own = {stack.first_name: statistics.shared_key(stack.first_name) not in statistics.tokens for stack in stacks}
-        parts, without = parts_of(linears, self.model.traced_rows(stage.layer), keys_of(name, module, stacks, own))
-        made = quantize_on_cpu(linears, parts, statistics, self.options, self.reader, workers=self.workers, stop=self.stop)
+        parts, without = parts_of(linears, self.model.traced(stage.layer), keys_of(name, module, stacks, own))
+        made = quantize_on_cpu(linears, parts, statistics, self.options, self.original, workers=self.workers, stop=self.stop)
         return layer_of(linears, made, without, following)

@@ -12,17 +12,19 @@ from torch import nn
 
 from tensorsurgeon.calibrate.codes.assembly import Assemblies
 from tensorsurgeon.calibrate.codes.layer import quantize_on_cpu
-from tensorsurgeon.calibrate.codes.linears import Linear, Part, keys_of, parts_of
+from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, stored_turned
+from tensorsurgeon.calibrate.codes.rules import NOT_REACHED
 from tensorsurgeon.calibrate.codes.stage import Layer, Stage, layer_of
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.state import CalibrationState
-from tensorsurgeon.calibrate.walk.experts import ExpertInputs, ExpertStack, ExpertStatistics, InputStatistics, find_stacks
+from tensorsurgeon.calibrate.walk.experts import ExpertInputs, ExpertStatistics, InputStatistics
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
+from tensorsurgeon.calibrate.walk.lines import lines_of
 from tensorsurgeon.calibrate.walk.model import StreamedModel
+from tensorsurgeon.calibrate.walk.stacks import ExpertStack, find_stacks
 from tensorsurgeon.calibrate.walk.statistics import LayerObserver, WalkedStatistics, write_layer
 from tensorsurgeon.calibrate.walk.walk import Walk
 from tensorsurgeon.calibrate.walk.workers import Turns, run_parallel
-from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import JournalError
 from tensorsurgeon.quant.gptq.scale_search import dequantize
 from tensorsurgeon.quant.rtn.plain_torch import tensor_of
@@ -34,7 +36,7 @@ class WalkedLayers:
     """The walk, and where its states lie between layers."""
 
     model: StreamedModel
-    reader: TensorReader
+    original: ReadOriginal
     options: CalibrationOptions
     walk: Walk
     state: CalibrationState
@@ -55,6 +57,11 @@ class WalkedLayers:
             raise JournalError(f"cannot be read: {error.strerror}", where=str(self.state.states_path(layer))) from error
         states.check(digest)
         self.walk.embed(None)
+        if layer and self.walk.passes_on:
+            states.close()
+            raise JournalError(
+                "layers of this model hand on more than hidden states, which is not kept", where=str(self.state.folder)
+            )
         return Stage(layer, states)
 
     def _states(self, layer: int, *, create: bool) -> HiddenStates:
@@ -72,7 +79,9 @@ class WalkedLayers:
             name = self.model.layer_names[stage.layer]
             stacks = find_stacks(name, module)
             own = {stack.first_name: self.options.expert_hessian == "own" for stack in stacks}
-            parts, without = parts_of(linears, self.model.traced_rows(stage.layer), keys_of(name, module, stacks, own))
+            parts, without = parts_of(linears, self.model.traced(stage.layer), keys_of(name, module, stacks, own))
+            if not self.walk.reaches(stage.layer):
+                parts, without = [], dict.fromkeys(range(len(linears)), NOT_REACHED)
             made = self._quantized(stage.layer, module, inputs, outputs, linears, parts, stacks)
             if outputs is not None and (self.options.sequential or not parts):
                 self._put_back(parts, made.quantized())
@@ -99,7 +108,7 @@ class WalkedLayers:
             with ExitStack() as scratch:
                 statistics = self._watched(number, module, inputs, passing, stacks, parts, scratch)
                 made = quantize_on_cpu(
-                    linears, parts, statistics, self.options, self.reader, workers=self.workers, stop=self.stop,
+                    linears, parts, statistics, self.options, self.original, workers=self.workers, stop=self.stop,
                     used=None if keep is None else used,
                 )  # fmt: skip
                 aliases = {part.key: statistics.shared_key(part.key) for part in parts}
@@ -118,14 +127,18 @@ class WalkedLayers:
         scratch: ExitStack,
     ) -> WalkedStatistics:
         """Run the layer and sum what the linears of ``parts`` see; ``scratch`` lets go of what experts were fed."""
-        wanted = {part.rows.parameter.rpartition(".")[0] for part in parts}
+        wanted = {part.lines.name.rpartition(".")[0] for part in parts}
         name = self.model.layer_names[number]
-        linears = {f"{name}.{n}": m for n, m in module.named_modules() if f"{name}.{n}" in wanted and isinstance(m, nn.Linear)}
-        used = [stack for stack in stacks if stack.name in wanted]
-        samples, length, hidden = self.walk.shape
+        linears = {
+            f"{name}.{n}": m for n, m in module.named_modules() if f"{name}.{n}" in wanted and stored_turned(m) is not None
+        }
+        parameters = {part.lines.name for part in parts}
+        used = [stack for stack in stacks if not parameters.isdisjoint(stack.parameters)]
+        tokens = self.walk.tokens.numel()
         fed = {}
         for k, stack in enumerate(used):
-            fed[stack.name] = ExpertInputs(self.state.folder / f"experts-{k}.bin", samples * length, hidden, self.model.dtype)
+            path = self.state.folder / f"experts-{k}.bin"
+            fed[stack.name] = ExpertInputs(path, tokens * max(1, stack.copies), stack.hidden, self.model.dtype)
             scratch.callback(fed[stack.name].close)
         turns = Turns()
         observer = LayerObserver(linears, used, fed, turns)
@@ -149,8 +162,7 @@ class WalkedLayers:
             rows = slice(part.start, part.stop)
             zero_point = None if found.zero_point is None else tensor_of(found.zero_point[rows])
             weight = dequantize(tensor_of(found.codes[rows]), tensor_of(found.scale[rows]), zero_point)
-            parameter = self.model.model.get_parameter(part.rows.parameter)
-            flat = parameter.view(-1, parameter.shape[-1])
-            flat[part.rows.start : part.rows.stop] = weight.to(dtype=parameter.dtype)
+            parameter = self.model.model.get_parameter(part.lines.name)
+            lines_of(parameter, part.lines).copy_(weight)
 
         run_parallel(len(parts), put, workers=self.workers, stop=self.stop)

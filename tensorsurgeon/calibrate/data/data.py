@@ -147,7 +147,7 @@ class _Encoder:
             from transformers import AutoTokenizer
 
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(str(self._root))
+                self._tokenizer = AutoTokenizer.from_pretrained(str(self._root), trust_remote_code=False)
             except Exception as error:  # tokenizers raises nothing narrower for a damaged tokenizer.json
                 why = (str(error).splitlines() or [type(error).__name__])[0]
                 raise RecipeError(

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
+from tensorsurgeon.calibrate.walk.stacks import ExpertStack
 from tensorsurgeon.quant.gptq.hessian import CHUNK_TOKENS, HessianAccumulator
 
 logger = logging.getLogger(__name__)
@@ -30,67 +31,6 @@ class InputStatistics(NamedTuple):
     tokens: int
     diagonal: Tensor
     hessian: Tensor
-
-
-class ExpertStack(NamedTuple):
-    """A module of stacked experts: ``first`` is the parameter [E, ., hidden], ``down`` [E, hidden, intermediate]."""
-
-    name: str
-    module: nn.Module
-    first: str
-    experts: int
-    router: str | None
-
-    @property
-    def first_name(self) -> str:
-        """The parameter of the first projection, by full name."""
-        return f"{self.name}.{self.first}"
-
-    @property
-    def first_shape(self) -> torch.Size:
-        """[experts, its outputs, hidden]."""
-        return self.module.get_parameter(self.first).shape
-
-    @property
-    def down_shape(self) -> torch.Size:
-        """[experts, hidden, intermediate]."""
-        return self.module.get_parameter("down_proj").shape
-
-    @property
-    def down_name(self) -> str:
-        """The parameter of the down projection, by full name."""
-        return f"{self.name}.down_proj"
-
-
-def find_stacks(layer_name: str, layer: nn.Module) -> list[ExpertStack]:
-    """The modules of stacked experts in a layer whose layout is transformers' usual one: [E, out, in], no bias."""
-    stacks = []
-    for local, module in layer.named_modules():
-        down = module._parameters.get("down_proj")
-        first = next((n for n in ("gate_up_proj", "up_proj") if module._parameters.get(n) is not None), None)
-        if down is None or first is None or down.ndim != 3:
-            continue
-        up = module._parameters[first]
-        assert up is not None
-        usual = up.ndim == 3 and up.shape[2] == down.shape[1] and up.shape[0] == down.shape[0]
-        if not usual or getattr(module, "is_transposed", False) or getattr(module, "has_bias", False):
-            logger.warning("%s.%s: experts of an unusual layout are rounded to nearest", layer_name, local)
-            continue
-        name = f"{layer_name}.{local}"
-        router = _router_of(layer, local, (up.shape[0], up.shape[2]))
-        stacks.append(ExpertStack(name, module, first, int(up.shape[0]), router))
-    return stacks
-
-
-def _router_of(layer: nn.Module, experts: str, shape: tuple[int, int]) -> str | None:
-    """The sibling whose weight has one row per expert."""
-    parent = layer.get_submodule(experts.rpartition(".")[0])
-    found = [
-        name for name, child in parent.named_children()
-        if child is not layer.get_submodule(experts) and (weight := child._parameters.get("weight")) is not None
-        and tuple(weight.shape) == shape
-    ]  # fmt: skip
-    return f"{experts.rpartition('.')[0]}.{found[0]}".lstrip(".") if len(found) == 1 else None
 
 
 def wanted_tokens(options: CalibrationOptions, counts: np.ndarray) -> int:
@@ -110,7 +50,7 @@ class ExpertInputs:
     """
 
     def __init__(self, path: Path, tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
-        self._states = HiddenStates(path, (tokens, 1, hidden_size), dtype, create=True, is_scratch=True)
+        self._states = HiddenStates(path, (tokens, hidden_size), dtype, create=True, is_scratch=True)
         self.tokens = tokens
         self._index: np.ndarray | None = None
 
@@ -134,11 +74,11 @@ class ExpertInputs:
     def counts(self, experts: int) -> np.ndarray:
         """How many tokens each expert got."""
         assert self._index is not None
-        return np.bincount(self._index[self._index >= 0].reshape(-1), minlength=experts)
+        return np.bincount(self._index[self._index >= 0].reshape(-1), minlength=experts)[:experts]
 
     def gather(self, tokens: np.ndarray | slice) -> Tensor:
         """Hidden states [t, hidden] of these tokens; a new tensor."""
-        _, _, features = self._states.shape
+        _, features = self._states.shape
         dtype = self._states.dtype
         mapped = np.memmap(self._states.path, np.uint8, "r", shape=(self.tokens, features * dtype.itemsize))
         return torch.from_numpy(np.array(mapped[tokens])).view(dtype)
@@ -193,26 +133,15 @@ class ExpertStatistics:
 
     def compute(self, expert: int, *, first: bool) -> tuple[InputStatistics | None, InputStatistics]:
         """Of an expert's first projection (if asked for) and of its down projection; original weights."""
-        module: Any = self.stack.module
-        up: Tensor = module._parameters[self.stack.first][expert]
         chosen = self.tokens_of(expert)
-        before = HessianAccumulator(up.shape[1]) if first else None
-        after = HessianAccumulator(module.down_proj.shape[2])
+        before = HessianAccumulator(self.stack.hidden) if first else None
+        after = HessianAccumulator(self.stack.inner)
         for start in range(0, len(chosen), _TOKENS):
             hidden = self._inputs.gather(chosen[start : start + _TOKENS])
             if before is not None:
                 before.add(hidden)
-            after.add(activated(module, nn.functional.linear(hidden, up)))
+            after.add(self.stack.down_inputs(expert, hidden))
         return (None if before is None else _summed(before)), _summed(after)
-
-
-def activated(module: Any, projected: Tensor) -> Tensor:
-    """What the module itself does between its two projections."""
-    if getattr(module, "has_gate", True) and hasattr(module, "_apply_gate"):
-        result: Tensor = module._apply_gate(projected)
-    else:
-        result = module.act_fn(projected)
-    return result
 
 
 def _summed(accumulator: HessianAccumulator) -> InputStatistics:

@@ -7,6 +7,8 @@ in memory while there is room, and nothing of it counts against the process when
 from __future__ import annotations
 
 import os
+import threading
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,34 +18,49 @@ import torch
 import xxhash
 from torch import Tensor
 
-from tensorsurgeon.errors import JournalError
+from tensorsurgeon.errors import JournalError, PlanError
 from tensorsurgeon.machine.files import make_durable
 
 
 class HiddenStates:
-    """``[samples, sequence, hidden]`` in one dtype; rows of samples are read and written from any thread.
+    """``[samples, ...]`` in one dtype; rows of samples are read and written from any thread.
 
-    ``is_scratch``: nobody will go on from them, so no digest is taken.
+    ``shape`` and ``dtype`` are what is expected: new states have those of what is written first, for a layer's states may
+    be wider than the model's dtype (Mamba 2 keeps them in F32), or have an axis more (Gemma 3n). ``is_scratch``: nobody will
+    go on from them, so no digest is taken.
     """
 
-    def __init__(
-        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, *, create: bool, is_scratch: bool = False
-    ) -> None:
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, create: bool, is_scratch: bool = False) -> None:
         self.path = path
         self.shape = shape
         self.dtype = dtype
         self._digests: dict[int, str] | None = None if is_scratch else {}
-        self._sample_bytes = shape[1] * shape[2] * dtype.itemsize
+        self._is_empty = create
+        self._lock = threading.Lock()
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if create else 0)
         self._fd = os.open(path, flags, 0o644)
-        nbytes = shape[0] * self._sample_bytes
         if create:
-            os.ftruncate(self._fd, nbytes)
-        elif os.fstat(self._fd).st_size != nbytes:
-            os.close(self._fd)
-            raise JournalError(
-                f"holds {path.stat().st_size} bytes of hidden states, {nbytes} are needed; start over with --overwrite",
-                where=str(path),
+            os.ftruncate(self._fd, self._nbytes)
+
+    @property
+    def _sample_bytes(self) -> int:
+        return prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def _nbytes(self) -> int:
+        return self.shape[0] * self._sample_bytes
+
+    def adopt(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Take the shape of one sample and the dtype of what is written first; later ones have to be alike."""
+        with self._lock:
+            if self._is_empty and (self.shape[1:], self.dtype) != (shape, dtype):
+                self.shape, self.dtype = (self.shape[0], *shape), dtype
+                os.ftruncate(self._fd, self._nbytes)
+            self._is_empty = False
+        if (self.shape[1:], self.dtype) != (shape, dtype):
+            raise PlanError(
+                f"hidden states of one layer are {list(self.shape[1:])} in {self.dtype} for one batch and {list(shape)} in "
+                f"{dtype} for another; this model cannot be walked"
             )
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -65,6 +82,7 @@ class HiddenStates:
 
     def write(self, start: int, states: Tensor) -> None:
         """Samples from ``start`` on."""
+        self.adopt(tuple(states.shape[1:]), states.dtype)
         data = states.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         if self._digests is not None:
             for number in range(len(states)):
@@ -76,12 +94,22 @@ class HiddenStates:
 
     @property
     def digest(self) -> str:
-        """Of all that was written, however it was cut into batches."""
+        """Of all that was written, however it was cut into batches, behind its dtype and the shape of a sample."""
         known = self._digests or {}
-        return xxhash.xxh3_128_hexdigest("".join(known[number] for number in sorted(known)).encode())
+        head = ".".join([str(self.dtype).removeprefix("torch."), *map(str, self.shape[1:])])
+        return f"{head}:" + xxhash.xxh3_128_hexdigest("".join(known[number] for number in sorted(known)).encode())
 
     def check(self, digest: str) -> None:
-        """Read what is on disk and raise JournalError unless it has this digest."""
+        """Read what is on disk and raise JournalError unless it has this digest, which says what states they are."""
+        name, *shape = digest.partition(":")[0].split(".")
+        self.dtype, self.shape = getattr(torch, name), (self.shape[0], *map(int, shape))
+        self._is_empty = False
+        found = os.fstat(self._fd).st_size
+        if found != self._nbytes:
+            raise JournalError(
+                f"holds {found} bytes of hidden states, {self._nbytes} are needed; start over with --overwrite",
+                where=str(self.path),
+            )
         self._digests = {}
         for number in range(self.shape[0]):
             sample = self.read_file(number, number + 1).view(-1).view(torch.uint8).numpy().data

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorsurgeon.calibrate.walk.naming import Loading, NameMap, ParameterRows, map_names, trace_rows
+from tensorsurgeon.calibrate.walk.buffers import Buffers
+from tensorsurgeon.calibrate.walk.building import model_builder
+from tensorsurgeon.calibrate.walk.lines import Traced
+from tensorsurgeon.calibrate.walk.naming import Loading, NameMap, map_names, trace_lines
 from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import CheckpointError, PlanError
@@ -23,7 +26,6 @@ logger = logging.getLogger(__name__)
 ReadWeight = Callable[[str], Tensor]
 
 _CPU = torch.device("cpu")
-_TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class StreamedModel:
@@ -39,7 +41,9 @@ class StreamedModel:
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
-        self.model = _build_on_meta(checkpoint, experts_implementation)
+        build = model_builder(checkpoint, experts_implementation)
+        self.model = _on_meta(build)
+        self._buffers = Buffers(self.model, build, device)
         self.dtype: torch.dtype = self.model.dtype
         self.layer_names, self.layers = _decoder_layers(self.model)
         self.names: NameMap = map_names(self.model, list(checkpoint.specs))
@@ -76,9 +80,9 @@ class StreamedModel:
         """The checkpoint tensors that make a layer."""
         return [name for loading in self._by_layer[number] for name in loading.names]
 
-    def traced_rows(self, number: int) -> dict[str, list[tuple[int, ParameterRows]]]:
-        """For each checkpoint tensor of a layer, which rows of which parameters its rows become."""
-        return trace_rows(self.names, self._by_layer[number], self.checkpoint.specs, self._shapes)
+    def traced(self, number: int) -> Traced:
+        """For each checkpoint tensor of a layer, which lines of which parameters its rows and columns become."""
+        return trace_lines(self.names, self._by_layer[number], self.checkpoint.specs, self._shapes)
 
     @contextmanager
     def layer(self, number: int, read: ReadWeight) -> Iterator[nn.Module]:
@@ -86,6 +90,24 @@ class StreamedModel:
         module = self.layers[number]
         try:
             self._fill(self.layer_names[number], module, self._by_layer[number], read)
+            yield module
+        finally:
+            module.to("meta")
+
+    @contextmanager
+    def zero_layer(self, number: int) -> Iterator[nn.Module]:
+        """One decoder layer whose weights are all zero, which shows what it returns without reading it."""
+        module = self.layers[number]
+        try:
+            self._buffers.make(self.layer_names[number], module)
+            for part in module.modules():
+                for name, value in (*part._parameters.items(), *part._buffers.items()):
+                    if value is not None and value.is_meta:
+                        zeros = torch.zeros(value.shape, dtype=value.dtype, device=self.device)
+                        if name in part._parameters:
+                            part._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+                        else:
+                            part._buffers[name] = zeros
             yield module
         finally:
             module.to("meta")
@@ -104,7 +126,7 @@ class StreamedModel:
         try:
             self._fill(decoder_name, module, needed, read, complete=False)
             if embeds and embedding.weight.is_meta:
-                raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint.root))
+                raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint))
             yield self.model
         finally:
             for child in module.modules():
@@ -117,7 +139,7 @@ class StreamedModel:
         self, prefix: str, module: nn.Module, loadings: Sequence[Loading], read: ReadWeight, *, complete: bool = True
     ) -> None:
         # First, while parameters are on the meta device: transformers initialises a module's weights along with its buffers.
-        _make_buffers(self.model, prefix, module, self.layers if not complete else (), self.device)
+        self._buffers.make(prefix, module, self.layers if not complete else ())
         for loading in loadings:
             tensors = {name: read(name) for name in loading.names}
             for target, value in self.names.convert(loading, tensors).items():
@@ -128,7 +150,7 @@ class StreamedModel:
                 raise CheckpointError(
                     f"{prefix}: no tensor of the checkpoint makes {', '.join(missing[:4])}"
                     + (f" and {len(missing) - 4} more" if len(missing) > 4 else ""),
-                    where=str(self.checkpoint.root),
+                    where=str(self.checkpoint),
                 )
 
     def _owner(self, target: str) -> nn.Module:
@@ -145,7 +167,7 @@ class StreamedModel:
         if value.shape != known.shape:
             raise CheckpointError(
                 f"{target}: the checkpoint has {list(value.shape)}, the config says {list(known.shape)}",
-                where=str(self.checkpoint.root),
+                where=str(self.checkpoint),
             )
         # The meta parameter has the dtype that transformers gives it, F32 where it keeps F32.
         value = value.to(device=self.device, dtype=known.dtype)
@@ -161,7 +183,7 @@ def check_weight(reader: TensorReader, name: str) -> TensorSpec:
     if not spec.dtype.is_float or spec.dtype.bits < 16:
         raise CheckpointError(
             f"{spec}: the walk needs weights in BF16, F16 or F32; dequantize the checkpoint first",
-            where=str(reader.checkpoint.root),
+            where=str(reader.checkpoint),
         )
     return spec
 
@@ -176,29 +198,9 @@ def read_weights(reader: TensorReader) -> ReadWeight:
     return read
 
 
-def _build_on_meta(checkpoint: Checkpoint, experts_implementation: str | None) -> Any:
-    import transformers
-
-    if not checkpoint.config:
-        raise CheckpointError("has no config.json; the layer walk needs it to build the model", where=str(checkpoint.root))
-    if checkpoint.config.get("quantization_config"):
-        raise CheckpointError("is quantized; calibrate the original checkpoint", where=str(checkpoint.root))
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(checkpoint.root))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"transformers {transformers.__version__} does not know this model ({str(error).splitlines()[0]}); without its "
-            "forward there is no calibration, RTN needs none",
-            where=str(checkpoint.root),
-        ) from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise PlanError(f"{config.model_type}: encoder-decoder models cannot be walked; only decoder layers in a list can")
-    architecture = (config.architectures or [""])[0]
-    model_class: Any = getattr(transformers, architecture, None) or transformers.AutoModelForCausalLM
-    build = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
-    arguments = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
+def _on_meta(build: Callable[[], Any]) -> Any:
     with torch.device("meta"), torch.no_grad():
-        model = build(config, dtype=_dtype_of(config), **arguments).eval()
+        model = build()
     plan = model._get_dtype_plan(model.dtype)
     for name, parameter in list(model.named_parameters()):
         if any(part in name for part in plan):
@@ -207,29 +209,29 @@ def _build_on_meta(checkpoint: Checkpoint, experts_implementation: str | None) -
     return model.requires_grad_(False)
 
 
-def _dtype_of(config: Any) -> torch.dtype:
-    for part in (config, config.get_text_config()):
-        dtype = getattr(part, "dtype", None)
-        if dtype is not None:
-            return dtype if isinstance(dtype, torch.dtype) else _TORCH_DTYPES[str(dtype)]
-    return torch.bfloat16
-
-
 def _decoder_layers(model: Any) -> tuple[list[str], list[nn.Module]]:
-    """The one list of decoder layers, whose length the config gives."""
-    count = model.config.get_text_config().num_hidden_layers
-    decoder = model.get_decoder()
+    """The one list of decoder layers: of the classes that the model calls its layers, else as long as the config says.
+
+    Its length may be another than ``num_hidden_layers``, which counts attentions in LongCat's double layers.
+    """
+    decoder, count = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    inside = {id(module) for module in decoder.modules()}
     found = [
         (name, module) for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and any(module is part for part in decoder.children())
+        if isinstance(module, nn.ModuleList) and len(module) and id(module) in inside
     ]  # fmt: skip
-    if len(found) != 1:
+    # A layer may have lists of its own.
+    outer = [(name, module) for name, module in found if not any(name.startswith(other + ".") for other, _ in found)]
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    by_class = [pair for pair in outer if all(type(layer).__name__ in kinds for layer in pair[1])]
+    chosen = by_class if len(by_class) == 1 else [pair for pair in outer if len(pair[1]) == count]
+    if len(chosen) != 1:
         raise PlanError(
-            f"{type(model).__name__}: {len(found)} lists of {count} layers in its decoder, one is needed; this model cannot "
-            "be walked layer by layer"
+            f"{type(model).__name__}: {len(chosen)} lists of {count} layers in its decoder, one is needed; this model cannot "
+            "be walked layer by layer. --set method=rtn rounds to nearest, which needs no forward"
         )
-    name, layers = found[0]
-    return [f"{name}.{number}" for number in range(count)], list(layers)
+    name, layers = chosen[0]
+    return [f"{name}.{number}" for number in range(len(layers))], list(layers)
 
 
 def _is_head(model: Any, target: str) -> bool:
@@ -241,51 +243,3 @@ def _is_head(model: Any, target: str) -> bool:
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
-
-
-def _make_buffers(model: Any, prefix: str, module: nn.Module, excluded: Sequence[nn.Module], device: torch.device) -> None:
-    """Compute the buffers that no checkpoint holds (rotary frequencies), as transformers itself does after loading.
-
-    They are filled with NaN (integers with their minimum) first, so that one which stays unset is noticed.
-    """
-    from transformers import PreTrainedModel
-
-    skipped = {id(part) for layer in excluded for part in layer.modules()}
-    for name, part in module.named_modules():
-        buffers = part._buffers
-        lost = [key for key in part._non_persistent_buffers_set if (value := buffers.get(key)) is not None and value.is_meta]
-        if id(part) in skipped or not lost:
-            continue
-        full = f"{prefix}.{name}".strip(".")
-        for key in lost:
-            buffers[key] = torch.full_like(_held(buffers, key), _unset(_held(buffers, key).dtype), device="cpu")
-        owner = _nearest(model, full, PreTrainedModel)
-        with torch.no_grad():
-            owner._init_weights(part)
-        for key in lost:
-            value = _held(buffers, key)
-            if bool((value.isnan() if value.is_floating_point() else value == _unset(value.dtype)).any()):
-                raise PlanError(f"{full}.{key}: transformers does not say how this buffer is made; the model cannot be walked")
-            buffers[key] = value.to(device)
-
-
-def _held(buffers: dict[str, Tensor | None], key: str) -> Tensor:
-    value = buffers[key]
-    assert value is not None
-    return value
-
-
-def _unset(dtype: torch.dtype) -> float | int:
-    if dtype.is_floating_point:
-        return float("nan")
-    return 0 if dtype == torch.bool else torch.iinfo(dtype).min
-
-
-def _nearest(model: Any, name: str, kind: type) -> Any:
-    """The module of a class that holds ``name``, innermost first."""
-    parts = name.split(".")
-    for length in range(len(parts), -1, -1):
-        module = model.get_submodule(".".join(parts[:length]))
-        if isinstance(module, kind):
-            return module
-    return model

@@ -2,7 +2,8 @@
 
 Checkpoints name and stack their tensors differently from the module that computes with them (experts one by one or
 fused), and transformers knows how to go from one to the other. Its own conversion is run here on tensors that hold row
-numbers instead of weights: what comes out says where each row of a parameter came from, for any model it knows.
+numbers, or of columns, instead of weights: what comes out says where each line of a parameter came from, for any model it
+knows.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tensorsurgeon.calibrate.walk.lines import Lines, Run, Traced
 from tensorsurgeon.tensors.spec import TensorSpec
 
 
@@ -33,14 +36,6 @@ class Loading(NamedTuple):
         return [name for _, name in self.sources]
 
 
-class ParameterRows(NamedTuple):
-    """A run of rows of a parameter seen as ``[-1, last axis]``."""
-
-    parameter: str
-    start: int
-    stop: int
-
-
 @dataclass
 class NameMap:
     """Loadings by target, and checkpoint tensors that belong to no parameter of the model."""
@@ -50,17 +45,30 @@ class NameMap:
     config: Any
     model: Any = field(repr=False)
 
-    def convert(self, loading: Loading, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters that a loading makes, by their full names."""
+    def convert(
+        self, loading: Loading, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> dict[str, Tensor]:
+        """The parameters that a loading makes, by their full names; ``shapes`` of the tensors that markers stand for."""
         if loading.converter is None:
             return {loading.target: tensors[loading.sources[0][1]]}
         converter = deepcopy(loading.converter)
+        if shapes is not None:
+            self._settle(converter, loading, shapes)
         collected: dict[str, list[Tensor]] = defaultdict(list)
         for pattern, name in loading.sources:
             collected[pattern].append(tensors[name])
         converter.collected_tensors = collected
         made = converter.convert(loading.target, model=self.model, config=self.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def _settle(self, converter: Any, loading: Loading, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Decide by the tensors' shapes what operations would decide by those of markers: transpose unless it fits already."""
+        expected = tuple(self.model.get_parameter(loading.target).shape)
+        for op in converter.operations:
+            if getattr(op, "check_dims", False):
+                op.check_dims = False
+                if all(shapes[name] == expected for name in loading.names):
+                    op.dim1 = op.dim0
 
 
 def map_names(model: Any, names: Sequence[str]) -> NameMap:
@@ -90,65 +98,55 @@ def map_names(model: Any, names: Sequence[str]) -> NameMap:
     return NameMap(loadings, outside, model.config, model)
 
 
-def trace_rows(
+def trace_lines(
     names: NameMap, loadings: Sequence[Loading], specs: Mapping[str, TensorSpec], shapes: Mapping[str, torch.Size]
-) -> dict[str, list[tuple[int, ParameterRows]]]:
-    """For each checkpoint tensor, runs of its rows: (first row, rows of a parameter), in order.
+) -> Traced:
+    """What the lines of a layer's checkpoint tensors became.
 
-    ``shapes`` are those of the parameters. Rows that a conversion tears apart (a transposed weight) are in no run.
+    ``shapes`` are those of the parameters. Lines that a conversion tears apart are in no run.
     """
-    result: dict[str, list[tuple[int, ParameterRows]]] = {}
+    result = Traced()
     for loading in loadings:
-        matrices = [name for name in loading.names if len(specs[name].shape) >= 2]
+        matrices = {name: specs[name] for name in loading.names if len(specs[name].shape) >= 2}
         if len(matrices) < len(loading.names):
             continue
-        bases: dict[str, int] = {}
-        markers: dict[str, Tensor] = {}
-        total = 0
-        for name in matrices:
-            spec = specs[name]
-            bases[name] = total
-            markers[name] = torch.arange(total, total + spec.rows).reshape(*spec.shape[:-1], 1)
-            total += spec.rows
-        try:
-            made = names.convert(loading, markers)
-        except (RuntimeError, ValueError, IndexError):
-            continue
-        owner = np.full(total, -1, np.int64)
-        row = np.zeros(total, np.int64)
-        targets = sorted(made)
-        for number, target in enumerate(targets):
-            marks = made[target].reshape(-1).numpy()
-            if target not in shapes or len(shapes[target]) < 2 or marks.size != shapes[target][:-1].numel():
+        for turned in (False, True):
+            bases: dict[str, int] = {}
+            markers: dict[str, Tensor] = {}
+            total = 0
+            for name, spec in matrices.items():
+                shape = (*spec.shape[:-2], 1, spec.shape[-1]) if turned else (*spec.shape[:-1], 1)
+                count = prod(shape)
+                bases[name] = total
+                markers[name] = torch.arange(total, total + count).reshape(shape)
+                total += count
+            try:
+                made = names.convert(loading, markers, {name: spec.shape for name, spec in matrices.items()})
+            except (RuntimeError, ValueError, IndexError):
                 continue
-            owner[marks] = number
-            row[marks] = np.arange(marks.size)
-        for name in matrices:
-            part = slice(bases[name], bases[name] + specs[name].rows)
-            result[name] = list(_runs(owner[part], row[part], targets))
+            owner = np.full(total, -1, np.int64)
+            line = np.zeros(total, np.int64)
+            targets: list[tuple[str, int]] = []
+            for target in sorted(made):
+                shape, found = tuple(shapes.get(target, ())), tuple(made[target].shape)
+                if len(shape) < 2 or found not in ((*shape[:-1], 1), (*shape[:-2], 1, shape[-1])):
+                    continue
+                marks = made[target].reshape(-1).numpy()
+                owner[marks] = len(targets)
+                line[marks] = np.arange(marks.size)
+                targets.append((target, 0 if found == (*shape[:-1], 1) else shape[-2]))
+            for name, spec in matrices.items():
+                part = slice(bases[name], bases[name] + markers[name].numel())
+                result.widths[name] = spec.shape[-1]
+                result.runs[name, spec.shape[-2] if turned else 0] = list(_runs(owner[part], line[part], targets))
     return result
 
 
-def _runs(owner: np.ndarray, row: np.ndarray, targets: Sequence[str]) -> list[tuple[int, ParameterRows]]:
-    breaks = np.flatnonzero((np.diff(owner) != 0) | (np.diff(row) != 1)) + 1
+def _runs(owner: np.ndarray, line: np.ndarray, targets: Sequence[tuple[str, int]]) -> list[Run]:
+    breaks = np.flatnonzero((np.diff(owner) != 0) | (np.diff(line) != 1)) + 1
     runs = []
     for start, stop in zip([0, *breaks.tolist()], [*breaks.tolist(), len(owner)], strict=True):
         if owner[start] >= 0:
-            runs.append((start, ParameterRows(targets[owner[start]], int(row[start]), int(row[start]) + stop - start)))
+            target, turned = targets[owner[start]]
+            runs.append((start, Lines(target, int(line[start]), int(line[start]) + stop - start, turned=turned)))
     return runs
-
-
-def rows_of(runs: Sequence[tuple[int, ParameterRows]], start: int, stop: int) -> list[ParameterRows] | None:
-    """The parameter rows that rows ``start`` to ``stop`` of a checkpoint tensor became, in order; None if some are in none."""
-    result = []
-    position = start
-    for first, (parameter, row, end) in runs:
-        last = first + end - row
-        if last <= position or first >= stop:
-            continue
-        if first > position:
-            return None
-        cut = min(last, stop)
-        result.append(ParameterRows(parameter, row + position - first, row + cut - first))
-        position = cut
-    return result if position == stop else None

@@ -17,11 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from tensorsurgeon.calibrate.walk.experts import (
-    ExpertStack,
-    ExpertStatistics,
-    InputStatistics,
-)
+from tensorsurgeon.calibrate.walk.experts import ExpertStatistics, InputStatistics
+from tensorsurgeon.calibrate.walk.stacks import ExpertStack
 from tensorsurgeon.calibrate.walk.workers import Turns
 from tensorsurgeon.errors import PlanError, RecipeError
 from tensorsurgeon.machine.files import make_durable, make_folder_durable
@@ -121,11 +118,9 @@ class LayerObserver:
 
     def _note_experts(self, stack: ExpertStack) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = [*args, *kwargs.values()]
-            if len(given) < 2 or given[0].ndim != 2 or given[1].ndim != 2 or given[1].is_floating_point():
-                raise PlanError(f"{stack.name}: its experts are not called with hidden states and chosen experts")
-            self._local.seen.setdefault(stack.first_name, []).append(_seen(given[0]))
-            self._local.chosen[stack.name] = (given[0], given[1])
+            hidden, chosen = stack.called_with(args, kwargs)
+            self._local.seen.setdefault(stack.first_name, []).append(_seen(hidden))
+            self._local.chosen[stack.name] = (hidden, chosen)
 
         return hook
 
@@ -140,7 +135,7 @@ class LayerObserver:
             for name, (_, chosen) in self._local.chosen.items():
                 self._inputs[name].prepare(chosen.shape[1])
         for name, (hidden, chosen) in self._local.chosen.items():
-            self._inputs[name].add(first_token, hidden, chosen)
+            self._inputs[name].add(first_token * max(1, self._stacks[name].copies), hidden, chosen)
         for name, leader in self._leader.items():
             mine = seen.get(name, [])
             if leader != name:
@@ -185,7 +180,7 @@ class WalkedStatistics:
     def __init__(self, sums: dict[str, InputStatistics], leader: dict[str, str], experts: dict[str, ExpertStatistics]) -> None:
         self._sums = sums
         self._leader = leader
-        self._experts = experts
+        self._experts = {name: found for found in experts.values() for name in (found.stack.first_name, found.stack.down_name)}
 
     def shared_key(self, key: str) -> str:
         """The key under which a shared input is kept."""
@@ -194,7 +189,7 @@ class WalkedStatistics:
     def of(self, key: str) -> InputStatistics | None:
         """The statistics of an input; None if it was never seen."""
         parameter, _, expert = key.rpartition(".")
-        stack = self._experts.get(parameter.rpartition(".")[0]) if expert.isdecimal() else None
+        stack = self._experts.get(parameter) if expert.isdecimal() else None
         if stack is None:
             return self._sums.get(self.shared_key(key))
         if parameter == stack.stack.down_name:

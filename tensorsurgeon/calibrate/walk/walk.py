@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from copy import copy
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tensorsurgeon.calibrate.walk.calls import Call, Slot, leaves, made_key, of_text, slots_of, with_slots
+from tensorsurgeon.calibrate.walk.carried import Carried
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
 from tensorsurgeon.calibrate.walk.model import ReadWeight, StreamedModel
+from tensorsurgeon.calibrate.walk.recording import Recorder, own_forward
 from tensorsurgeon.calibrate.walk.workers import Turns, run_parallel
 from tensorsurgeon.errors import NumericError, PlanError
 
@@ -28,51 +32,32 @@ BATCH_TOKENS: Final = 2048
 Observer = Callable[[int, int, Callable[[], Tensor]], Tensor]
 
 
-class Call(NamedTuple):
-    """What a layer is called with beside its hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Recorded(Exception):  # noqa: N818  # no error: it ends a forward early
-    pass
-
-
-class _Recorder(nn.Module):
-    """Stands for one decoder layer: notes its arguments and hands its input on."""
-
-    def __init__(self, layer: nn.Module, note: Callable[[Tensor, Call], Tensor]) -> None:
-        super().__init__()
-        # In a tuple, so that the layer's parameters do not become the recorder's.
-        object.__setattr__(self, "_layer", (layer,))
-        object.__setattr__(self, "_note", note)
-
-    def __getattr__(self, name: str) -> Any:
-        # Models ask their layers what kind they are (``layer.attention_type``).
-        return getattr(object.__getattribute__(self, "_layer")[0], name)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        note: Callable[[Tensor, Call], Tensor] = object.__getattribute__(self, "_note")
-        return note(hidden_states, Call(args, kwargs))
-
-
 class Walk:
     """Calibration tokens on their way through a model; ``batches`` are (first, last) samples.
 
     ``batch_tokens`` per forward call are part of the result's bits (kernels differ with the shape), and of what is fast on
-    a device.
+    a device. What layers are called with beside states and differs between texts lies in files in ``folder``.
     """
 
-    def __init__(self, model: StreamedModel, read: ReadWeight, tokens: np.ndarray, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(
+        self,
+        model: StreamedModel,
+        read: ReadWeight,
+        tokens: np.ndarray,
+        batch_tokens: int = BATCH_TOKENS,
+        folder: Path | None = None,
+    ) -> None:
         self.model = model
         self.read = read
         self.tokens = torch.from_numpy(np.ascontiguousarray(tokens))
         samples, length = tokens.shape
         size = max(1, batch_tokens // length)
         self.batches = [(start, min(start + size, samples)) for start in range(0, samples, size)]
-        # Calls by batch size, one per layer: equal for all batches of a size, which is checked.
-        self._calls: dict[int, list[Call]] = {}
+        # Calls by batch size and layer: equal for all batches of a size but for their slots, which is checked.
+        self._calls: dict[int, dict[int, Call]] = {}
+        self._slots: dict[str, Slot] = {}
+        self._axis = 0
+        self._carried = Carried(folder, model.device)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -80,49 +65,58 @@ class Walk:
         samples, length = self.tokens.shape
         return samples, length, self.model.hidden_size
 
+    @property
+    def sample_axis(self) -> int:
+        """Which axis of the model's hidden states counts samples; known once embedded. In files it is the first."""
+        return self._axis
+
+    def reaches(self, number: int) -> bool:
+        """Whether the forward of a text calls this layer; known once embedded."""
+        return all(number in calls for calls in self._calls.values())
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether layers hand more than hidden states to later ones, for which no digest is kept; known once embedded."""
+        made = (key for key, slot in self._slots.items() if slot.empty is None and not key.startswith("text"))
+        return any(made) or any(slot.empty is not None and self._carried.holds(key) for key, slot in self._slots.items())
+
     def embed(self, write: Callable[[int, Tensor], None] | None) -> None:
         """Run what comes before the layers; ``write`` takes the first sample's number and the first layer's inputs.
 
-        None: only learn the layers' arguments, for which one batch of each size is enough.
+        None: only learn what layers are called with, for which one batch of each size is mostly enough.
         """
+        if write is not None:
+            self._carried.clear()
         with self.model.surroundings(self.read) as whole, torch.no_grad():
-            for start, stop in self.batches:
-                if write is None and stop - start in self._calls:
+            recorder = Recorder(self.model)
+            for number, (start, stop) in enumerate(self.batches):
+                ids = self.tokens[start:stop]
+                if stop - start not in self._calls:
+                    self._learn(recorder, ids)
+                elif write is None and not any(key.startswith("text") for key in self._slots):
                     continue
-                hidden, calls = self._record(whole, self.tokens[start:stop])
-                known = self._calls.setdefault(stop - start, calls)
-                if not _same(known, calls):
-                    raise PlanError(
-                        f"{type(whole).__name__}: what its layers are called with depends on the text; this model cannot be "
-                        "walked layer by layer"
-                    )
+                found = recorder.record(ids)
+                for key, value in of_text(self._calls[stop - start], found.calls, type(whole).__name__).items():
+                    self._carried.put(key, number, value)
                 if write is not None:
+                    hidden = self._by_sample(found.hidden)
                     check_finite(hidden, "the embeddings", start)
                     write(start, hidden)
 
-    def _record(self, whole: Any, ids: Tensor) -> tuple[Tensor, list[Call]]:
-        calls: list[Call] = []
-        states: list[Tensor] = []
-        count = len(self.model.layers)
+    def _learn(self, recorder: Recorder, ids: Tensor) -> None:
+        """What layers are called with in a batch of this size, from this text and one that has the same tokens elsewhere."""
+        first, second = recorder.record(ids), recorder.record(ids.roll(1, dims=1))
+        replies = {id(value): layer for layer, value in first.replies.items()}
+        calls = with_slots(first.calls, second.calls, replies, recorder.name)
+        slots = slots_of(calls)
+        self._axis = _sample_axis(recorder, first.hidden, ids)
+        if self._calls and slots.keys() != self._slots.keys():
+            raise PlanError(f"{recorder.name}: calls its layers otherwise for another number of samples; it cannot be walked")
+        self._slots = slots
+        self._calls[len(ids)] = calls
 
-        def note(hidden: Tensor, call: Call) -> Tensor:
-            if states and hidden is not states[-1]:
-                raise PlanError(
-                    f"{type(whole).__name__}: changes the hidden states between layers {len(states) - 1} and {len(states)}; "
-                    "this model cannot be walked layer by layer"
-                )
-            states.append(hidden)
-            calls.append(call)
-            if len(calls) == count:
-                raise _Recorded
-            return hidden
-
-        with _stubs(self.model, note):
-            try:
-                whole(input_ids=ids.to(self.model.device), use_cache=False)
-            except _Recorded:
-                return states[0], calls
-        raise PlanError(f"{type(whole).__name__}: its forward used {len(calls)} of {count} layers; it cannot be walked")
+    def _by_sample(self, hidden: Tensor) -> Tensor:
+        return hidden.movedim(self._axis, 0) if self._axis else hidden
 
     def run_layer(
         self,
@@ -139,25 +133,75 @@ class Walk:
         """Call one loaded layer on every batch; outputs are written unless ``outputs`` is None.
 
         ``observer(batch, first token, forward)`` runs the forward it is given and returns its result.
-        NumericError names the first sample whose states are not finite.
+        NumericError names the first sample whose states are not finite. A layer that texts do not reach hands states on.
         """
+        name = self.model.layer_names[number]
 
         def work(batch: int) -> None:
             start, stop_at = self.batches[batch]
+            if not self.reaches(number):
+                if outputs is not None:
+                    outputs.write(start, inputs.read(start, stop_at))
+                return
             hidden = inputs.read(start, stop_at).to(self.model.device)
-            call = self._calls[stop_at - start][number]
+            if self._axis:
+                hidden = hidden.movedim(0, self._axis).contiguous()
+            call, boxes = self._bound(self._calls[stop_at - start][number], batch)
+            returned: list[Any] = []
 
             def forward() -> Tensor:
-                made = layer(hidden, *call.args, **call.kwargs)
-                states: Tensor = made[0] if isinstance(made, tuple) else made
+                with own_forward(type(self.model.model).__name__, f"in {name}"):
+                    returned.append(layer(hidden, *call.args, **call.kwargs))
+                states: Tensor = next(leaves(returned[-1]))[1]
                 return states
 
             result = forward() if observer is None else observer(batch, start * self.tokens.shape[1], forward)
-            check_finite(result, self.model.layer_names[number], start)
+            result = self._by_sample(result)
+            check_finite(result, name, start)
             if outputs is not None:
                 outputs.write(start, result)
+                self._pass_on(number, batch, returned[-1], boxes)
 
         run_parallel(len(self.batches), work, workers=workers, stop=stop, turns=turns)
+
+    def _bound(self, call: Call, batch: int) -> tuple[Call, dict[str, Any]]:
+        """The call of one batch, and the containers in it that the layer may fill."""
+        boxes: dict[str, Any] = {}
+
+        def value(place: str, leaf: Any) -> Any:
+            if not isinstance(leaf, Slot):
+                return leaf
+            if leaf.empty is None:
+                return self._carried.get(leaf.key, batch)
+            if leaf.key not in boxes:
+                boxes[leaf.key] = copy(leaf.empty)
+                if self._carried.has(leaf.key, batch):
+                    boxes[leaf.key].update(self._carried.get(leaf.key, batch))
+            return boxes[leaf.key]
+
+        return call.changed(value), boxes
+
+    def _pass_on(self, number: int, batch: int, returned: Any, boxes: dict[str, Any]) -> None:
+        """Keep what later layers are called with: what this one returned, and what it put into containers."""
+        states = next(leaves(returned))[0]
+        for place, value in leaves(returned):
+            key = made_key(number, "" if place == states else place)
+            if key in self._slots:
+                self._carried.put(key, batch, value)
+        for key, box in boxes.items():
+            if box:
+                self._carried.put(key, batch, dict(box))
+
+
+def _sample_axis(recorder: Recorder, hidden: Tensor, ids: Tensor) -> int:
+    """Which axis of hidden states counts samples: the first in [samples, tokens, features], else the one that grows."""
+    if hidden.ndim == 3 and hidden.shape[:2] == ids.shape:
+        return 0
+    more = recorder.record(torch.cat([ids, ids[:1]])).hidden.shape
+    grown = [axis for axis, (few, many) in enumerate(zip(hidden.shape, more, strict=True)) if many == few + 1]
+    if len(grown) != 1:
+        raise PlanError(f"{recorder.name}: its hidden states {list(hidden.shape)} have no axis for samples; it cannot be walked")
+    return grown[0]
 
 
 def check_finite(hidden: Tensor, where: str, first_sample: int) -> None:
@@ -169,26 +213,3 @@ def check_finite(hidden: Tensor, where: str, first_sample: int) -> None:
             f"{where}: hidden states of calibration sample {sample} are not finite; the checkpoint's weights or its dtype "
             "cannot carry this text, so no statistics can be had from it"
         )
-
-
-@contextmanager
-def _stubs(model: StreamedModel, note: Callable[[Tensor, Call], Tensor]) -> Any:
-    """Every decoder layer replaced by a recorder, for the length of the block."""
-    holder = model.model.get_submodule(model.layer_names[0].rpartition(".")[0])
-    try:
-        for number, layer in enumerate(model.layers):
-            holder[number] = _Recorder(layer, note)
-        yield
-    finally:
-        for number, layer in enumerate(model.layers):
-            holder[number] = layer
-
-
-def _same(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first is second or torch.equal(first, second)
-    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
-        return len(first) == len(second) and all(map(_same, first, second))
-    if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
-    return type(first) is type(second) and bool(first == second)
