@@ -30,7 +30,6 @@ from tensorsurgeon.calibrate.walk.model import StreamedModel, read_weights
 from tensorsurgeon.calibrate.walk.walk import Walk
 from tensorsurgeon.checkpoint.sink import Sink, publish_bytes
 from tensorsurgeon.checkpoint.source import Source
-from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import JournalError, PlanViolationError, RecipeError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.scheme import Quantized
@@ -136,7 +135,7 @@ class Driver:
         def original(linear: Linear) -> np.ndarray:
             return linear.read(plan, source)
 
-        reader = TensorReader(plan.source, source)
+        reader = self.model.weights.reader(source)
         if self.data is None:
             if self.options.read_statistics is None:
                 raise RecipeError("calibration needs data or statistics")

@@ -80,7 +80,7 @@ def run_calibrated(
     on_card = works_on_card(where)
     model = StreamedModel(plan.source, device=where, experts_implementation="grouped_mm" if on_card else "eager")
     if max_ram_bytes is not None:
-        _check_budget(plan, model, max_ram_bytes)
+        _check_budget(model, max_ram_bytes)
     data = None
     if options.sources:
         data = load_data(options, plan.source.root, model.vocabulary_rows)
@@ -106,10 +106,9 @@ def run_calibrated(
     return CalibratedResult(result, summary)
 
 
-def _check_budget(plan: Plan, model: StreamedModel, max_ram_bytes: int) -> None:
+def _check_budget(model: StreamedModel, max_ram_bytes: int) -> None:
     """Raise BudgetError if one layer's weights and codes do not fit the memory cap; hidden states lie in files."""
-    specs = plan.source.specs
-    largest = max(sum(specs[name].nbytes for name in model.source_names(n)) for n in range(len(model.layers)))
+    largest = max(map(model.layer_bytes, range(len(model.layers))))
     needed = largest + largest // 2
     if needed > max_ram_bytes:
         raise BudgetError(

@@ -29,12 +29,13 @@ def model_builder(checkpoint: Checkpoint, experts_implementation: str | None) ->
 
     if not checkpoint.config:
         raise CheckpointError("has no config.json; the layer walk needs it to build the model", where=str(checkpoint))
-    if checkpoint.config.get("quantization_config"):
-        raise CheckpointError("is quantized; calibrate the original checkpoint", where=str(checkpoint))
     _refuse_what_no_config_needs(checkpoint)
     with _a_config_of_a_stranger(checkpoint):
         # Said, for where nothing is said transformers asks on stdin whether to run the Python beside the config.
         config = transformers.AutoConfig.from_pretrained(str(checkpoint.root), trust_remote_code=False)
+        for part in (config, config.get_text_config()):
+            # The model is built for the float weights that codes stand for.
+            vars(part).pop("quantization_config", None)
         if getattr(config, "is_encoder_decoder", False):
             raise PlanError(f"{config.model_type}: encoder-decoder models cannot be walked; only decoder layers in a list can")
         named = getattr(transformers, str((config.architectures or [""])[0]), None)
