@@ -55,7 +55,7 @@ class Head:
     @property
     def vocabulary(self) -> int:
         """Rows of the head."""
-        return int(self.model.checkpoint.specs[self.weight_name].shape[0])
+        return int(self.model.weights.specs[self.weight_name].shape[0])
 
     @contextmanager
     def open(self) -> Iterator[Callable[[int, int], Logits]]:
