@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from tensorsurgeon.cli.calibrate import calibration_options, run_with_calibration, settings_for
+from tensorsurgeon.cli.calibrate import calibrates, calibration_options, run_with_calibration
 from tensorsurgeon.cli.finished import command_elsewhere, put_beside, summary
 from tensorsurgeon.cli.plan import plan_named, transform_options
 from tensorsurgeon.cli.resume import go_on, words_given
@@ -73,7 +73,7 @@ def apply(
         return
     if source is None or target is None:
         raise click.UsageError(f"Missing argument '{'SOURCE' if source is None else 'TARGET'}'.")
-    made = plan_named(transform, then, settings_for(calibration, settings), backend, source, max_shard_size)
+    made = plan_named(transform, then, settings, backend, source, max_shard_size, calibrated=calibrates(calibration, settings))
     if require:
         from tensorsurgeon.engines.advice import check_requirements
 

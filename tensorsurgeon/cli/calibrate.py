@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _OPTIONS: Final = (
     click.option("--calibration", "sources", multiple=True, metavar="FILE[:WEIGHT]",
                  help="Text, JSON lines (text or messages), Parquet or token ids to calibrate on; several mix by weight. "
-                      "The name of a Hub data set works where datasets is installed."),
+                      "The name of a Hub data set works where datasets is installed; builtin is a text that comes along."),
     click.option("--samples", type=click.IntRange(1), help="Chunks of text to calibrate on.  [default: 256]"),
     click.option("--sequence-length", type=click.IntRange(1), help="Tokens in each.  [default: 2048]"),
     click.option("--seed", type=click.IntRange(0), help="Which chunks are drawn.  [default: 0]"),
@@ -64,11 +64,10 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return collected
 
 
-def settings_for(calibration: Mapping[str, Any], settings: Sequence[str]) -> tuple[str, ...]:
-    """The ``--set`` of a run: data to calibrate on means GPTQ, unless the method was named."""
+def calibrates(calibration: Mapping[str, Any], settings: Sequence[str]) -> bool:
+    """Whether there is data that steps are to use; whoever names a method has said which."""
     wants = "sources" in calibration or "read_statistics" in calibration
-    named = any(setting.partition("=")[0] == "method" for setting in settings)
-    return (*settings, "method=gptq") if wants and not named else tuple(settings)
+    return wants and not any(setting.partition("=")[0] == "method" for setting in settings)
 
 
 def run_with_calibration(
