@@ -14,7 +14,7 @@ from tensorsurgeon.cli.calibrate import calibrates, calibration_options, run_wit
 from tensorsurgeon.cli.finished import command_elsewhere, put_beside, summary
 from tensorsurgeon.cli.plan import plan_named, transform_options
 from tensorsurgeon.cli.resume import go_on, words_given
-from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, stop_on_signals
+from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, step_bar, stop_on_signals
 from tensorsurgeon.errors import ExecutionError, NumericError, SurgeonError
 from tensorsurgeon.tensors.sizes import parse_size
 
@@ -85,12 +85,18 @@ def apply(
             note(f"note: {oddity}")
     cap = None if max_ram is None else parse_size(max_ram, "--max-ram")
     began = time.monotonic()
-    with stop_on_signals() as stop, progress_bar(made.output_bytes, quiet) as advance:
+    # Where codes are chosen by calibration, that takes the time, and not the writing.
+    bytes_shown = quiet or made.needs_codes
+    with (
+        stop_on_signals() as stop,
+        progress_bar(made.output_bytes, bytes_shown) as advance,
+        step_bar(quiet or not made.needs_codes) as (at, say),
+    ):
         try:
             result, calibrated = run_with_calibration(
-                made, target, calibration, note=None if quiet else note, workers=workers, max_ram_bytes=cap, resume=resume,
-                overwrite=overwrite, stop=stop, ahead=ahead, keep_source=keep_source, progress=lambda p: advance(p.nbytes),
-                command=(transform, source, *words_given(context)),
+                made, target, calibration, note=None if quiet else say, advance=at, workers=workers, max_ram_bytes=cap,
+                resume=resume, overwrite=overwrite, stop=stop, ahead=ahead, keep_source=keep_source,
+                progress=lambda p: advance(p.nbytes), command=(transform, source, *words_given(context)),
             )  # fmt: skip
         except SurgeonError as error:
             raise Stop(error, _how_to_go_on(error, target, "sources" in calibration)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,12 +72,18 @@ def calibrates(calibration: Mapping[str, Any], settings: Sequence[str]) -> bool:
 
 
 def run_with_calibration(
-    plan: Plan, target: str, calibration: Mapping[str, Any], *, note: Callable[[str], None] | None = None, **running: Any
+    plan: Plan,
+    target: str,
+    calibration: Mapping[str, Any],
+    *,
+    note: Callable[[str], None] | None = None,
+    advance: Callable[[int | None, int | None, str], None] = lambda *_: None,
+    **running: Any,
 ) -> tuple[RunResult, dict[str, Any] | None]:
     """``run_plan`` or ``run_calibrated``, whichever the plan needs; ``running`` are the arguments that both take.
 
-    ``note`` is told of each layer and of the summary, which is the second result. Raises RecipeError where data is given
-    that no step wants, and where it is wanted and not given.
+    ``note`` is told of each layer and of the summary, which is the second result; ``advance`` of where calibration is.
+    Raises RecipeError where data is given that no step wants, and where it is wanted and not given.
     """
     from tensorsurgeon.running.run import run_plan
 
@@ -96,7 +103,7 @@ def run_with_calibration(
     device = str(given.pop("device", "cpu"))
     cap = parse_size(given.pop("max_gpu_ram"), "--max-gpu-ram") if "max_gpu_ram" in given else None
     options = options_from(given)
-    with noting(note):
+    with noting(note, advance=advance):
         result = run_calibrated(plan, target, options, device=device, max_gpu_ram_bytes=cap, **running)
     return result.run, result.summary
 
@@ -124,16 +131,22 @@ def options_from(calibration: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def noting(note: Callable[[str], None] | None, name: str = "tensorsurgeon.calibrate") -> Iterator[None]:
-    """What a room logs while it works, told to the person at the terminal."""
+def noting(
+    note: Callable[[str], None] | None,
+    name: str = "tensorsurgeon.calibrate",
+    advance: Callable[[int | None, int | None, str], None] = lambda *_: None,
+) -> Iterator[None]:
+    """What a room logs while it works, told to the person at the terminal; ``advance`` is told where it is."""
+    # transformers' advice on kernels for a GPU is of no use here. It reads this once, when it is imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if note is None:
         yield
         return
     logger = logging.getLogger(name)
-    handler = _Notes(note)
+    handler = _Notes(note, advance)
     level = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     try:
         yield
     finally:
@@ -142,9 +155,16 @@ def noting(note: Callable[[str], None] | None, name: str = "tensorsurgeon.calibr
 
 
 class _Notes(logging.Handler):
-    def __init__(self, note: Callable[[str], None]) -> None:
+    def __init__(self, note: Callable[[str], None], advance: Callable[[int | None, int | None, str], None]) -> None:
         super().__init__()
         self._note = note
+        self._advance = advance
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._note(record.getMessage())
+        from tensorsurgeon.calibrate.announcing import announced
+
+        found = announced(record)
+        if found is not None:
+            self._advance(*found)
+        elif record.levelno >= logging.INFO:
+            self._note(record.getMessage())

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.codes.assembly import Assemblies
 from tensorsurgeon.calibrate.codes.layer import quantize_on_cpu
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, stored_turned
@@ -84,6 +85,7 @@ class WalkedLayers:
                 parts, without = [], dict.fromkeys(range(len(linears)), NOT_REACHED)
             made = self._quantized(stage.layer, module, inputs, outputs, linears, parts, stacks)
             if outputs is not None and (self.options.sequential or not parts):
+                announce(None, None, f"layer {stage.layer}: its outputs")
                 self._put_back(parts, made.quantized())
                 self._run(stage.layer, module, inputs, outputs)
             return layer_of(linears, made, without, following)
@@ -106,7 +108,9 @@ class WalkedLayers:
         if parts:
             passing = None if self.options.sequential else outputs
             with ExitStack() as scratch:
+                announce(None, None, f"layer {number}: statistics")
                 statistics = self._watched(number, module, inputs, passing, stacks, parts, scratch)
+                announce(None, None, f"layer {number}: codes")
                 made = quantize_on_cpu(
                     linears, parts, statistics, self.options, self.original, workers=self.workers, stop=self.stop,
                     used=None if keep is None else used,
