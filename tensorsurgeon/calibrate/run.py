@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
+from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.card.budget import capped, plan_card
 from tensorsurgeon.calibrate.codes.linears import Linear, find_linears
 from tensorsurgeon.calibrate.data.data import CalibrationData, load_data
@@ -83,6 +84,7 @@ def run_calibrated(
         _check_budget(model, max_ram_bytes)
     data = None
     if options.sources:
+        announce(None, None, "reading text")
         data = load_data(options, plan.source.root, model.vocabulary_rows)
     linears = find_linears(plan, model)
     if not linears:

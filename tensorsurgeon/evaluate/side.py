@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -34,12 +34,11 @@ class Side:
         self.path = path
         self.opened = open_checkpoint(path)
         source = held.enter_context(open_source(self.opened))
-        self.model = StreamedModel(self.opened, device=device)
         self._stored = TensorReader(self.opened, source)
-        self._weights = self.model.weights.reader(source)
-        self._read = read_weights(self._weights)
-        modules = [name.rpartition(".")[0] for name in self.model.weights.specs if name in self.model.weights.unpacked]
-        self.rules: dict[str, InputRule] = {} if float_inputs else input_rules(self.opened.specs, modules)
+        self.model = StreamedModel(self.opened, device=device)
+        self._read = read_weights(self.model.weights.reader(source))
+        quantized = [name.rpartition(".")[0] for name in self.model.weights.specs if name in self.model.weights.unpacked]
+        self.rules: dict[str, InputRule] = {} if float_inputs else input_rules(self.opened.specs, quantized)
         self._device = device
         self.walk: Walk | None = None
         self.states: HiddenStates | None = None
@@ -63,10 +62,10 @@ class Side:
             if own != theirs:
                 raise RecipeError(f"{self.path}: has {own} {what}, {other.path} has {theirs}; they are not the same model")
 
-    def begin(self, tokens: np.ndarray) -> Walk:
-        """The walk through these tokens."""
+    def begin(self, tokens: np.ndarray, folder: Path) -> Walk:
+        """The walk through these tokens; ``folder`` is for what layers hand on beside states."""
         size = CARD_BATCH_TOKENS if works_on_card(self._device) else BATCH_TOKENS
-        self.walk = Walk(self.model, self._read, tokens, size)
+        self.walk = Walk(self.model, self._read, tokens, size, folder)
         return self.walk
 
     def run_layer(self, number: int, after: HiddenStates, *, workers: int, stop: threading.Event) -> None:
@@ -77,32 +76,36 @@ class Side:
             mine = {module_name: self.rules[module_name] for module_name in self._modules_of(number)}
             observer = None
             inputs: LayerInputs | None = None
-            if mine:
+            if mine and self.walk.reaches(number):
                 name = self.model.layer_names[number]
-                inputs = LayerInputs(name, module, mine, self.model.traced(number), self._number)
+                inputs = LayerInputs(name, module, mine, self._rows_of(mine), self.model.traced(number), self._number)
                 observer = _observing(inputs)
             self.walk.run_layer(number, module, self.states, after, workers=workers, stop=stop, observer=observer)
             if inputs is not None:
                 inputs.check_seen()
 
-    def _modules_of(self, number: int) -> list[str]:
-        names = (name.rpartition(".")[0] for name in self.model.source_names(number) if name.endswith(".weight"))
-        return [name for name in names if name in self.rules]
-
-    def head(self) -> Head:
-        """The model's head."""
-        return Head(self.model, self._read, self._rows, self._head_inputs())
-
-    def _rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of a matrix; of a quantized one all are unpacked for it."""
+    def _weight_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a matrix; of a quantized one all are unpacked for them."""
         if name in self.model.weights.unpacked:
             return self._read(name)[start:stop]
-        check_weight(self._weights, name)
+        check_weight(self._stored, name)
         return tensor_of(self._stored.rows(name, start, stop))
 
     def _number(self, name: str) -> float:
         """The one value of a stored scale."""
         return float(self._stored.array(name).astype(np.float32).reshape(-1)[0])
+
+    def _modules_of(self, number: int) -> list[str]:
+        names = (name.rpartition(".")[0] for name in self.model.source_names(number) if name.endswith(".weight"))
+        return [name for name in names if name in self.rules]
+
+    def _rows_of(self, modules: Iterable[str]) -> dict[str, int]:
+        return {module: self.model.weights.specs[f"{module}.weight"].shape[0] for module in modules}
+
+    def head(self) -> Head:
+        """The model's head; known once the walk has embedded."""
+        assert self.walk is not None
+        return Head(self.walk, self._weight_rows, self._head_inputs())
 
     def _head_inputs(self) -> OnInputs | None:
         own = self.model.model.get_output_embeddings()
