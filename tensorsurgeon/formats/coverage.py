@@ -98,8 +98,8 @@ def cover(model: QuantizedModel) -> Coverage:
 
 
 def layout_of(scheme: Scheme) -> Scheme:
-    """The scheme without what no file shows: whose rule found the scales, with what search, stored as what."""
-    return replace(scheme, rule="compressed-tensors", clip_search=False, scale_dtype=None)
+    """The scheme without what no config shows: whose rule found the scales, with what signs and search, stored as what."""
+    return replace(scheme, rule="compressed-tensors", signed=None, clip_search=False, scale_dtype=None)
 
 
 def _fold_quantized(model: QuantizedModel) -> tuple[dict[str, Scheme], dict[str, Scheme], dict[str, None]]:

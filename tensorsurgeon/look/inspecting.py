@@ -39,7 +39,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         "dtypes": {
             name: {"tensors": count, "bytes": nbytes} for name, (count, nbytes) in sorted(dtypes.items(), key=lambda d: -d[1][1])
         },
-        "shards": [{"name": s.path.name, "bytes": s.file_bytes, "tensors": len(s.entries)} for s in checkpoint.shards],
+        "shards": [{"name": s.path.name, "bytes": s.file_bytes, "tensors": len(s.specs)} for s in checkpoint.shards],
         "has_index": checkpoint.has_index,
         "family": describe_model(checkpoint.specs).known_by,
         "groups": _groups(checkpoint.specs),
