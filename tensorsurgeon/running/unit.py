@@ -5,7 +5,8 @@ Needs nothing of the process that planned it but what is handed to it, so that a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from tensorsurgeon.errors import NumericError, PlanViolationError
 from tensorsurgeon.formats.coding import written_by
 from tensorsurgeon.planning.resolving import Pieces, Task
 from tensorsurgeon.planning.rewriting import Array, Rewrite, Transform
+from tensorsurgeon.planning.streams import Stream, streams_of
 from tensorsurgeon.planning.work import Copy, Unit
 from tensorsurgeon.quant.scheme import Quantized
 from tensorsurgeon.tensors.arrays import Workspace, empty
@@ -51,8 +53,15 @@ def run_unit(
     """
     workspace.reset(max(unit.peak_bytes, keep_bytes))
     made: dict[int, Array] = {}
-    for task in unit.tasks:
-        arrays = _apply(task, steps, source, made, codes)
+    streams = streams_of(unit.tasks, steps)
+    streamed = {number for stream in streams.values() for givers in stream.givers for number in givers}
+    for number, task in enumerate(unit.tasks):
+        if number in streamed:
+            continue
+        if number in streams:
+            arrays = _apply_rows(unit.tasks, streams[number], steps, source, workspace, codes)
+        else:
+            arrays = _apply(task, steps, source, made, codes)
         made.update(zip(task.outputs, arrays, strict=True))
     digests = []
     for write in unit.writes:
@@ -77,6 +86,33 @@ def _apply(
     if arrays is None:
         inputs = [gather(region, pieces, source, made) for region, pieces in zip(task.rewrite.inputs, task.inputs, strict=True)]
         arrays = steps[task.step].apply(task.rewrite, inputs)
+    check_produced(task.rewrite, arrays)
+    return arrays
+
+
+def _apply_rows(
+    tasks: Sequence[Task],
+    stream: Stream,
+    steps: Sequence[Transform],
+    source: Source,
+    workspace: Workspace,
+    codes: CodesProvider | None,
+) -> Sequence[Array]:
+    """A weight that is given and taken row block by row block; what gives it reads the source alone."""
+    task = tasks[stream.taker]
+    arrays = None if codes is None else _from_codes(task.rewrite, codes)
+    if arrays is None:
+
+        def blocks(givers: Sequence[int]) -> Iterator[Array]:
+            for number in givers:
+                mark = workspace.mark()
+                giver = tasks[number]
+                inputs = [gather(r, pieces, source, {}) for r, pieces in zip(giver.rewrite.inputs, giver.inputs, strict=True)]
+                yield from steps[giver.step].rows(giver.rewrite, inputs)  # type: ignore[attr-defined]  # as streams_of found
+                workspace.release(mark)
+
+        arrays = steps[task.step].apply_rows(task.rewrite, [partial(blocks, givers) for givers in stream.givers])  # type: ignore[attr-defined]
+    assert arrays is not None
     check_produced(task.rewrite, arrays)
     return arrays
 
