@@ -94,6 +94,7 @@ class CardLayers:
                 parts, without = [], dict.fromkeys(range(len(linears)), NOT_REACHED)
             made = self._quantized(stage.layer, module, inputs, outputs, linears, parts, stacks)
             if outputs is not None and (self.options.sequential or not parts):
+                self.model.keep_shared(stage.layer)
                 self._run(stage.layer, module, inputs, outputs)
             return layer_of(linears, made, without, Stage(stage.layer + 1, outputs))
 

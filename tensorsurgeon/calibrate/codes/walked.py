@@ -85,6 +85,7 @@ class WalkedLayers:
             made = self._quantized(stage.layer, module, inputs, outputs, linears, parts, stacks)
             if outputs is not None and (self.options.sequential or not parts):
                 self._put_back(parts, made.quantized())
+                self.model.keep_shared(stage.layer)
                 self._run(stage.layer, module, inputs, outputs)
             return layer_of(linears, made, without, following)
 

@@ -57,6 +57,8 @@ class StreamedModel:
         for loading in self.names.loadings:
             number = self.layer_of(loading.target)
             (self._rest if number is None else self._by_layer[number]).append(loading)
+        self._tied = self._tied_blocks()
+        self._replaced: dict[str, Tensor] = {}
 
     @property
     def outside(self) -> list[str]:
@@ -84,6 +86,28 @@ class StreamedModel:
         """The checkpoint tensors that make a layer."""
         return [name for loading in self._by_layer[number] for name in loading.names]
 
+    def _tied_blocks(self) -> list[list[tuple[str, Loading]]]:
+        """By layer: parameters that the checkpoint does not hold, for they are those of another layer, and what loads these."""
+        held = {loading.target: loading for loading in self.names.loadings}
+        tied: list[list[tuple[str, Loading]]] = [[] for _ in self.layers]
+        for target, origin in getattr(self.model, "all_tied_weights_keys", {}).items():
+            number = self.layer_of(target)
+            if number is not None and target not in held and origin in held:
+                tied[number].append((target, held[origin]))
+        return tied
+
+    @property
+    def shares_blocks(self) -> bool:
+        """Whether layers have weights in common (Zamba 2)."""
+        return any(self._tied)
+
+    def keep_shared(self, number: int) -> None:
+        """What lies in a layer now is what later layers that share it are filled with: its quantized weights."""
+        shared = {loading.target for layer in self._tied[number + 1 :] for _, loading in layer}
+        for target in shared:
+            if self.layer_of(target) == number:
+                self._replaced[target] = self.model.get_parameter(target).detach().clone()
+
     def layer_bytes(self, number: int) -> int:
         """What the weights of a layer take in memory: those that are unpacked in the model's dtype, others as they are stored."""
         specs, unpacked = self.weights.specs, self.weights.unpacked
@@ -99,7 +123,7 @@ class StreamedModel:
         """One decoder layer with its weights; they are let go afterwards."""
         module = self.layers[number]
         try:
-            self._fill(self.layer_names[number], module, self._by_layer[number], read)
+            self._fill(self.layer_names[number], module, self._by_layer[number], read, self._tied[number])
             yield module
         finally:
             module.to("meta")
@@ -132,7 +156,7 @@ class StreamedModel:
         embedding = self.model.get_input_embeddings()
         needed = [loading for loading in loadings if not _is_head(self.model, loading.target)]
         try:
-            self._fill(decoder_name, module, needed, read, complete=False)
+            self._fill(decoder_name, module, needed, read, None)
             if embedding.weight.is_meta:
                 raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint))
             yield self.model
@@ -144,17 +168,23 @@ class StreamedModel:
                             child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def _fill(
-        self, prefix: str, module: nn.Module, loadings: Sequence[Loading], read: ReadWeight, *, complete: bool = True
+        self,
+        prefix: str,
+        module: nn.Module,
+        loadings: Sequence[Loading],
+        read: ReadWeight,
+        tied: Sequence[tuple[str, Loading]] | None,
     ) -> None:
+        """Weights and buffers of a layer with those it shares, or of what is around the layers (``tied`` None)."""
         # First, while parameters are on the meta device: transformers initialises a module's weights along with its buffers.
-        self._buffers.make(prefix, module, self.layers if not complete else ())
+        self._buffers.make(prefix, module, self.layers if tied is None else ())
         for loading in loadings:
-            # What was unpacked is twice as wide as the model's weights: no layer is held like that.
-            width = self._dtypes[loading.target]
-            tensors = {name: read(name).to(width) if name in self.weights.unpacked else read(name) for name in loading.names}
-            for target, value in self.names.convert(loading, tensors).items():
+            for target, value in self._made(loading, read).items():
                 self._set(target, value)
-        if complete:
+        for target, loading in tied or ():
+            known = self._replaced.get(loading.target)
+            self._set(target, self._made(loading, read)[loading.target] if known is None else known)
+        if tied is not None:
             missing = [name for name, value in _tensors_of(module) if value.is_meta]
             if missing:
                 raise CheckpointError(
@@ -162,6 +192,12 @@ class StreamedModel:
                     + (f" and {len(missing) - 4} more" if len(missing) > 4 else ""),
                     where=str(self.checkpoint),
                 )
+
+    def _made(self, loading: Loading, read: ReadWeight) -> dict[str, Tensor]:
+        # What was unpacked is twice as wide as the model's weights: no layer is held like that.
+        width = self._dtypes[loading.target]
+        tensors = {name: read(name).to(width) if name in self.weights.unpacked else read(name) for name in loading.names}
+        return self.names.convert(loading, tensors)
 
     def _set(self, target: str, value: Tensor) -> None:
         owner_name, _, leaf = target.rpartition(".")
