@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from tensorsurgeon.calibrate.walk.buffers import Buffers
 from tensorsurgeon.calibrate.walk.building import model_builder
+from tensorsurgeon.calibrate.walk.layer_list import decoder_layers
 from tensorsurgeon.calibrate.walk.lines import Traced
 from tensorsurgeon.calibrate.walk.naming import Loading, NameMap, map_names, trace_lines
 from tensorsurgeon.calibrate.walk.weights import FloatWeights, WeightReader
 from tensorsurgeon.checkpoint.folder import Checkpoint
-from tensorsurgeon.errors import CheckpointError, PlanError
+from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.quant.rtn.plain_torch import tensor_of
 from tensorsurgeon.tensors.spec import TensorSpec
 
@@ -47,7 +48,7 @@ class StreamedModel:
         self.model = _on_meta(build)
         self._buffers = Buffers(self.model, build, device)
         self.dtype: torch.dtype = self.model.dtype
-        self.layer_names, self.layers = _decoder_layers(self.model)
+        self.layer_names, self.layers = decoder_layers(self.model)
         self.names: NameMap = map_names(self.model, list(self.weights.specs))
         state = self.model.state_dict()
         self._shapes = {name: value.shape for name, value in state.items()}
@@ -83,8 +84,13 @@ class StreamedModel:
         return None
 
     def source_names(self, number: int) -> list[str]:
-        """The checkpoint tensors that make a layer."""
+        """The float weights that make a layer, but for those that it shares with an earlier one."""
         return [name for loading in self._by_layer[number] for name in loading.names]
+
+    def stored_names(self, number: int) -> set[str]:
+        """The checkpoint's tensors that a layer is read from."""
+        loadings = (*self._by_layer[number], *(loading for _, loading in self._tied[number]))
+        return {stored for loading in loadings for name in loading.names for stored in self.weights.stored(name)}
 
     def _tied_blocks(self) -> list[list[tuple[str, Loading]]]:
         """By layer: parameters that the checkpoint does not hold, for they are those of another layer, and what loads these."""
@@ -146,18 +152,32 @@ class StreamedModel:
         finally:
             module.to("meta")
 
-    @contextmanager
-    def surroundings(self, read: ReadWeight) -> Iterator[Any]:
-        """What runs before the first layer: embeddings, and whatever else of the decoder is small."""
-        decoder_name = self.layer_names[0].rpartition(".")[0].rpartition(".")[0]
-        prefix = f"{decoder_name}." if decoder_name else ""
+    @property
+    def _decoder_name(self) -> str:
+        return self.layer_names[0].rpartition(".")[0].rpartition(".")[0]
+
+    def _surrounding(self) -> list[Loading]:
+        prefix = f"{self._decoder_name}." if self._decoder_name else ""
         loadings = [loading for loading in self._rest if loading.target.startswith(prefix)]
-        module = self.model.get_submodule(decoder_name)
+        return [loading for loading in loadings if not _is_head(self.model, loading.target)]
+
+    def surrounding_names(self) -> list[str]:
+        """The checkpoint's tensors that ``surroundings`` reads."""
+        return sorted(
+            {stored for loading in self._surrounding() for name in loading.names for stored in self.weights.stored(name)}
+        )
+
+    @contextmanager
+    def surroundings(self, read: ReadWeight, *, embeds: bool = True) -> Iterator[Any]:
+        """What runs around the layers: embeddings (unless ``embeds`` is false), and whatever else of the decoder is small."""
+        module = self.model.get_submodule(self._decoder_name)
         embedding = self.model.get_input_embeddings()
-        needed = [loading for loading in loadings if not _is_head(self.model, loading.target)]
+        needed = self._surrounding()
+        if not embeds:
+            needed = [loading for loading in needed if self._owner(loading.target) is not embedding]
         try:
-            self._fill(decoder_name, module, needed, read, None)
-            if embedding.weight.is_meta:
+            self._fill(self._decoder_name, module, needed, read, None)
+            if embeds and embedding.weight.is_meta:
                 raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint))
             yield self.model
         finally:
@@ -199,9 +219,16 @@ class StreamedModel:
         tensors = {name: read(name).to(width) if name in self.weights.unpacked else read(name) for name in loading.names}
         return self.names.convert(loading, tensors)
 
+    def _owner(self, target: str) -> nn.Module:
+        module: nn.Module = self.model.get_submodule(target.rpartition(".")[0])
+        return module
+
+    def loading_of(self, target: str) -> Loading | None:
+        """How a parameter outside the layers is made; None if no tensor of the checkpoint makes it."""
+        return next((loading for loading in self._rest if loading.target == target), None)
+
     def _set(self, target: str, value: Tensor) -> None:
-        owner_name, _, leaf = target.rpartition(".")
-        owner = self.model.get_submodule(owner_name)
+        owner, leaf = self._owner(target), target.rpartition(".")[2]
         known = getattr(owner, leaf)
         if value.shape != known.shape:
             raise CheckpointError(
@@ -246,31 +273,6 @@ def _on_meta(build: Callable[[], Any]) -> Any:
             owner = model.get_submodule(name.rpartition(".")[0])
             owner._parameters[name.rpartition(".")[2]] = nn.Parameter(parameter.float(), requires_grad=False)
     return model.requires_grad_(False)
-
-
-def _decoder_layers(model: Any) -> tuple[list[str], list[nn.Module]]:
-    """The one list of decoder layers: of the classes that the model calls its layers, else as long as the config says.
-
-    Its length may be another than ``num_hidden_layers``, which counts attentions in LongCat's double layers.
-    """
-    decoder, count = model.get_decoder(), model.config.get_text_config().num_hidden_layers
-    inside = {id(module) for module in decoder.modules()}
-    found = [
-        (name, module) for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and id(module) in inside
-    ]  # fmt: skip
-    # A layer may have lists of its own.
-    outer = [(name, module) for name, module in found if not any(name.startswith(other + ".") for other, _ in found)]
-    kinds = set(getattr(model, "_no_split_modules", None) or ())
-    by_class = [pair for pair in outer if all(type(layer).__name__ in kinds for layer in pair[1])]
-    chosen = by_class if len(by_class) == 1 else [pair for pair in outer if len(pair[1]) == count]
-    if len(chosen) != 1:
-        raise PlanError(
-            f"{type(model).__name__}: {len(chosen)} lists of {count} layers in its decoder, one is needed; this model cannot "
-            "be walked layer by layer. --set method=rtn rounds to nearest, which needs no forward"
-        )
-    name, layers = chosen[0]
-    return [f"{name}.{number}" for number in range(len(layers))], list(layers)
 
 
 def _is_head(model: Any, target: str) -> bool:
