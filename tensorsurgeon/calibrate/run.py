@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
+from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.card.budget import capped, plan_card
 from tensorsurgeon.calibrate.codes.linears import Linear, find_linears
 from tensorsurgeon.calibrate.data.data import CalibrationData, load_data
@@ -83,6 +84,7 @@ def run_calibrated(
         _check_budget(model, max_ram_bytes)
     data = None
     if options.sources:
+        announce(None, None, "reading text")
         data = load_data(options, plan.source.root, model.vocabulary_rows)
     linears = find_linears(plan, model)
     if not linears:
@@ -93,7 +95,7 @@ def run_calibrated(
     card = None
     if on_card and data is not None:
         card = plan_card(model, (*data.tokens.shape, model.hidden_size), where, max_gpu_ram_bytes)
-    driver = Driver(model=model, data=data, options=options, linears=linears, target=Path(target), card=card)
+    driver = Driver(model=model, data=data, options=options, linears=linears, target=Path(target), card=card, ahead=ahead)
     with one_torch_thread(), nullcontext() if card is None else capped(where, card, max_gpu_ram_bytes):
         result = run_plan(
             plan, target, workers=workers, max_ram_bytes=max_ram_bytes, resume=resume, overwrite=overwrite, stop=stop,

@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from tensorsurgeon.cli.calibrate import calibration_options, run_with_calibration, settings_for
+from tensorsurgeon.cli.calibrate import calibrates, calibration_options, run_with_calibration
 from tensorsurgeon.cli.finished import command_elsewhere, put_beside, summary
 from tensorsurgeon.cli.plan import plan_named, transform_options
 from tensorsurgeon.cli.resume import go_on, words_given
-from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, stop_on_signals
+from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, step_bar, stop_on_signals
 from tensorsurgeon.errors import ExecutionError, NumericError, SurgeonError
 from tensorsurgeon.tensors.sizes import parse_size
 
@@ -39,9 +39,7 @@ from tensorsurgeon.tensors.sizes import parse_size
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar and no messages.")
 @json_option
 @calibration_options
-@click.pass_context
 def apply(
-    ctx: click.Context,
     transform: str,
     source: str | None,
     target: str | None,
@@ -69,12 +67,13 @@ def apply(
     """
     if resume and overwrite:
         raise click.UsageError("--resume continues a run and --overwrite replaces it; give one of them")
+    context = click.get_current_context()
     if source is None and resume:
-        go_on(ctx, transform, words_given(ctx), quiet, as_json)
+        go_on(context, transform, words_given(context), quiet, as_json)
         return
     if source is None or target is None:
         raise click.UsageError(f"Missing argument '{'SOURCE' if source is None else 'TARGET'}'.")
-    made = plan_named(transform, then, settings_for(calibration, settings), backend, source, max_shard_size)
+    made = plan_named(transform, then, settings, backend, source, max_shard_size, calibrated=calibrates(calibration, settings))
     if require:
         from tensorsurgeon.engines.advice import check_requirements
 
@@ -86,12 +85,18 @@ def apply(
             note(f"note: {oddity}")
     cap = None if max_ram is None else parse_size(max_ram, "--max-ram")
     began = time.monotonic()
-    with stop_on_signals() as stop, progress_bar(made.output_bytes, quiet) as advance:
+    # Where codes are chosen by calibration, that takes the time, and not the writing.
+    bytes_shown = quiet or made.needs_codes
+    with (
+        stop_on_signals() as stop,
+        progress_bar(made.output_bytes, bytes_shown) as advance,
+        step_bar(quiet or not made.needs_codes) as (at, say),
+    ):
         try:
             result, calibrated = run_with_calibration(
-                made, target, calibration, note=None if quiet else note, workers=workers, max_ram_bytes=cap, resume=resume,
-                overwrite=overwrite, stop=stop, ahead=ahead, keep_source=keep_source, progress=lambda p: advance(p.nbytes),
-                command=(transform, source, *words_given(ctx)),
+                made, target, calibration, note=None if quiet else say, advance=at, workers=workers, max_ram_bytes=cap,
+                resume=resume, overwrite=overwrite, stop=stop, ahead=ahead, keep_source=keep_source,
+                progress=lambda p: advance(p.nbytes), command=(transform, source, *words_given(context)),
             )  # fmt: skip
         except SurgeonError as error:
             raise Stop(error, _how_to_go_on(error, target, "sources" in calibration)) from error
@@ -99,7 +104,7 @@ def apply(
     from tensorsurgeon.engines.advice import advise_all
 
     advice = advise_all(made)
-    put_beside(made, target, command_elsewhere(ctx), advice)
+    put_beside(made, target, command_elsewhere(context), advice)
     data = {
         "target": target,
         "tensors": len(made.specs),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -12,6 +11,7 @@ from click.core import ParameterSource
 
 from tensorsurgeon.cli.terminal import note
 from tensorsurgeon.errors import SurgeonError
+from tensorsurgeon.planning.codes import codes_text
 from tensorsurgeon.tensors.sizes import show_size
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 _OF_THIS_MACHINE: Final = frozenset({
     "workers", "max_ram", "resume", "overwrite", "quiet", "as_json", "backend", "require", "max_gpu_ram", "write_statistics",
 })  # fmt: skip
-_METHODS: Final = {"rtn": "rounded to nearest (RTN)", "gptq": "GPTQ", "imatrix": "importance matrix"}
 
 
 def command_elsewhere(ctx: click.Context) -> list[str]:
@@ -76,24 +75,10 @@ def summary(
         f" ({plan.output_bytes / max(1, plan.source.weight_bytes):.0%} of the source), {_took(seconds)}"
     ]
     if plan.written:
-        lines.append(f"  codes    {'; '.join(methods(plan, calibration))}")
+        lines.append(f"  codes    {codes_text(plan, None if calibration is None else calibration['methods'])}")
     lines += [f"  engines  {line}" for line in engine_lines(advice)]
     lines.append(f"  next     surgeon verify {target} --against {source}")
     return "\n".join(lines)
-
-
-def methods(plan: Plan, calibration: dict[str, Any] | None) -> list[str]:
-    """How the codes of how many linears were chosen: by the log where there is one, else as the plan says."""
-    counted = Counter(calibration["methods"]) if calibration else Counter(w.method for w in plan.written.values())
-    said = [f"{count} linears {_METHODS.get(method, method)}" for method, count in counted.most_common()]
-    from tensorsurgeon.publish.card_text import NAMED_AS_ALGORITHMS
-
-    names = {w.format.name for w in plan.written.values() if w.method == "rtn"} & NAMED_AS_ALGORITHMS.keys()
-    if names and set(counted) == {"rtn"}:
-        named = " and ".join(sorted({NAMED_AS_ALGORITHMS[name] for name in names}))
-        hint = "; --calibration FILE chooses them by GPTQ" if "gptq" in names else ""
-        said[-1] += f": {named} is the layout's name here, not what chose the codes{hint}"
-    return said
 
 
 def engine_lines(advice: Sequence[EngineAdvice]) -> list[str]:

@@ -68,3 +68,25 @@ def card(target: str, base_model: str | None, name: str | None, against: str | N
     ]
     data: dict[str, Any] = {"card": str(path), "missing": missing}
     emit(data, "\n".join([f"written to {path}", *(f"note    it lacks {text}" for text in missing)]), as_json)
+
+
+@click.command(short_help="Draw one HTML page of what was done and lost.")
+@click.argument("target", type=click.Path())
+@click.option("--out", type=click.Path(), metavar="FILE", help="Where to write it.  [default: surgeon.html in TARGET]")
+@_against
+@_workers
+@json_option
+def page(target: str, out: str | None, against: str | None, workers: int | None, as_json: bool) -> None:
+    """Draw TARGET as one HTML file that needs no network: sizes, errors, losses, experts, engines, steps.
+
+    What evaluate, card --against and calibration left beside it is drawn; the more there is, the more there is to see.
+
+    \b
+    surgeon page Qwen3.6-35B-A3B-INT8 --against Qwen3.6-35B-A3B
+    """
+    from tensorsurgeon.publish.page import write_page
+
+    folder = _folder(target)
+    _verify(folder, against, workers)
+    path = write_page(folder, None if out is None else Path(out))
+    emit({"page": str(path)}, str(path), as_json)

@@ -57,7 +57,7 @@ class _Flags(dict[str, str]):
 
 
 # A parameter of the repack transform, no option of the command.
-_FLAGS = _Flags(inexact_scales="--set inexact_scales")
+_FLAGS = _Flags(inexact_scales="--set inexact_scales", verify="surgeon verify")
 
 
 def told(error: SurgeonError) -> str:
@@ -108,10 +108,10 @@ def progress_bar(total_bytes: int, quiet: bool) -> Iterator[Callable[[int], None
 
 
 @contextmanager
-def step_bar(quiet: bool) -> Iterator[tuple[Callable[[int, int, str], None], Callable[[str], None]]]:
+def step_bar(quiet: bool) -> Iterator[tuple[Callable[[int | None, int | None, str], None], Callable[[str], None]]]:
     """A bar over steps that take time, and how to say something above it; silent when nobody looks.
 
-    The bar is told (done, total, at what); without a terminal messages are lines on stderr.
+    The bar is told (done, total, at what), None for what has not changed; without a terminal messages are lines on stderr.
     """
     if quiet or not sys.stderr.isatty():
         yield lambda *_: None, note
@@ -120,14 +120,21 @@ def step_bar(quiet: bool) -> Iterator[tuple[Callable[[int, int, str], None], Cal
 
     lock = threading.Lock()
     shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-    with tqdm(total=0, file=sys.stderr, leave=False, bar_format=shape) as bar:
+    with tqdm(total=1, desc="starting", file=sys.stderr, leave=False, bar_format=shape) as bar:
+        first: list[int] = []
 
-        def advance(done: int, total: int, what: str) -> None:
+        def advance(done: int | None, total: int | None, what: str) -> None:
             with lock:
-                if total != bar.total:
+                if total is not None and total != bar.total:
                     bar.reset(total)
+                    first.clear()
+                if done is not None:
+                    # Time left is told by what this run did, not by what an earlier one did for it.
+                    if not first:
+                        first.append(done)
+                        bar.initial = bar.n = bar.last_print_n = done
+                    bar.n = done
                 bar.set_description_str(printable(what), refresh=False)
-                bar.update(done - bar.n)
                 bar.refresh()
 
         def say(text: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tensorsurgeon.calibrate.walk.lines import Traced
+from tensorsurgeon.calibrate.walk.lines import Lines, Traced
 from tensorsurgeon.errors import PlanError
 from tensorsurgeon.formats.inputs import InputRule
 from tensorsurgeon.quant.inputs import InputScheme, quantized_inputs
@@ -41,22 +41,27 @@ class LayerInputs:
         layer_name: str,
         layer: nn.Module,
         rules: Mapping[str, InputRule],
+        rows: Mapping[str, int],
         traced: Traced,
         number: Callable[[str], float],
     ) -> None:
-        """``rules`` by module, ``traced``: where the rows of each checkpoint tensor lie; ``number`` reads a static scale."""
+        """``rules`` and ``rows`` (how many there are) by module; ``traced``: where the rows of each checkpoint tensor lie.
+
+        ``number`` reads a static scale.
+        """
         self._rules = list(dict.fromkeys(rules.values()))
         self._scales = [None if rule.scale is None else static_scale(rule, number) for rule in self._rules]
         indices = {rule: index for index, rule in enumerate(self._rules)}
         by_parameter: dict[str, np.ndarray] = {}
         for module, rule in rules.items():
-            runs = traced.runs.get((f"{module}.weight", 0))
-            if not runs or any(lines.turned for _, lines in runs):
+            weight = f"{module}.weight"
+            found = traced.became(Lines(weight, 0, rows[module]))
+            if not found or any(lines.turned for lines in found):
                 raise PlanError(
                     f"{module}: its inputs are quantized by the config, and its rows cannot be found in transformers' model",
                     remedy="; evaluate the weights alone ({float_inputs})",
                 )
-            for _, lines in runs:
+            for lines in found:
                 parameter = layer.get_parameter(lines.name.removeprefix(f"{layer_name}."))
                 marks = by_parameter.setdefault(lines.name, np.full(parameter[..., 0].numel(), -1, np.int32))
                 marks[lines.start : lines.stop : lines.step] = indices[rule]

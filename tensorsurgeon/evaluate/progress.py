@@ -74,6 +74,12 @@ class Work:
             return None
         return opened
 
+    def folder_of(self, model: int) -> Path:
+        """A folder for what a model's layers hand to each other."""
+        folder = self.folder / f"model-{model}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
     def _path(self, layer: int, model: int) -> Path:
         return self.folder / f"states-{layer:05d}-{model}.bin"
 

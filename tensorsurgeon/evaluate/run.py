@@ -118,16 +118,18 @@ class _Walk:
 
     def _begin(self) -> list[list[float]]:
         """Where an earlier run stopped, or before the first layer."""
-        walks = [side.begin(self._text.tokens) for side in self._sides]
+        walks = [side.begin(self._text.tokens, self._work.folder_of(k)) for k, side in enumerate(self._sides)]
         reached = self._work.read()
         if reached is not None:
             shapes = [(walk.shape, side.model.dtype) for walk, side in zip(walks, self._sides, strict=True)]
             kept = self._work.kept_states(reached.layer, reached.states, shapes)
             if kept is not None:
-                logger.info("going on at layer %d, where an earlier run of the same stopped", reached.layer)
                 for walk in walks:
                     walk.embed(None)
                 self._take(kept)
+            # What layers hand on beside states is not kept.
+            if kept is not None and not (reached.layer and any(walk.passes_on for walk in walks)):
+                logger.info("going on at layer %d, where an earlier run of the same stopped", reached.layer)
                 self._first = reached.layer
                 return [list(row) for row in reached.errors]
         states = [self._new(0, k) for k in range(len(self._sides))]

@@ -9,7 +9,8 @@ from typing import Any
 
 from tensorsurgeon.checkpoint.folder import STATE_FOLDER, Checkpoint, open_checkpoint
 from tensorsurgeon.errors import SurgeonError
-from tensorsurgeon.models.describe import describe_model, unquantized_linears
+from tensorsurgeon.models.describe import describe_model
+from tensorsurgeon.models.floats import unquantized_linears
 from tensorsurgeon.planning.report import group_specs, grouped_name, table
 from tensorsurgeon.running.record import read_record
 from tensorsurgeon.tensors.sizes import show_size

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
+from tensorsurgeon.planning.codes import NAMED_AS_ALGORITHMS
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.version import __version__
 
@@ -13,14 +14,6 @@ METHODS: Final = {
     "rtn": "rounded to nearest (RTN), without calibration",
     "gptq": "chosen by GPTQ on calibration data",
     "imatrix": "chosen with weighted errors (importance matrix) on calibration data",
-}
-# Layouts that are called as an algorithm is, whatever chose the codes.
-NAMED_AS_ALGORITHMS: Final = {
-    "gptq": "GPTQ",
-    "gptq-v2": "GPTQ",
-    "awq": "AWQ",
-    "autoround": "AutoRound",
-    "autoround-awq": "AutoRound",
 }
 
 

@@ -43,6 +43,9 @@ def model_builder(checkpoint: Checkpoint, experts_implementation: str | None) ->
         named = getattr(transformers, str((config.architectures or [""])[0]), None)
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             make: Any = named._from_config
+            if not named._can_set_experts_implementation():
+                # Models without experts, or with experts of their own making, refuse any but the eager one.
+                experts_implementation = None
         else:
             make = functools.partial(transformers.AutoModelForCausalLM.from_config, trust_remote_code=False)
     arguments: dict[str, Any] = {} if experts_implementation is None else {"experts_implementation": experts_implementation}

@@ -14,7 +14,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from tensorsurgeon.calibrate.walk.model import ReadWeight, StreamedModel
+from tensorsurgeon.calibrate.walk.model import StreamedModel
+from tensorsurgeon.calibrate.walk.recording import Recorder
+from tensorsurgeon.calibrate.walk.walk import Walk
 from tensorsurgeon.errors import PlanError
 
 # Rows [start, stop) of a matrix of the checkpoint.
@@ -30,8 +32,10 @@ PIECE_ROWS: Final = 8192
 class Head:
     """The output head of a model, whose rows are read when they are needed; tied to the embedding where it has no own."""
 
-    def __init__(self, model: StreamedModel, read: ReadWeight, rows: ReadRows, on_inputs: OnInputs | None = None) -> None:
-        self.model = model
+    def __init__(self, walk: Walk, rows: ReadRows, on_inputs: OnInputs | None = None) -> None:
+        self.model = model = walk.model
+        read = walk.read
+        self._axis = walk.sample_axis
         self._read = read
         self._rows = rows
         self._on_inputs = on_inputs
@@ -51,7 +55,7 @@ class Head:
     @property
     def vocabulary(self) -> int:
         """Rows of the head."""
-        return int(self.model.checkpoint.specs[self.weight_name].shape[0])
+        return int(self.model.weights.specs[self.weight_name].shape[0])
 
     @contextmanager
     def open(self) -> Iterator[Callable[[int, int], Logits]]:
@@ -63,9 +67,11 @@ class Head:
             piece = _Piece(self._head, self._on_inputs)
             holder = whole.get_submodule(self.model.layer_names[0].rpartition(".")[0])
             mine = threading.local()
-            stubs = [_Stub(layer, mine) for layer in self.model.layers]
+            recorder = Recorder(self.model)
+            stubs = [_Stub(layer, mine, recorder, number) for number, layer in enumerate(self.model.layers)]
             try:
                 whole.set_input_embeddings(zeros)
+                recorder.record(torch.zeros(1, 2, dtype=torch.int64))
                 whole.set_output_embeddings(piece)
                 for number, stub in enumerate(stubs):
                     holder[number] = stub
@@ -75,7 +81,7 @@ class Head:
                     object.__setattr__(piece, "rows", (weight, None if self._bias is None else self._bias[start:stop]))
 
                     def logits(states: Tensor, ids: Tensor) -> Tensor:
-                        mine.states = states.to(self.model.device)
+                        mine.states = states.to(self.model.device).movedim(0, self._axis)
                         with torch.no_grad():
                             made = whole(input_ids=ids.to(self.model.device), use_cache=False)
                         result: Tensor = made.logits.float()
@@ -112,13 +118,12 @@ class _Stand(nn.Module):
 class _Stub(_Stand):
     """A layer that gives the states that its thread was handed, whatever goes in."""
 
-    def __init__(self, layer: nn.Module, mine: threading.local) -> None:
+    def __init__(self, layer: nn.Module, mine: threading.local, recorder: Recorder, number: int) -> None:
         super().__init__(layer)
-        object.__setattr__(self, "_mine", mine)
+        object.__setattr__(self, "_answer", lambda: recorder.returned(number, mine.states))
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        states: Tensor = object.__getattribute__(self, "_mine").states
-        return states
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return object.__getattribute__(self, "_answer")()
 
 
 class _Zeros(_Stand):
