@@ -17,6 +17,7 @@ from tensorsurgeon.tensors.sizes import show_size
 if TYPE_CHECKING:
     from tensorsurgeon.engines.advice import EngineAdvice
     from tensorsurgeon.planning.plan import Plan
+    from tensorsurgeon.running.run import Beside
 
 # Decide nothing of the result, or say only what this machine is like.
 _OF_THIS_MACHINE: Final = frozenset({
@@ -49,20 +50,26 @@ def _by_name(text: str) -> str:
     return Path(text).resolve().name if Path(text).exists() else text
 
 
-def put_beside(plan: Plan, target: str, command: Sequence[str], advice: Sequence[EngineAdvice]) -> None:
+def what_goes_beside(plan: Plan, target: str, command: Sequence[str], advice: Sequence[EngineAdvice]) -> Beside:
     """How it was made, and a first card, where linears were quantized: after other surgery the original's card still holds.
 
     A card that cannot be made is told and stops nothing, for the weights are whole.
     """
+    from tensorsurgeon.running.run import NOTHING_BESIDE, Beside
+
     if not plan.written:
-        return
-    from tensorsurgeon.publish.card import first_card
+        return NOTHING_BESIDE
+    from tensorsurgeon.publish.card import BASE_CARD, first_card
     from tensorsurgeon.publish.made import FILE_NAME, made_bytes, made_of
 
-    try:
-        first_card(Path(target), {FILE_NAME: made_bytes(made_of(plan, command, advice))})
-    except (SurgeonError, OSError) as error:
-        note(f"note: no card was written: {error}")
+    def write() -> None:
+        try:
+            first_card(Path(target), {FILE_NAME: made_bytes(made_of(plan, command, advice))})
+        except (SurgeonError, OSError) as error:
+            note(f"note: no card was written: {error}")
+
+    # The card itself is in the record before it is written; by its name alone it could be a person's.
+    return Beside((FILE_NAME, BASE_CARD), write)
 
 
 def summary(
