@@ -76,6 +76,8 @@ def summary(
     plan: Plan, target: str, seconds: float, calibration: dict[str, Any] | None, advice: Sequence[EngineAdvice], source: str
 ) -> str:
     """Method, linears, sizes, time, ratio; what engines will say, silent garbage loudest; the next command."""
+    from tensorsurgeon.planning.report import document
+
     shards = len(plan.layout.shards)
     lines = [
         f"{target}: {len(plan.specs)} tensors, {show_size(plan.output_bytes)} in {shards} shard{'s' if shards != 1 else ''}"
@@ -85,7 +87,7 @@ def summary(
         lines.append(f"  codes    {codes_text(plan, None if calibration is None else calibration['methods'])}")
     lines += [f"  engines  {line}" for line in engine_lines(advice)]
     lines.append(f"  next     surgeon verify {target} --against {source}")
-    return "\n".join(lines)
+    return document(lines)
 
 
 def engine_lines(advice: Sequence[EngineAdvice]) -> list[str]:
