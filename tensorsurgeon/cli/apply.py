@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from tensorsurgeon.cli.calibrate import calibrates, calibration_options, run_with_calibration
-from tensorsurgeon.cli.finished import command_elsewhere, put_beside, summary
+from tensorsurgeon.cli.finished import command_elsewhere, summary, what_goes_beside
 from tensorsurgeon.cli.plan import plan_named, transform_options
 from tensorsurgeon.cli.resume import go_on, words_given
 from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, step_bar, stop_on_signals
@@ -84,6 +84,10 @@ def apply(
         for oddity in made.source.oddities:
             note(f"note: {oddity}")
     cap = None if max_ram is None else parse_size(max_ram, "--max-ram")
+    from tensorsurgeon.engines.advice import advise_all
+
+    advice = advise_all(made)
+    beside = what_goes_beside(made, target, command_elsewhere(context), advice)
     began = time.monotonic()
     # Where codes are chosen by calibration, that takes the time, and not the writing.
     bytes_shown = quiet or made.needs_codes
@@ -97,14 +101,13 @@ def apply(
                 made, target, calibration, note=None if quiet else say, advance=at, workers=workers, max_ram_bytes=cap,
                 resume=resume, overwrite=overwrite, stop=stop, ahead=ahead, keep_source=keep_source,
                 progress=lambda p: advance(p.nbytes), command=(transform, source, *words_given(context)),
+                beside=beside,
             )  # fmt: skip
         except SurgeonError as error:
             raise Stop(error, _how_to_go_on(error, target, "sources" in calibration)) from error
     seconds = time.monotonic() - began
-    from tensorsurgeon.engines.advice import advise_all
-
-    advice = advise_all(made)
-    put_beside(made, target, command_elsewhere(context), advice)
+    if result.was_complete:
+        beside.write()
     data = {
         "target": target,
         "tensors": len(made.specs),
