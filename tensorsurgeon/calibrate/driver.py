@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.card.budget import BATCH_TOKENS, CardPlan
 from tensorsurgeon.calibrate.card.layers import CardLayers
 from tensorsurgeon.calibrate.card.weights import WeightsAhead
 from tensorsurgeon.calibrate.codes.linears import Linear, linears_by_layer
+from tensorsurgeon.calibrate.codes.rules import share_for
 from tensorsurgeon.calibrate.codes.stage import Layer, Layers, Stage
 from tensorsurgeon.calibrate.codes.stored import StoredLayers
 from tensorsurgeon.calibrate.codes.walked import WalkedLayers
@@ -31,7 +33,6 @@ from tensorsurgeon.calibrate.walk.model import StreamedModel, read_weights
 from tensorsurgeon.calibrate.walk.walk import Walk
 from tensorsurgeon.checkpoint.sink import Sink, publish_bytes
 from tensorsurgeon.checkpoint.source import Source
-from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import JournalError, PlanViolationError, RecipeError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.scheme import Quantized
@@ -125,6 +126,7 @@ class Driver:
             with _finishing(behind=self.card is not None) as submit:
                 while stage.layer <= last:
                     began = time.monotonic()
+                    announce(stage.layer, last + 1, f"layer {stage.layer} of 0 to {last}")
                     # Before each layer: what the one before it held is free by now.
                     give_back_memory()
                     made = layers.quantize(stage, by_layer.get(stage.layer, []), is_last=stage.layer == last)
@@ -134,6 +136,7 @@ class Driver:
                     finished = submit(finish, stage.layer, began, made, before)
                     stage = made.next
                 digests, _ = finished.result()
+        announce(last + 1, last + 1, "writing the rest")
         digests = write(None, outside, digests)
         rows = [row for number in sorted(by_layer) for row in state.rows(number)]
         rows += [rounded_row(None, linear.module, linear.reason) for linear in left]
@@ -146,7 +149,7 @@ class Driver:
         def original(linear: Linear) -> np.ndarray:
             return linear.read(plan, source)
 
-        reader = TensorReader(plan.source, source)
+        reader = self.model.weights.reader(source)
         if self.data is None:
             if self.options.read_statistics is None:
                 raise RecipeError("calibration needs data or statistics")
@@ -164,7 +167,8 @@ class Driver:
             )  # fmt: skip
         walk = Walk(self.model, read_weights(reader), self.data.tokens, folder=state.folder)
         return WalkedLayers(
-            model=self.model, original=original, options=self.options, walk=walk, state=state, workers=workers, stop=stop
+            model=self.model, original=original, options=self.options, walk=walk, state=state, workers=workers, stop=stop,
+            asymmetric=any(share_for(linear.scheme, linear.method, self.options) for linear in self.linears),
         )  # fmt: skip
 
 
@@ -228,7 +232,7 @@ def _report(number: int, count: int, rows: list[LogRow], seconds: float) -> None
     methods: Mapping[str, int] = summarize(rows)["methods"]
     losses = [row.relative_loss for row in rows if row.relative_loss is not None]
     logger.info(
-        "layer %d/%d: %s, mean relative loss %s, %.1f s",
-        number + 1, count, ", ".join(f"{n} {name}" for name, n in sorted(methods.items())) or "nothing to quantize",
+        "layer %d of 0 to %d: %s, mean relative loss %s, %.1f s",
+        number, count - 1, ", ".join(f"{n} {name}" for name, n in sorted(methods.items())) or "nothing to quantize",
         f"{sum(losses) / len(losses):.4f}" if losses else "unknown", seconds,
     )  # fmt: skip

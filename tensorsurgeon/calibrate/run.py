@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
+from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.card.budget import capped, plan_card
-from tensorsurgeon.calibrate.codes.linears import find_linears
+from tensorsurgeon.calibrate.codes.linears import Linear, find_linears
 from tensorsurgeon.calibrate.data.data import CalibrationData, load_data
 from tensorsurgeon.calibrate.device import device_named, identity_of, works_on_card
 from tensorsurgeon.calibrate.driver import Driver
@@ -80,16 +81,17 @@ def run_calibrated(
     on_card = works_on_card(where)
     model = StreamedModel(plan.source, device=where, experts_implementation="grouped_mm" if on_card else "eager")
     if max_ram_bytes is not None:
-        _check_budget(plan, model, max_ram_bytes)
+        _check_budget(model, max_ram_bytes)
     data = None
     if options.sources:
+        announce(None, None, "reading text")
         data = load_data(options, plan.source.root, model.vocabulary_rows)
     linears = find_linears(plan, model)
     if not linears:
         raise NoMatchError("the steps that ask for statistics quantize nothing")
     # A source that was calibrated itself has a log, which must not take the place of this run's.
     files = plan.files._replace(copied=tuple(name for name in plan.files.copied if name != LOG_NAME))
-    plan = replace(plan, files=files, calibration=_identity(options, data, where), extra_files=(LOG_NAME,))
+    plan = replace(plan, files=files, calibration=_identity(options, data, where, linears), extra_files=(LOG_NAME,))
     card = None
     if on_card and data is not None:
         card = plan_card(model, (*data.tokens.shape, model.hidden_size), where, max_gpu_ram_bytes)
@@ -106,10 +108,9 @@ def run_calibrated(
     return CalibratedResult(result, summary)
 
 
-def _check_budget(plan: Plan, model: StreamedModel, max_ram_bytes: int) -> None:
+def _check_budget(model: StreamedModel, max_ram_bytes: int) -> None:
     """Raise BudgetError if one layer's weights and codes do not fit the memory cap; hidden states lie in files."""
-    specs = plan.source.specs
-    largest = max(sum(specs[name].nbytes for name in model.source_names(n)) for n in range(len(model.layers)))
+    largest = max(map(model.layer_bytes, range(len(model.layers))))
     needed = largest + largest // 2
     if needed > max_ram_bytes:
         raise BudgetError(
@@ -118,10 +119,14 @@ def _check_budget(plan: Plan, model: StreamedModel, max_ram_bytes: int) -> None:
         )
 
 
-def _identity(options: CalibrationOptions, data: CalibrationData | None, device: torch.device) -> dict[str, Any]:
+def _identity(
+    options: CalibrationOptions, data: CalibrationData | None, device: torch.device, linears: Sequence[Linear]
+) -> dict[str, Any]:
     """What the record says of the calibration, and the fingerprint depends on."""
     versions = {"torch": torch.__version__, "transformers": _transformers_version()}
     known: dict[str, Any] = {"options": options.identity(), "versions": versions, "device": identity_of(device)}
+    # Nothing else beside the codes says so: no config has a word for it.
+    known["signed_scales"] = sum(linear.scheme.has_signed_scales for linear in linears)
     if data is not None:
         known |= {"sources": list(data.sources), "tokens": list(data.tokens.shape), "digest": data.digest}
     if options.read_statistics is not None:

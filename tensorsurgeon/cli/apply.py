@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shlex
+import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from tensorsurgeon.cli.calibrate import calibration_options, run_with_calibration, settings_for
+from tensorsurgeon.cli.calibrate import calibrates, calibration_options, run_with_calibration
+from tensorsurgeon.cli.finished import command_elsewhere, put_beside, summary
 from tensorsurgeon.cli.plan import plan_named, transform_options
 from tensorsurgeon.cli.resume import go_on, words_given
-from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, stop_on_signals
+from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, step_bar, stop_on_signals
 from tensorsurgeon.errors import ExecutionError, NumericError, SurgeonError
-from tensorsurgeon.tensors.sizes import parse_size, show_size
+from tensorsurgeon.tensors.sizes import parse_size
 
 
 @click.command()
@@ -70,7 +73,7 @@ def apply(
         return
     if source is None or target is None:
         raise click.UsageError(f"Missing argument '{'SOURCE' if source is None else 'TARGET'}'.")
-    made = plan_named(transform, then, settings_for(calibration, settings), backend, source, max_shard_size)
+    made = plan_named(transform, then, settings, backend, source, max_shard_size, calibrated=calibrates(calibration, settings))
     if require:
         from tensorsurgeon.engines.advice import check_requirements
 
@@ -81,31 +84,42 @@ def apply(
         for oddity in made.source.oddities:
             note(f"note: {oddity}")
     cap = None if max_ram is None else parse_size(max_ram, "--max-ram")
-    with stop_on_signals() as stop, progress_bar(made.output_bytes, quiet) as advance:
+    began = time.monotonic()
+    # Where codes are chosen by calibration, that takes the time, and not the writing.
+    bytes_shown = quiet or made.needs_codes
+    with (
+        stop_on_signals() as stop,
+        progress_bar(made.output_bytes, bytes_shown) as advance,
+        step_bar(quiet or not made.needs_codes) as (at, say),
+    ):
         try:
-            result, summary = run_with_calibration(
-                made, target, calibration, note=None if quiet else note, workers=workers, max_ram_bytes=cap, resume=resume,
-                overwrite=overwrite, stop=stop, ahead=ahead, keep_source=keep_source, progress=lambda p: advance(p.nbytes),
-                command=(transform, source, *words_given(context)),
+            result, calibrated = run_with_calibration(
+                made, target, calibration, note=None if quiet else say, advance=at, workers=workers, max_ram_bytes=cap,
+                resume=resume, overwrite=overwrite, stop=stop, ahead=ahead, keep_source=keep_source,
+                progress=lambda p: advance(p.nbytes), command=(transform, source, *words_given(context)),
             )  # fmt: skip
         except SurgeonError as error:
             raise Stop(error, _how_to_go_on(error, target, "sources" in calibration)) from error
+    seconds = time.monotonic() - began
+    from tensorsurgeon.engines.advice import advise_all
+
+    advice = advise_all(made)
+    put_beside(made, target, command_elsewhere(context), advice)
     data = {
         "target": target,
         "tensors": len(made.specs),
         "bytes": made.output_bytes,
+        "source_bytes": made.source.weight_bytes,
         "shards": len(made.layout.shards),
         "quantized_linears": len(made.quantized),
+        "methods": dict(Counter(written.method for written in made.written.values())),
+        "seconds": round(seconds, 3),
         "units": result.units,
         "resumed_units": result.resumed_units,
-        **({} if summary is None else {"calibration": summary}),
+        **({} if calibrated is None else {"calibration": calibrated}),
     }
-    text = (
-        f"{target}: {data['tensors']} tensors, {show_size(made.output_bytes)} in {data['shards']} shards"
-        + (f", {data['quantized_linears']} linears quantized" if made.quantized else "")
-        + (" (was complete already)" if result.was_complete else "")
-    )
-    emit(data, text, as_json)
+    text = summary(made, target, seconds, calibrated, advice, source)
+    emit(data, text + ("\n  (was complete already)" if result.was_complete else ""), as_json)
 
 
 def _how_to_go_on(error: SurgeonError, target: str, is_calibrated: bool) -> str:

@@ -11,11 +11,13 @@ from typing import Any
 from tensorsurgeon.checkpoint.hub.stays import DEFAULT_AHEAD
 from tensorsurgeon.formats.coding import Written, stored_in, written_by
 from tensorsurgeon.formats.scales import INPUT_SCALES
-from tensorsurgeon.models.describe import describe_model, unquantized_linears
+from tensorsurgeon.models.describe import describe_model
 from tensorsurgeon.models.experts import is_expert_list
+from tensorsurgeon.models.floats import unquantized_linears
 from tensorsurgeon.models.fused import describe
 from tensorsurgeon.models.roles import Role
 from tensorsurgeon.models.selecting import why_left
+from tensorsurgeon.planning.codes import codes_text
 from tensorsurgeon.planning.pace import streaming_of
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.rewriting import Rewrite, details_of, is_reversible, op_name
@@ -96,6 +98,7 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
         },
         "quantized_linears": len(plan.quantized),
         "linears": len(plan.quantized) + len(counted),
+        "methods": dict(Counter(written.method for written in plan.written.values())),
         "quantized": dict(Counter(map(_masked, plan.quantized))),
         "unquantized": _counted(kept),
         "why_unquantized": _reasons(plan, kept, [made for _, made in steps]),
@@ -202,6 +205,7 @@ def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
     ]
     if plan.quantized:
         lines += ["", f"quantized: {data['quantized_linears']} of {data['linears']} linears (routers and MTP head not counted)"]
+        lines += [f"codes   {codes_text(plan)}"]
         lines.append(table([["  " + name, f"x {count}"] for name, count in data["quantized"].items()]))
         lines += ["not quantized:"]
         reasons = data["why_unquantized"]

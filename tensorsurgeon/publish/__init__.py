@@ -1,1 +1,1 @@
-"""What becomes of a finished checkpoint: it is uploaded."""
+"""What is published beside the weights: how they were made, a card for the Hub, a page to look at; and its way to the Hub."""

@@ -37,7 +37,7 @@ class CardPlan:
 def plan_card(model: StreamedModel, shape: tuple[int, int, int], device: torch.device, max_gpu_ram_bytes: int | None) -> CardPlan:
     """Lay out a run over states of ``shape``; BudgetError with the number to give where the least does not fit."""
     cap = card_bytes(device) if max_gpu_ram_bytes is None else max_gpu_ram_bytes
-    specs = model.checkpoint.specs
+    specs = model.weights.specs
     width = model.dtype.itemsize
     layers = [sum(specs[name].numel for name in model.source_names(n)) * width for n in range(len(model.layers))]
     token = shape[2] * width

@@ -46,7 +46,7 @@ class Linear:
 
     def read(self, plan: Plan, source: Source) -> np.ndarray:
         """The weight [N, K] in its own dtype, as the plan's steps make it of the shards."""
-        parts = [made_region(region, pieces, plan, source) for region, pieces in self.pieces]
+        parts = [made_region(region, pieces, plan.resolved, plan.steps, source) for region, pieces in self.pieces]
         array = parts[0] if len(parts) == 1 else np.concatenate(parts)
         # Nobody else holds it.
         array.flags.writeable = True

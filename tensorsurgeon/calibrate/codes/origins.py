@@ -27,7 +27,12 @@ class Origins:
             found = self._of_piece(region, piece)
             if found is None:
                 return None
-            result.append(found)
+            before = result[-1] if result else None
+            if before is not None and before._replace(start=before.stop, stop=found.stop) == found:
+                # A large weight is unpacked in pieces.
+                result[-1] = before._replace(stop=found.stop)
+            else:
+                result.append(found)
         return result
 
     def _of_piece(self, region: Region, piece: Piece) -> Lines | None:

@@ -14,8 +14,8 @@ from tensorsurgeon.calibrate.walk.buffers import Buffers
 from tensorsurgeon.calibrate.walk.building import model_builder
 from tensorsurgeon.calibrate.walk.lines import Traced
 from tensorsurgeon.calibrate.walk.naming import Loading, NameMap, map_names, trace_lines
+from tensorsurgeon.calibrate.walk.weights import FloatWeights, WeightReader
 from tensorsurgeon.checkpoint.folder import Checkpoint
-from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import CheckpointError, PlanError
 from tensorsurgeon.quant.rtn.plain_torch import tensor_of
 from tensorsurgeon.tensors.spec import TensorSpec
@@ -31,9 +31,10 @@ _CPU = torch.device("cpu")
 class StreamedModel:
     """The module tree of a checkpoint; parameters are on the meta device unless ``load`` has filled them.
 
-    ``layers`` are the decoder layers, ``layer_names`` their names in the tree; ``outside`` the checkpoint tensors that
-    transformers has no place for (MTP heads). ``experts_implementation`` is transformers' own choice by default only
-    where it is None; ``eager`` is the fastest on a CPU.
+    ``weights`` are what it is filled from, floats also where the checkpoint is quantized. ``layers`` are the decoder layers,
+    ``layer_names`` their names in the tree; ``outside`` the checkpoint tensors that transformers has no place for (MTP
+    heads). ``experts_implementation`` is transformers' own choice by default only where it is None; ``eager`` is the fastest
+    on a CPU.
     """
 
     def __init__(
@@ -41,13 +42,16 @@ class StreamedModel:
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
+        self.weights = FloatWeights(checkpoint)
         build = model_builder(checkpoint, experts_implementation)
         self.model = _on_meta(build)
         self._buffers = Buffers(self.model, build, device)
         self.dtype: torch.dtype = self.model.dtype
         self.layer_names, self.layers = _decoder_layers(self.model)
-        self.names: NameMap = map_names(self.model, list(checkpoint.specs))
-        self._shapes = {name: value.shape for name, value in self.model.state_dict().items()}
+        self.names: NameMap = map_names(self.model, list(self.weights.specs))
+        state = self.model.state_dict()
+        self._shapes = {name: value.shape for name, value in state.items()}
+        self._dtypes = {name: value.dtype for name, value in state.items()}
         self._by_layer: list[list[Loading]] = [[] for _ in self.layers]
         self._rest: list[Loading] = []
         for loading in self.names.loadings:
@@ -80,9 +84,15 @@ class StreamedModel:
         """The checkpoint tensors that make a layer."""
         return [name for loading in self._by_layer[number] for name in loading.names]
 
+    def layer_bytes(self, number: int) -> int:
+        """What the weights of a layer take in memory: those that are unpacked in the model's dtype, others as they are stored."""
+        specs, unpacked = self.weights.specs, self.weights.unpacked
+        width = self.dtype.itemsize
+        return sum(specs[n].numel * width if n in unpacked else specs[n].nbytes for n in self.source_names(number))
+
     def traced(self, number: int) -> Traced:
         """For each checkpoint tensor of a layer, which lines of which parameters its rows and columns become."""
-        return trace_lines(self.names, self._by_layer[number], self.checkpoint.specs, self._shapes)
+        return trace_lines(self.names, self._by_layer[number], self.weights.specs, self._shapes)
 
     @contextmanager
     def layer(self, number: int, read: ReadWeight) -> Iterator[nn.Module]:
@@ -126,13 +136,16 @@ class StreamedModel:
         return [name for loading in self._surrounding() for name in loading.names]
 
     @contextmanager
-    def surroundings(self, read: ReadWeight) -> Iterator[Any]:
-        """What runs before the first layer: embeddings, and whatever else of the decoder is small."""
+    def surroundings(self, read: ReadWeight, *, embeds: bool = True) -> Iterator[Any]:
+        """What runs around the layers: embeddings (unless ``embeds`` is false), and whatever else of the decoder is small."""
         module = self.model.get_submodule(self._decoder_name)
         embedding = self.model.get_input_embeddings()
+        needed = self._surrounding()
+        if not embeds:
+            needed = [loading for loading in needed if self._owner(loading.target) is not embedding]
         try:
-            self._fill(self._decoder_name, module, self._surrounding(), read, complete=False)
-            if embedding.weight.is_meta:
+            self._fill(self._decoder_name, module, needed, read, complete=False)
+            if embeds and embedding.weight.is_meta:
                 raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint))
             yield self.model
         finally:
@@ -148,7 +161,9 @@ class StreamedModel:
         # First, while parameters are on the meta device: transformers initialises a module's weights along with its buffers.
         self._buffers.make(prefix, module, self.layers if not complete else ())
         for loading in loadings:
-            tensors = {name: read(name) for name in loading.names}
+            # What was unpacked is twice as wide as the model's weights: no layer is held like that.
+            width = self._dtypes[loading.target]
+            tensors = {name: read(name).to(width) if name in self.weights.unpacked else read(name) for name in loading.names}
             for target, value in self.names.convert(loading, tensors).items():
                 self._set(target, value)
         if complete:
@@ -160,9 +175,16 @@ class StreamedModel:
                     where=str(self.checkpoint),
                 )
 
+    def _owner(self, target: str) -> nn.Module:
+        module: nn.Module = self.model.get_submodule(target.rpartition(".")[0])
+        return module
+
+    def loading_of(self, target: str) -> Loading | None:
+        """How a parameter outside the layers is made; None if no tensor of the checkpoint makes it."""
+        return next((loading for loading in self._rest if loading.target == target), None)
+
     def _set(self, target: str, value: Tensor) -> None:
-        owner_name, _, leaf = target.rpartition(".")
-        owner = self.model.get_submodule(owner_name)
+        owner, leaf = self._owner(target), target.rpartition(".")[2]
         known = getattr(owner, leaf)
         if value.shape != known.shape:
             raise CheckpointError(
@@ -177,7 +199,7 @@ class StreamedModel:
             owner._buffers[leaf] = value
 
 
-def check_weight(reader: TensorReader, name: str) -> TensorSpec:
+def check_weight(reader: WeightReader, name: str) -> TensorSpec:
     """The spec of a tensor that the walk computes with; CheckpointError for one that is no plain float."""
     spec = reader.specs[name]
     if not spec.dtype.is_float or spec.dtype.bits < 16:
@@ -188,7 +210,7 @@ def check_weight(reader: TensorReader, name: str) -> TensorSpec:
     return spec
 
 
-def read_weights(reader: TensorReader) -> ReadWeight:
+def read_weights(reader: WeightReader) -> ReadWeight:
     """Whole tensors by name, from the shards into ordinary memory."""
 
     def read(name: str) -> Tensor:
