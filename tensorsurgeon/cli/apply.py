@@ -6,7 +6,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,9 @@ from tensorsurgeon.cli.resume import go_on, words_given
 from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, step_bar, stop_on_signals
 from tensorsurgeon.errors import ExecutionError, NumericError, SurgeonError
 from tensorsurgeon.tensors.sizes import parse_size
+
+if TYPE_CHECKING:
+    from tensorsurgeon.planning.plan import Plan
 
 
 @click.command()
@@ -79,6 +82,8 @@ def apply(
 
         check_requirements(made, require)
     if not quiet:
+        if made.source.snapshot is not None:
+            _tell_streaming(made, ahead, keep_source)
         for name in made.source.left_behind:
             note(f"note: {name} stays behind: it holds other weights than this checkpoint's")
         for oddity in made.source.oddities:
@@ -123,6 +128,16 @@ def apply(
     }
     text = summary(made, target, seconds, calibrated, advice, source)
     emit(data, text + ("\n  (was complete already)" if result.was_complete else ""), as_json)
+
+
+def _tell_streaming(made: Plan, ahead: int, keep_source: bool) -> None:
+    from tensorsurgeon.planning.pace import streaming_of
+    from tensorsurgeon.planning.report import streaming_as_text
+
+    streaming = streaming_of(made, ahead)
+    if streaming is not None:
+        kept = "; they stay in the Hub's cache" if keep_source and streaming.shards else ""
+        note(f"source  {made.source}\n{streaming_as_text(streaming._asdict())}{kept}")
 
 
 def _how_to_go_on(error: SurgeonError, target: str, is_calibrated: bool) -> str:
