@@ -50,7 +50,7 @@ class LayerTimes(logging.Handler):
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if str(record.msg).startswith("layer %d/%d"):
+        if str(record.msg).startswith("layer %d of 0 to %d"):
             self.ends.append(time.monotonic())
             self.lines.append(record.getMessage())
 

@@ -37,7 +37,7 @@ class _LayerTimes(logging.Handler):
         self.seconds: list[float] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if str(record.msg).startswith("layer %d/%d") and isinstance(record.args, tuple):
+        if str(record.msg).startswith("layer %d of 0 to %d") and isinstance(record.args, tuple):
             self.seconds.append(float(str(record.args[-1])))
 
 

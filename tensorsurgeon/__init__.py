@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tensorsurgeon.version import __version__
 
 if TYPE_CHECKING:
-    from tensorsurgeon.api import apply, describe, diff, inspect, plan, transform, verify
+    from tensorsurgeon.api import apply, describe, diff, inspect, plan, push, transform, verify
     from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
     from tensorsurgeon.checkpoint.folder import Checkpoint, open_checkpoint
     from tensorsurgeon.errors import SurgeonError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tensorsurgeon.ops.split_experts import SplitExperts
     from tensorsurgeon.ops.squeeze import Squeeze
     from tensorsurgeon.ops.stack import Stack
+    from tensorsurgeon.ops.stack_experts import StackExperts
     from tensorsurgeon.ops.transpose import Transpose
     from tensorsurgeon.ops.unsqueeze import Unsqueeze
     from tensorsurgeon.ops.unstack import Unstack
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 _HOMES = {
-    "tensorsurgeon.api": ("apply", "describe", "diff", "inspect", "plan", "transform", "verify"),
+    "tensorsurgeon.api": ("apply", "describe", "diff", "inspect", "plan", "push", "transform", "verify"),
     "tensorsurgeon.calibrate.options": ("CalibrationOptions", "DataSource"),
     "tensorsurgeon.checkpoint.folder": ("Checkpoint", "open_checkpoint"),
     "tensorsurgeon.errors": ("SurgeonError",),
@@ -57,6 +58,7 @@ _HOMES = {
     "tensorsurgeon.ops.split_experts": ("SplitExperts",),
     "tensorsurgeon.ops.squeeze": ("Squeeze",),
     "tensorsurgeon.ops.stack": ("Stack",),
+    "tensorsurgeon.ops.stack_experts": ("StackExperts",),
     "tensorsurgeon.ops.transpose": ("Transpose",),
     "tensorsurgeon.ops.unsqueeze": ("Unsqueeze",),
     "tensorsurgeon.ops.unstack": ("Unstack",),
@@ -70,8 +72,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "CalibrationOptions", "Cast", "Chain", "Checkpoint", "Concat", "DataSource", "Dequantize", "Drop", "Expect", "Keep",
     "Plan", "Quantize", "Region", "Rename", "Repack", "Reshape", "Rewrite", "RunResult", "SpecMap", "Split", "SplitExperts",
-    "Squeeze", "Stack", "SurgeonError", "TensorSpec", "Transform", "Transpose", "Unsqueeze", "Unstack", "__version__", "apply",
-    "describe", "diff", "inspect", "open_checkpoint", "plan", "transform", "verify",
+    "Squeeze", "Stack", "StackExperts", "SurgeonError", "TensorSpec", "Transform", "Transpose", "Unsqueeze", "Unstack",
+    "__version__", "apply", "describe", "diff", "inspect", "open_checkpoint", "plan", "push", "transform", "verify",
 ]  # fmt: skip
 
 

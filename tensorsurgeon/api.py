@@ -15,12 +15,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.checkpoint.hub.stays import DEFAULT_AHEAD
 from tensorsurgeon.look.diffing import Difference, diff_checkpoints
 from tensorsurgeon.look.inspecting import inspect_checkpoint
 from tensorsurgeon.ops.on_the_way import for_source
 from tensorsurgeon.planning.plan import Plan, make_plan
 from tensorsurgeon.planning.report import plan_as_text
 from tensorsurgeon.planning.rewriting import AnyTransform, Chain
+from tensorsurgeon.publish.push import Pushed, push_checkpoint
 from tensorsurgeon.recipes.library import load_transform
 from tensorsurgeon.running.run import RunResult, run_plan
 from tensorsurgeon.tensors.sizes import parse_size
@@ -30,6 +32,7 @@ from tensorsurgeon.verifying.judging import verify as verify_checkpoint
 if TYPE_CHECKING:
     from tensorsurgeon.calibrate.options import CalibrationOptions
 
+# Of a folder, or ``owner/name`` of a model on the Hub.
 Path = str | os.PathLike[str]
 
 
@@ -65,17 +68,22 @@ def apply(
     progress: Callable[[int], None] | None = None,
     calibration: CalibrationOptions | None = None,
     device: str = "cpu",
+    ahead: int = DEFAULT_AHEAD,
+    keep_source: bool = False,
 ) -> RunResult:
     """Write a plan's output into the folder ``target``; ``progress`` is told the bytes of each finished unit.
 
     Neither ``workers`` nor ``max_ram`` changes a byte. A run that was stopped continues with ``resume``. Steps whose
-    method is ``gptq`` or ``imatrix`` need ``calibration``, whose forward runs on ``device``.
+    method is ``gptq`` or ``imatrix`` need ``calibration``, whose forward runs on ``device``. Of a source on the Hub ``ahead``
+    shards are fetched before they are read; ``keep_source`` keeps them in the Hub's cache.
     """
     running: dict[str, Any] = {
         "workers": workers,
         "max_ram_bytes": parse_size(max_ram, "max_ram") if isinstance(max_ram, str) else max_ram,
         "resume": resume,
         "overwrite": overwrite,
+        "ahead": ahead,
+        "keep_source": keep_source,
         "progress": lambda done: None if progress is None else progress(done.nbytes),
     }
     if calibration is None:
@@ -93,6 +101,11 @@ def inspect(path: Path) -> dict[str, Any]:
 def verify(target: Path, against: Path | None = None) -> Verification:
     """Judge a finished checkpoint, and with ``against`` compare it with its source; look at ``faults``."""
     return verify_checkpoint(target, against)
+
+
+def push(target: Path, repository: str, *, public: bool = False, anyway: bool = False) -> Pushed:
+    """Upload a finished checkpoint to the Hub as ``owner/name``, private unless told otherwise; faults stop it."""
+    return push_checkpoint(target, repository, public=public, anyway=anyway)
 
 
 def diff(a: Path, b: Path) -> Difference:

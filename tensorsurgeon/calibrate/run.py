@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
+from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.card.budget import capped, plan_card
 from tensorsurgeon.calibrate.codes.linears import Linear, find_linears
 from tensorsurgeon.calibrate.codes.originals import is_asymmetric
@@ -32,6 +33,7 @@ from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.state import file_digest
 from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.calibrate.walk.statistics import layer_path
+from tensorsurgeon.checkpoint.hub.stays import DEFAULT_AHEAD
 from tensorsurgeon.errors import BudgetError, NoMatchError, RecipeError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.threads import one_torch_thread
@@ -61,6 +63,9 @@ def run_calibrated(
     max_gpu_ram_bytes: int | None = None,
     stop: threading.Event | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
+    command: Sequence[str] = (),
+    ahead: int = DEFAULT_AHEAD,
+    keep_source: bool = False,
 ) -> CalibratedResult:
     """Write the planned checkpoint, with codes that calibration chooses for the steps that ask for them.
 
@@ -81,6 +86,7 @@ def run_calibrated(
         _check_budget(model, max_ram_bytes)
     data = None
     if options.sources:
+        announce(None, None, "reading text")
         data = load_data(options, plan.source.root, model.vocabulary_rows)
     linears = find_linears(plan, model)
     if not linears:
@@ -93,11 +99,11 @@ def run_calibrated(
         card = plan_card(
             model, (*data.tokens.shape, model.hidden_size), where, max_gpu_ram_bytes, is_asymmetric(linears, options)
         )
-    driver = Driver(model=model, data=data, options=options, linears=linears, target=Path(target), card=card)
+    driver = Driver(model=model, data=data, options=options, linears=linears, target=Path(target), card=card, ahead=ahead)
     with one_torch_thread(), nullcontext() if card is None else capped(where, card, max_gpu_ram_bytes):
         result = run_plan(
             plan, target, workers=workers, max_ram_bytes=max_ram_bytes, resume=resume, overwrite=overwrite, stop=stop,
-            progress=progress, execute=driver.execute,
+            progress=progress, execute=driver.execute, command=command, ahead=ahead, keep_source=keep_source,
         )  # fmt: skip
     log = Path(target) / LOG_NAME
     summary = summarize(read_log(log)) if log.exists() else summarize([])

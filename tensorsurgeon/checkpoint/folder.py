@@ -12,32 +12,28 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import xxhash
 
-from tensorsurgeon.checkpoint.header import ShardHeader, read_header
+from tensorsurgeon.checkpoint.config_file import CONFIG_NAME, read_config
+from tensorsurgeon.checkpoint.header import NO_STAMP, ShardHeader
+from tensorsurgeon.checkpoint.hub.snapshot import HubAddress, Snapshot, hub_address
 from tensorsurgeon.checkpoint.index import Index, compare_index, read_index
 from tensorsurgeon.checkpoint.layout import STEMS
+from tensorsurgeon.checkpoint.places import Location, Locations, in_order
 from tensorsurgeon.checkpoint.quantization import with_quantization_beside
-from tensorsurgeon.checkpoint.side_files import SideFiles, side_files
-from tensorsurgeon.checkpoint.small_files import MAX_CONFIG_BYTES, Stamp, parse_json, read_small
+from tensorsurgeon.checkpoint.side_files import SideFiles
+from tensorsurgeon.checkpoint.small_files import Stamp
+from tensorsurgeon.checkpoint.store import Folder, Store
 from tensorsurgeon.checkpoint.weight_files import shards_without_index
-from tensorsurgeon.errors import CheckpointError, ConfigError, IndexMismatchError, MissingTensorError, SourceError, did_you_mean
-from tensorsurgeon.tensors.names import canonical_order, natural_key
-from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
+from tensorsurgeon.errors import CheckpointError, IndexMismatchError, MissingTensorError, SourceError, did_you_mean
+from tensorsurgeon.tensors.names import natural_key
+from tensorsurgeon.tensors.spec import SpecMap
 
 RECORD_NAME = "surgeon.json"
 STATE_FOLDER = ".surgeon"
-CONFIG_NAME: Final = "config.json"
-_INDEX_NAMES: Final = tuple(f"{stem}.safetensors.index.json" for stem in STEMS)
-
-
-class Location(NamedTuple):
-    """Where a tensor's bytes lie: which shard, first byte in that file."""
-
-    shard: int
-    offset: int
+INDEX_NAMES: Final = tuple(f"{stem}.safetensors.index.json" for stem in STEMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +56,14 @@ class Checkpoint:
     ``specs`` are in natural order of names, whatever shard each lies in, and carry the model's config.
     ``locations`` has one entry per spec, in that order. ``oddities`` are faults that do not stop a reader.
     ``side_files`` are paths relative to ``root``; ``left_behind`` are files that a conversion does not take along.
-    ``stamps`` are what the file system said of each file that was looked at, by relative path.
+    ``stamps`` are what the file system said of each file that was looked at, by relative path. ``snapshot`` is the commit on
+    the Hub that it is; its small files lie in ``root``, and its shards may, or not.
     """
 
     root: Path
     shards: tuple[ShardHeader, ...]
     specs: SpecMap
-    locations: tuple[Location, ...]
+    locations: Locations
     metadata: dict[str, str]
     config_text: bytes | None
     side_files: tuple[str, ...]
@@ -76,6 +73,19 @@ class Checkpoint:
     # A single file was named: its folder is not the checkpoint.
     is_single_file: bool = False
     stamps: Mapping[str, Stamp] = field(default_factory=dict, repr=False)
+    snapshot: Snapshot | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        """How a person calls it: its folder, or the model on the Hub and the commit."""
+        return str(self.root if self.snapshot is None else self.snapshot)
+
+    @property
+    def identity(self) -> dict[str, list[Any]]:
+        """By what each file is known again: on the Hub its digest, on this machine what the file system says of it."""
+        if self.snapshot is None:
+            return {name: [stamp.nbytes, stamp.modified_ns, stamp.inode] for name, stamp in self.stamps.items()}
+        names = {*self.stamps, *(shard.path.name for shard in self.shards)} & self.snapshot.files.keys()
+        return {name: [self.snapshot.files[name].nbytes, self.snapshot.files[name].digest] for name in sorted(names)}
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -136,19 +146,23 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, tolerant: bool = False) -> Checkpoint:
-    """Read and check the headers, index and config of a checkpoint.
+    """Read and check the headers, index and config of a checkpoint: a folder, a file, or a model on the Hub by name.
 
-    Raises CheckpointError and its kin for anything that a reader would stumble over. With ``tolerant`` a wrong index
-    becomes an oddity instead, so that a broken checkpoint can be looked at.
+    What is there wins over a model on the Hub of the same name. Raises CheckpointError and its kin for anything that a reader
+    would stumble over. With ``tolerant`` a wrong index becomes an oddity instead, so that a broken checkpoint can be looked at.
     """
-    path = Path(path)
+    text, path = os.fspath(path), Path(path)
     try:
         if path.is_dir():
-            return _open_folder(path, tolerant)
+            if (path / STATE_FOLDER / "run.json").exists() and not tolerant:
+                raise _unfinished(path)
+            return open_store(Folder(path), tolerant)
         if path.suffix == ".safetensors" and path.exists():
             if (path.parent / STATE_FOLDER / "run.json").exists() and not tolerant:
                 raise _unfinished(path.parent)
-            return _assemble(path.parent, [path], [], None, tolerant, single=path)
+            return _assemble(Folder(path.parent), [path.name], [], None, tolerant, is_single=True)
+        if (address := hub_address(text)) is not None and not path.exists():
+            return _open_on_the_hub(address, text, tolerant)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(error.filename or path)) from error
     except ValueError as error:
@@ -157,6 +171,21 @@ def open_checkpoint(path: str | os.PathLike[str], *, tolerant: bool = False) -> 
     if not path.exists():
         raise CheckpointError(_missing_message(path))
     raise CheckpointError("is neither a folder nor a .safetensors file", where=str(path))
+
+
+def _open_on_the_hub(address: HubAddress, text: str, tolerant: bool) -> Checkpoint:
+    from tensorsurgeon.checkpoint.hub.opening import find_on_the_hub
+
+    try:
+        store = find_on_the_hub(address)
+    except CheckpointError as error:
+        if error.where != str(address) or text.startswith("hf:"):
+            raise
+        # It may have been meant as a folder.
+        raise type(error)(
+            f"no such file or folder here, and as a model on the Hub: {error.message}", where=text, remedy=error.remedy
+        ) from error
+    return open_store(store, tolerant)
 
 
 def _unfinished(folder: Path) -> CheckpointError:
@@ -173,78 +202,89 @@ def _missing_message(path: Path) -> str:
     except OSError:
         siblings = []
     hint = did_you_mean(path.name, siblings) if len(siblings) <= 1000 else ""
-    return f"{path}: no such file or folder{hint if 'did you mean' in hint else ''}; give a local checkpoint"
+    known = hint if "did you mean" in hint else ""
+    return f"{path}: no such file or folder{known}; give a local checkpoint, or owner/name of a model on the Hub"
 
 
-def _open_folder(folder: Path, tolerant: bool) -> Checkpoint:
-    if (folder / STATE_FOLDER / "run.json").exists() and not tolerant:
-        raise _unfinished(folder)
-    index_path = next((folder / name for name in _INDEX_NAMES if os.path.lexists(folder / name)), None)
-    if index_path is not None:
-        index = read_index(index_path)
+def open_store(store: Store, tolerant: bool = False) -> Checkpoint:
+    """The checkpoint that a store holds, as ``open_checkpoint`` reads it."""
+    present = store.names()
+    index_name = next((name for name in INDEX_NAMES if name in present), None)
+    if index_name is not None:
+        index = read_index(store.root / index_name)
         wanted = sorted(set(index.weight_map.values()), key=natural_key)
         if not wanted and not tolerant:
-            raise IndexMismatchError("names no tensor at all; the index is stale", where=str(index_path))
-        missing = [name for name in wanted if not (folder / name).exists()]
+            raise IndexMismatchError("names no tensor at all; the index is stale", where=str(index.path))
+        missing = [name for name in wanted if name not in present or _is_broken_link(store, name)]
         if missing and not tolerant:
             named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise MissingTensorError(
-                f"the index names {len(wanted)} shards, but {named} missing; download the rest", where=str(folder)
+                f"the index names {len(wanted)} shards, but {named} missing; download the rest", where=str(store)
             )
         notes = [Oddity("missing-shard", name, f"the index names {name}, which is missing") for name in missing]
-        paths = [folder / name for name in wanted if name not in set(missing)]
-        return _assemble(folder, paths, notes, index, tolerant)
-    return _assemble(folder, [folder / name for name in shards_without_index(folder)], [], None, tolerant)
+        return _assemble(store, [name for name in wanted if name not in set(missing)], notes, index, tolerant)
+    return _assemble(store, shards_without_index(present, str(store)), [], None, tolerant)
+
+
+def _is_broken_link(store: Store, name: str) -> bool:
+    path = store.root / name
+    return path.is_symlink() and not path.exists()
 
 
 def _assemble(
-    root: Path,
-    paths: Sequence[Path],
+    store: Store,
+    names: Sequence[str],
     notes: list[Oddity],
     index: Index | None,
     tolerant: bool,
-    single: Path | None = None,
+    *,
+    is_single: bool = False,
 ) -> Checkpoint:
-    shards = tuple(read_header(path) for path in paths)
+    root = store.root
+    shards = tuple(map(store.header, names))
     owner: dict[str, int] = {}
-    places: dict[str, tuple[TensorSpec, Location]] = {}
     metadata: dict[str, str] = {}
     for number, shard in enumerate(shards):
         for key, value in shard.metadata.items():
             metadata.setdefault(key, value)
-        for entry in shard.entries:
-            name = entry.spec.name
-            if name in owner:
+        for spec in shard.specs:
+            if spec.name in owner:
                 raise IndexMismatchError(
-                    f"{name}: lies in two shards, {shards[owner[name]].path.name} and {shard.path.name}", where=str(root)
+                    f"{spec.name}: lies in two shards, {shards[owner[spec.name]].path.name} and {shard.path.name}",
+                    where=str(store),
                 )
-            owner[name] = number
-            places[name] = entry.spec, Location(number, entry.offset)
-    found = [places[name] for name in canonical_order(places)]
-    oddities = [*notes, *(_index_oddities(index, sum(spec.nbytes for spec, _ in found), owner, shards) if index else [])]
+            owner[spec.name] = number
+    total = sum(spec.nbytes for shard in shards for spec in shard.specs)
+    oddities = [*notes, *(_index_oddities(index, total, owner, shards) if index else [])]
     faults = [oddity for oddity in oddities if oddity.kind == "index"]
     if faults and not tolerant:
         more = f" ({len(faults)} such tensors)" if len(faults) > 1 else ""
-        raise IndexMismatchError(f"{faults[0]}{more}; the index is stale", where=str(index.path if index else root))
-    config_text, config, stamps = _read_config(root)
-    config = config if single else with_quantization_beside(config, root, (spec for spec, _ in found))
+        raise IndexMismatchError(f"{faults[0]}{more}; the index is stale", where=str(index.path if index else store))
+    config_text, config, stamps = read_config(root)
+    if index is not None:
+        # It names every tensor once more, and memory is tightest while they are put in order.
+        index.weight_map.clear()
+    found, locations = in_order(shards, owner)
+    config = config if is_single else with_quantization_beside(config, root, found)
     # Of the folder of a single file only the config belongs to it for certain.
-    own = {*(p.name for p in paths), *_INDEX_NAMES, CONFIG_NAME, RECORD_NAME}
-    others = side_files(root, own) if single is None else SideFiles({}, (), ())
-    stamps |= {shard.path.name: shard.stamp for shard in shards} | others.kept | ({index.path.name: index.stamp} if index else {})
+    own = {*names, *INDEX_NAMES, CONFIG_NAME, RECORD_NAME}
+    others = SideFiles({}, (), ()) if is_single else store.side_files(own)
+    stamps |= {shard.path.name: shard.stamp for shard in shards if shard.stamp != NO_STAMP} | others.kept
+    stamps |= {} if index is None else {index.path.name: index.stamp}
     return Checkpoint(
         root=root,
         shards=shards,
-        specs=SpecMap((spec for spec, _ in found), config),
-        locations=tuple(location for _, location in found),
+        specs=SpecMap(found, config),
+        locations=locations,
         metadata=metadata or {"format": "pt"},
         config_text=config_text,
         side_files=tuple(others.kept),
         left_behind=others.left_behind,
         oddities=(*oddities, *(Oddity("file", text.split(" is ")[0], text) for text in others.strange)),
         has_index=index is not None,
-        is_single_file=single is not None,
+        is_single_file=is_single,
         stamps=stamps,
+        snapshot=store.snapshot,
     )
 
 
@@ -254,22 +294,3 @@ def _index_oddities(index: Index, total: int, owner: dict[str, int], shards: Seq
     sizes = [] if said is None or said == total else [Oddity("total-size", index.path.name, text, said)]
     faults = compare_index(index.weight_map, owner, shards)
     return [*sizes, *(Oddity("index", fault.partition(": the index ")[0].partition(": lies in ")[0], fault) for fault in faults)]
-
-
-def _read_config(root: Path) -> tuple[bytes | None, dict[str, Any], dict[str, Stamp]]:
-    path = root / CONFIG_NAME
-    if not os.path.lexists(path):
-        return None, {}, {}
-    try:
-        text, stamp = read_small(path, MAX_CONFIG_BYTES)
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    try:
-        config = parse_json(text)
-    except ValueError as error:
-        raise ConfigError(f"is not valid JSON: {error}", where=str(path)) from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"must hold a JSON object, found {type(config).__name__}", where=str(path))
-    return text, config, {CONFIG_NAME: stamp}

@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +24,14 @@ from tensorsurgeon.tensors.spec import TensorSpec
 
 # The bound of the safetensors library; a larger header is refused by every reader.
 MAX_HEADER_BYTES = 100_000_000
-# The longest names in use have 200 letters in 15 parts.
-_MAX_NAME = 10_000
+# The longest names in use have 200 letters in 15 parts. What a name and all that it begins with take, letters times parts,
+# is bounded for the header as well: names of 60 letters in 8 parts have half of that in the largest header.
+_MAX_NAME = 1 << 16
 _MAX_NAME_PARTS = 200
+_MAX_PATHS = 6 * MAX_HEADER_BYTES
 _METADATA = "__metadata__"
 _KEYS = {"dtype", "shape", "data_offsets"}
+NO_STAMP = Stamp(0, 0, 0, 0)
 
 
 class Entry(NamedTuple):
@@ -37,16 +42,31 @@ class Entry(NamedTuple):
 
 
 class ShardHeader(NamedTuple):
-    """What one file holds, in the order of its bytes."""
+    """What one file holds, in the order of its bytes.
+
+    Half a million tensors are not rare, so that there is one object for each, its spec, and numbers lie in arrays.
+    """
 
     path: Path
-    entries: tuple[Entry, ...]
+    specs: tuple[TensorSpec, ...]
+    # The first byte of each, counted from the start of the file.
+    offsets: array[int]
     metadata: dict[str, str]
     file_bytes: int
-    # The raw JSON, so that a fingerprint can notice any change.
-    raw: bytes
+    # The JSON as it lies in the file, so that a fingerprint can notice any change; a tenth of its size.
+    compressed: bytes
     # Of the file when it was read; only headers made in memory have none.
     stamp: Stamp = Stamp(0, 0, 0, 0)
+
+    @property
+    def entries(self) -> Iterator[Entry]:
+        """Each tensor with its place."""
+        return map(Entry, self.specs, self.offsets)
+
+    @property
+    def raw(self) -> bytes:
+        """The JSON as it lies in the file."""
+        return zlib.decompress(self.compressed)
 
 
 def read_header(path: Path) -> ShardHeader:
@@ -73,18 +93,7 @@ def _read_json_bytes(fd: int, file_bytes: int, path: Path) -> bytes:
     head = os.pread(fd, 8, 0)
     if head == b"version " and is_lfs_pointer(os.pread(fd, 64, 0)):
         raise HeaderError("is a Git LFS pointer and not the file itself; run git lfs pull", where=str(path))
-    length = int.from_bytes(head, "little")
-    if length > MAX_HEADER_BYTES:
-        raise HeaderError(
-            f"the header claims {length} bytes, more than the {MAX_HEADER_BYTES} that safetensors allows; "
-            "this is no safetensors file, or a damaged one",
-            where=str(path),
-        )
-    if 8 + length > file_bytes:
-        raise HeaderError(
-            f"the header claims {length} bytes but the file ends after {file_bytes}; it is truncated, download it again",
-            where=str(path),
-        )
+    length = header_bytes(head, file_bytes, str(path))
     chunks = []
     position = 8
     while position < 8 + length:
@@ -94,6 +103,23 @@ def _read_json_bytes(fd: int, file_bytes: int, path: Path) -> bytes:
         chunks.append(chunk)
         position += len(chunk)
     return b"".join(chunks)
+
+
+def header_bytes(head: bytes, file_bytes: int, where: str) -> int:
+    """How long the JSON of a header is, by the first eight bytes of its file; HeaderError for what no reader accepts."""
+    length = int.from_bytes(head, "little")
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(
+            f"the header claims {length} bytes, more than the {MAX_HEADER_BYTES} that safetensors allows; "
+            "this is no safetensors file, or a damaged one",
+            where=where,
+        )
+    if 8 + length > file_bytes:
+        raise HeaderError(
+            f"the header claims {length} bytes but the file ends after {file_bytes}; it is truncated, download it again",
+            where=where,
+        )
+    return length
 
 
 def parse_header(raw: bytes, file_bytes: int, path: Path) -> ShardHeader:
@@ -113,21 +139,21 @@ def parse_header(raw: bytes, file_bytes: int, path: Path) -> ShardHeader:
         raise HeaderError(f"the header must be a JSON object, found {type(document).__name__}")
     metadata = _parse_metadata(document.pop(_METADATA, None))
     data_start = 8 + len(raw)
-    found = [_parse_entry(name, value) for name, value in document.items()]
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    found = [_parse_entry(name, value, shapes) for name, value in document.items()]
     _check_text(document, metadata)
     found.sort(key=lambda item: (item[1], item[2]))
     position = 0
-    entries = []
     for spec, begin, end in found:
         if begin != position:
             kind = "overlaps the tensor before it" if begin < position else f"leaves a gap of {begin - position} bytes"
             raise HeaderError(f"{spec.name}: starts at byte {begin}, expected {position}: it {kind}")
         position = end
-        entries.append(Entry(spec, data_start + begin))
     if data_start + position != file_bytes:
         fault = "it is truncated, download it again" if data_start + position > file_bytes else "it has bytes that no tensor owns"
         raise HeaderError(f"the tensors end at byte {data_start + position} but the file at {file_bytes}; {fault}")
-    return ShardHeader(path, tuple(entries), metadata, file_bytes, raw)
+    offsets = array("q", (data_start + begin for _, begin, _ in found))
+    return ShardHeader(path, tuple(spec for spec, _, _ in found), offsets, metadata, file_bytes, zlib.compress(raw, 1))
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -150,9 +176,13 @@ def _check_text(names: Iterable[str], metadata: Mapping[str, str]) -> None:
 
     A name of megabytes, or of thousands of parts, is no name: whoever keeps all that it may stand for runs out of memory.
     """
+    paths = 0
     for name in names:
-        if len(name) > _MAX_NAME or name.count(".") > _MAX_NAME_PARTS:
-            raise HeaderError(f"a name has {len(name)} letters in {name.count('.') + 1} parts, it begins {name[:40]!r}")
+        parts = name.count(".") + 1
+        paths += len(name) * parts
+        if len(name) > _MAX_NAME or parts > _MAX_NAME_PARTS + 1 or paths > _MAX_PATHS:
+            several = "" if len(name) > _MAX_NAME or parts > _MAX_NAME_PARTS + 1 else ", after many others like it"
+            raise HeaderError(f"a name has {len(name)} letters in {parts} parts{several}, it begins {name[:40]!r}")
     try:
         "".join(names).encode()
         "".join(part for pair in metadata.items() for part in pair).encode()
@@ -173,7 +203,7 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _parse_entry(name: str, value: Any) -> tuple[TensorSpec, int, int]:
+def _parse_entry(name: str, value: Any, shapes: dict[tuple[int, ...], tuple[int, ...]]) -> tuple[TensorSpec, int, int]:
     if not isinstance(value, dict) or value.keys() != _KEYS:
         raise HeaderError(f"{name}: expected the keys dtype, shape and data_offsets, found {_shown(value)}")
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
@@ -191,7 +221,8 @@ def _parse_entry(name: str, value: Any) -> tuple[TensorSpec, int, int]:
         raise HeaderError(
             f"{name}: {dtype.name}{_shown(shape)} takes {bits / 8:g} bytes but data_offsets {offsets} hold {end - begin}"
         )
-    return TensorSpec(name, dtype, tuple(shape)), begin, end
+    sizes = tuple(shape)
+    return TensorSpec(name, dtype, shapes.setdefault(sizes, sizes)), begin, end
 
 
 def _bits(name: str, shape: list[int], dtype: DType) -> int:

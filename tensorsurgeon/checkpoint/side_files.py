@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -46,7 +46,7 @@ def side_files(root: Path, own: set[str]) -> SideFiles:
 
     Said now, and not after an hour, when it is to be copied.
     """
-    modules = _module_folders(root)
+    modules = module_folders(root)
     homes = (root.resolve(), *_blobs_of(root))
     kept: dict[str, Stamp] = {}
     left: list[str] = []
@@ -57,9 +57,8 @@ def side_files(root: Path, own: set[str]) -> SideFiles:
             continue
         if name in own:
             continue
-        folder, _, file = name.rpartition("/")
         path = root / name
-        if _OTHER_WEIGHTS.fullmatch(file) and not (folder in modules and file.endswith((".safetensors", ".bin", ".json"))):
+        if holds_other_weights(name, modules):
             left.append(name)
         elif (odd := _why_not(path, homes)) is not None:
             strange.append(f"{name} {odd} and stays behind")
@@ -70,6 +69,20 @@ def side_files(root: Path, own: set[str]) -> SideFiles:
             if kept[name].nbytes < 1024 and is_lfs_pointer(read_small(path, 1024)[0]):
                 strange.append(f"{name} is a Git LFS pointer and not the file itself; run git lfs pull")
     return SideFiles(kept, tuple(left), tuple(strange))
+
+
+def holds_other_weights(name: str, modules: Set[str]) -> bool:
+    """Whether a file, by its path in the checkpoint, stays behind; ``modules`` are ``module_folders``."""
+    folder, _, file = name.rpartition("/")
+    if folder in modules and file.endswith((".safetensors", ".bin", ".json")):
+        return False
+    return _OTHER_WEIGHTS.fullmatch(file) is not None
+
+
+def lies_hidden(name: str) -> bool:
+    """Whether a file lies in a folder that nobody looks into, or in a package of another model."""
+    folders = name.split("/")[:-1]
+    return any(folder in _HIDDEN or _OTHER_MODELS.fullmatch(folder) for folder in folders)
 
 
 def _walk(root: Path, left: list[str]) -> Iterator[tuple[str, bool]]:
@@ -114,7 +127,7 @@ def _blobs_of(root: Path) -> list[Path]:
     return [parents[1] / "blobs"] if is_snapshot else []
 
 
-def _module_folders(root: Path) -> set[str]:
+def module_folders(root: Path) -> set[str]:
     """Folders that sentence-transformers' modules.json loads beside the model: layers of their own, with weights."""
     try:
         found = parse_json(read_small(root / "modules.json", MAX_CONFIG_BYTES)[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Final
 
 from tensorsurgeon.checkpoint.layout import STEMS
@@ -15,9 +15,10 @@ _WHOLE_MODELS: Final = tuple(f"{stem}.safetensors" for stem in STEMS)
 _ADAPTER: Final = re.compile(r"adapter_model.*\.safetensors")
 
 
-def shards_without_index(folder: Path) -> list[str]:
-    """The weight files of a folder that has no index, in natural order; CheckpointError where there are none."""
-    present = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
+def shards_without_index(names: Iterable[str], where: str) -> list[str]:
+    """The weight files among those of a folder that has no index, in natural order; CheckpointError where there are none."""
+    names = sorted(names)
+    present = [name for name in names if name.endswith(".safetensors")]
     for name in _WHOLE_MODELS:
         if name in present:
             # As transformers and diffusers read it: what else lies here is a copy for other programs, or an adapter.
@@ -27,15 +28,15 @@ def shards_without_index(folder: Path) -> list[str]:
         if present:
             raise CheckpointError(
                 f"holds an adapter (LoRA) only, {present[0]}, which is no model by itself; name the model that it belongs to",
-                where=str(folder),
+                where=where,
             )
-        others = sorted(p.name for p in folder.iterdir())[:8]
-        raise CheckpointError(f"holds no .safetensors file (found: {', '.join(others) or 'nothing'})", where=str(folder))
-    _refuse_incomplete(folder, weights)
+        others = names[:8]
+        raise CheckpointError(f"holds no .safetensors file (found: {', '.join(others) or 'nothing'})", where=where)
+    _refuse_incomplete(weights, where)
     return sorted(weights, key=natural_key)
 
 
-def _refuse_incomplete(folder: Path, present: list[str]) -> None:
+def _refuse_incomplete(present: list[str], where: str) -> None:
     """Without an index only the names can tell that shards are missing: ``model-00002-of-00005``."""
     for name in present:
         found = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.safetensors", name)
@@ -47,5 +48,5 @@ def _refuse_incomplete(folder: Path, present: list[str]) -> None:
         if missing:
             raise MissingTensorError(
                 f"{name} belongs to {int(count)} shards, of which {len(missing)} are missing, first {missing[0]}",
-                where=str(folder),
+                where=where,
             )

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import shlex
+import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from tensorsurgeon.cli.calibrate import calibration_options, run_with_calibration, settings_for
+from tensorsurgeon.cli.calibrate import calibrates, calibration_options, run_with_calibration
+from tensorsurgeon.cli.finished import command_elsewhere, put_beside, summary
 from tensorsurgeon.cli.plan import plan_named, transform_options
-from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, stop_on_signals
+from tensorsurgeon.cli.resume import go_on, words_given
+from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, step_bar, stop_on_signals
 from tensorsurgeon.errors import ExecutionError, NumericError, SurgeonError
-from tensorsurgeon.tensors.sizes import parse_size, show_size
+from tensorsurgeon.tensors.sizes import parse_size
 
 
 @click.command()
 @click.argument("transform")
-@click.argument("source", type=click.Path(readable=False))
-@click.argument("target", type=click.Path(readable=False))
+@click.argument("source", type=click.Path(readable=False), required=False, metavar="SOURCE")
+@click.argument("target", type=click.Path(readable=False), required=False, metavar="TARGET")
 @transform_options
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; the cores of this machine by default.")
 @click.option("--max-ram", metavar="SIZE", help="Cap on the tensors in flight, such as 8GB; half of the free memory by default.")
-@click.option("--resume", is_flag=True, help="Continue the run that was stopped in TARGET.")
+@click.option("--resume", is_flag=True, help="Continue the run that was stopped in TARGET; alone with TARGET: as it was begun.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that TARGET holds.")
+@click.option(
+    "--ahead",
+    type=click.IntRange(1, 64),
+    default=2,
+    show_default=True,
+    help="Shards of a SOURCE on the Hub that are fetched before they are read; more need more disk.",
+)
+@click.option("--keep-source", is_flag=True, help="Keep the shards of a SOURCE on the Hub in its cache.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar and no messages.")
 @json_option
 @calibration_options
 def apply(
     transform: str,
-    source: str,
-    target: str,
+    source: str | None,
+    target: str | None,
     settings: tuple[str, ...],
     then: tuple[str, ...],
     max_shard_size: str,
@@ -39,6 +52,8 @@ def apply(
     max_ram: str | None,
     resume: bool,
     overwrite: bool,
+    ahead: int,
+    keep_source: bool,
     quiet: bool,
     as_json: bool,
     calibration: Mapping[str, Any],
@@ -52,7 +67,13 @@ def apply(
     """
     if resume and overwrite:
         raise click.UsageError("--resume continues a run and --overwrite replaces it; give one of them")
-    made = plan_named(transform, then, settings_for(calibration, settings), backend, source, max_shard_size)
+    context = click.get_current_context()
+    if source is None and resume:
+        go_on(context, transform, words_given(context), quiet, as_json)
+        return
+    if source is None or target is None:
+        raise click.UsageError(f"Missing argument '{'SOURCE' if source is None else 'TARGET'}'.")
+    made = plan_named(transform, then, settings, backend, source, max_shard_size, calibrated=calibrates(calibration, settings))
     if require:
         from tensorsurgeon.engines.advice import check_requirements
 
@@ -63,30 +84,42 @@ def apply(
         for oddity in made.source.oddities:
             note(f"note: {oddity}")
     cap = None if max_ram is None else parse_size(max_ram, "--max-ram")
-    with stop_on_signals() as stop, progress_bar(made.output_bytes, quiet) as advance:
+    began = time.monotonic()
+    # Where codes are chosen by calibration, that takes the time, and not the writing.
+    bytes_shown = quiet or made.needs_codes
+    with (
+        stop_on_signals() as stop,
+        progress_bar(made.output_bytes, bytes_shown) as advance,
+        step_bar(quiet or not made.needs_codes) as (at, say),
+    ):
         try:
-            result, summary = run_with_calibration(
-                made, target, calibration, note=None if quiet else note, workers=workers, max_ram_bytes=cap, resume=resume,
-                overwrite=overwrite, stop=stop, progress=lambda p: advance(p.nbytes),
+            result, calibrated = run_with_calibration(
+                made, target, calibration, note=None if quiet else say, advance=at, workers=workers, max_ram_bytes=cap,
+                resume=resume, overwrite=overwrite, stop=stop, ahead=ahead, keep_source=keep_source,
+                progress=lambda p: advance(p.nbytes), command=(transform, source, *words_given(context)),
             )  # fmt: skip
         except SurgeonError as error:
             raise Stop(error, _how_to_go_on(error, target, "sources" in calibration)) from error
+    seconds = time.monotonic() - began
+    from tensorsurgeon.engines.advice import advise_all
+
+    advice = advise_all(made)
+    put_beside(made, target, command_elsewhere(context), advice)
     data = {
         "target": target,
         "tensors": len(made.specs),
         "bytes": made.output_bytes,
+        "source_bytes": made.source.weight_bytes,
         "shards": len(made.layout.shards),
         "quantized_linears": len(made.quantized),
+        "methods": dict(Counter(written.method for written in made.written.values())),
+        "seconds": round(seconds, 3),
         "units": result.units,
         "resumed_units": result.resumed_units,
-        **({} if summary is None else {"calibration": summary}),
+        **({} if calibrated is None else {"calibration": calibrated}),
     }
-    text = (
-        f"{target}: {data['tensors']} tensors, {show_size(made.output_bytes)} in {data['shards']} shards"
-        + (f", {data['quantized_linears']} linears quantized" if made.quantized else "")
-        + (" (was complete already)" if result.was_complete else "")
-    )
-    emit(data, text, as_json)
+    text = summary(made, target, seconds, calibrated, advice, source)
+    emit(data, text + ("\n  (was complete already)" if result.was_complete else ""), as_json)
 
 
 def _how_to_go_on(error: SurgeonError, target: str, is_calibrated: bool) -> str:
@@ -96,5 +129,5 @@ def _how_to_go_on(error: SurgeonError, target: str, is_calibrated: bool) -> str:
             changed = "the source, the transform or the calibration" if is_calibrated else "the source or the transform"
             return f"; --resume would stop here again: change {changed} and use --overwrite"
         case ExecutionError(can_resume=True):
-            return f"; continue with: surgeon apply ... {target} --resume"
+            return f"; continue with: surgeon resume {shlex.quote(target)}"
     return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _OPTIONS: Final = (
     click.option("--calibration", "sources", multiple=True, metavar="FILE[:WEIGHT]",
                  help="Text, JSON lines (text or messages), Parquet or token ids to calibrate on; several mix by weight. "
-                      "The name of a Hub data set works where datasets is installed."),
+                      "The name of a Hub data set works where datasets is installed; builtin is a text that comes along."),
     click.option("--samples", type=click.IntRange(1), help="Chunks of text to calibrate on.  [default: 256]"),
     click.option("--sequence-length", type=click.IntRange(1), help="Tokens in each.  [default: 2048]"),
     click.option("--seed", type=click.IntRange(0), help="Which chunks are drawn.  [default: 0]"),
@@ -68,20 +69,25 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return collected
 
 
-def settings_for(calibration: Mapping[str, Any], settings: Sequence[str]) -> tuple[str, ...]:
-    """The ``--set`` of a run: data to calibrate on means GPTQ, unless the method was named."""
+def calibrates(calibration: Mapping[str, Any], settings: Sequence[str]) -> bool:
+    """Whether there is data that steps are to use; whoever names a method has said which."""
     wants = "sources" in calibration or "read_statistics" in calibration
-    named = any(setting.partition("=")[0] == "method" for setting in settings)
-    return (*settings, "method=gptq") if wants and not named else tuple(settings)
+    return wants and not any(setting.partition("=")[0] == "method" for setting in settings)
 
 
 def run_with_calibration(
-    plan: Plan, target: str, calibration: Mapping[str, Any], *, note: Callable[[str], None] | None = None, **running: Any
+    plan: Plan,
+    target: str,
+    calibration: Mapping[str, Any],
+    *,
+    note: Callable[[str], None] | None = None,
+    advance: Callable[[int | None, int | None, str], None] = lambda *_: None,
+    **running: Any,
 ) -> tuple[RunResult, dict[str, Any] | None]:
     """``run_plan`` or ``run_calibrated``, whichever the plan needs; ``running`` are the arguments that both take.
 
-    ``note`` is told of each layer and of the summary, which is the second result. Raises RecipeError where data is given
-    that no step wants, and where it is wanted and not given.
+    ``note`` is told of each layer and of the summary, which is the second result; ``advance`` of where calibration is.
+    Raises RecipeError where data is given that no step wants, and where it is wanted and not given.
     """
     from tensorsurgeon.running.run import run_plan
 
@@ -101,7 +107,7 @@ def run_with_calibration(
     device = str(given.pop("device", "cpu"))
     cap = parse_size(given.pop("max_gpu_ram"), "--max-gpu-ram") if "max_gpu_ram" in given else None
     options = options_from(given)
-    with _noting(note):
+    with noting(note, advance=advance):
         result = run_calibrated(plan, target, options, device=device, max_gpu_ram_bytes=cap, **running)
     return result.run, result.summary
 
@@ -129,16 +135,22 @@ def options_from(calibration: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def _noting(note: Callable[[str], None] | None) -> Iterator[None]:
-    """What calibration logs, told to the person at the terminal."""
+def noting(
+    note: Callable[[str], None] | None,
+    name: str = "tensorsurgeon.calibrate",
+    advance: Callable[[int | None, int | None, str], None] = lambda *_: None,
+) -> Iterator[None]:
+    """What a room logs while it works, told to the person at the terminal; ``advance`` is told where it is."""
+    # transformers' advice on kernels for a GPU is of no use here. It reads this once, when it is imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if note is None:
         yield
         return
-    logger = logging.getLogger("tensorsurgeon.calibrate")
-    handler = _Notes(note)
+    logger = logging.getLogger(name)
+    handler = _Notes(note, advance)
     level = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     try:
         yield
     finally:
@@ -147,9 +159,16 @@ def _noting(note: Callable[[str], None] | None) -> Iterator[None]:
 
 
 class _Notes(logging.Handler):
-    def __init__(self, note: Callable[[str], None]) -> None:
+    def __init__(self, note: Callable[[str], None], advance: Callable[[int | None, int | None, str], None]) -> None:
         super().__init__()
         self._note = note
+        self._advance = advance
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._note(record.getMessage())
+        from tensorsurgeon.calibrate.announcing import announced
+
+        found = announced(record)
+        if found is not None:
+            self._advance(*found)
+        elif record.levelno >= logging.INFO:
+            self._note(record.getMessage())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tensorsurgeon.cli.terminal import Stop, emit, json_option
+from tensorsurgeon.cli.terminal import Stop, emit, json_option, note
 from tensorsurgeon.errors import NoMatchError, RecipeError, did_you_mean
 from tensorsurgeon.tensors.sizes import parse_size
 
@@ -54,14 +54,27 @@ def load_chain(transform: str, then: Sequence[str], settings: Sequence[str], bac
 
 
 def plan_named(
-    transform: str, then: Sequence[str], settings: Sequence[str], backend: str, source: str, max_shard_size: str
+    transform: str,
+    then: Sequence[str],
+    settings: Sequence[str],
+    backend: str,
+    source: str,
+    max_shard_size: str,
+    *,
+    calibrated: bool = False,
 ) -> Plan:
-    """The plan that the arguments of a command ask for."""
+    """The plan that the arguments of a command ask for; ``calibrated``: with data for the steps that can use it."""
     from tensorsurgeon.checkpoint.folder import open_checkpoint
     from tensorsurgeon.ops.on_the_way import for_source
     from tensorsurgeon.planning.plan import make_plan
 
     chain = load_chain(transform, then, settings, backend)
+    if calibrated:
+        from tensorsurgeon.ops.calibrating import with_calibration
+
+        chain, cannot = with_calibration(chain)
+        for why in dict.fromkeys(cannot):
+            note(f"note: {why}, whatever data is given")
     # The plan stays to the end of the command and holds no cycles: a collector that walks through it again and again takes a
     # third of a run of a few GB. This is the process of the command; one that uses the library keeps its collector as it is.
     gc.disable()

@@ -57,7 +57,7 @@ class _Flags(dict[str, str]):
 
 
 # A parameter of the repack transform, no option of the command.
-_FLAGS = _Flags(inexact_scales="--set inexact_scales")
+_FLAGS = _Flags(inexact_scales="--set inexact_scales", verify="surgeon verify")
 
 
 def told(error: SurgeonError) -> str:
@@ -71,15 +71,15 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM end the run in order: units under way are finished and journalled."""
+def stop_on_signals(what: str = "after the units under way") -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM end the run in order; ``what`` says when it stops: units under way are finished and journalled."""
     stop = threading.Event()
 
     def ask(number: int, frame: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        note("\nstopping after the units under way (again: at once)")
+        note(f"\nstopping {what} (again: at once)")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -105,3 +105,40 @@ def progress_bar(total_bytes: int, quiet: bool) -> Iterator[Callable[[int], None
                 bar.update(nbytes)
 
         yield advance
+
+
+@contextmanager
+def step_bar(quiet: bool) -> Iterator[tuple[Callable[[int | None, int | None, str], None], Callable[[str], None]]]:
+    """A bar over steps that take time, and how to say something above it; silent when nobody looks.
+
+    The bar is told (done, total, at what), None for what has not changed; without a terminal messages are lines on stderr.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda *_: None, note
+        return
+    from tqdm import tqdm
+
+    lock = threading.Lock()
+    shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+    with tqdm(total=1, desc="starting", file=sys.stderr, leave=False, bar_format=shape) as bar:
+        first: list[int] = []
+
+        def advance(done: int | None, total: int | None, what: str) -> None:
+            with lock:
+                if total is not None and total != bar.total:
+                    bar.reset(total)
+                    first.clear()
+                if done is not None:
+                    # Time left is told by what this run did, not by what an earlier one did for it.
+                    if not first:
+                        first.append(done)
+                        bar.initial = bar.n = bar.last_print_n = done
+                    bar.n = done
+                bar.set_description_str(printable(what), refresh=False)
+                bar.refresh()
+
+        def say(text: str) -> None:
+            with lock:
+                bar.write(printable(text), file=sys.stderr)
+
+        yield advance, say

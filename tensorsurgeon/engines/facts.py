@@ -17,7 +17,7 @@ from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.registry import detect, quantization_config
 from tensorsurgeon.models.describe import Model, describe_model, masked
 from tensorsurgeon.models.experts import GATED, is_expert_list, numbered
-from tensorsurgeon.models.fused import FUSED, FUSED_NAME, describe
+from tensorsurgeon.models.fused import FUSED, describe
 from tensorsurgeon.models.roles import NO_LINEARS, Role
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.scheme import Scheme
@@ -86,9 +86,9 @@ class Facts:
         """The quantized linears and expert lists under their own names, fused ones under both."""
         names = dict.fromkeys(self.quantized)
         for name in self.quantized:
-            parent, dot, leaf = name.rpartition(".")
-            if leaf in FUSED_NAME:
-                names[parent + dot + FUSED_NAME[leaf]] = None
+            fused = self.model.fused_name(name)
+            if fused is not None:
+                names[fused] = None
         return tuple(names)
 
     def described(self) -> str:
@@ -207,14 +207,16 @@ def _linears(stored: Iterable[_Stored], model: Model) -> Iterable[Linear]:
     """Linears as engines fuse them, those of one form put together."""
     fused: dict[tuple[str, str], list[_Stored]] = {}
     for entry in stored:
-        parent, _, leaf = entry.module.rpartition(".")
-        fused.setdefault((parent, FUSED_NAME.get(leaf, leaf)), []).append(entry)
+        parent, _, leaf = (model.fused_name(entry.module) or entry.module).rpartition(".")
+        fused.setdefault((parent, leaf), []).append(entry)
     forms: dict[tuple[Any, ...], list[Any]] = {}
     for (parent, leaf), members in fused.items():
         if leaf in FUSED:
             # A linear that is stored under the fused name is the only member.
             order = (leaf, *FUSED[leaf])
-            members.sort(key=lambda entry: order.index(entry.module.rpartition(".")[2]))
+            leaves = [entry.module.rpartition(".")[2] for entry in members]
+            if set(leaves) <= set(order):
+                members.sort(key=lambda entry: order.index(entry.module.rpartition(".")[2]))
         parts = tuple((entry.module.rpartition(".")[2], entry.shape[0]) for entry in members)
         subject = masked(f"{parent}.{leaf}" if parent else leaf)
         key = subject, parts, members[0].shape[1], members[0].scheme

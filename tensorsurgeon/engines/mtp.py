@@ -22,9 +22,9 @@ def mtp_left_alone(facts: Facts) -> str | None:
     if not facts.layout or not facts.float_mtp:
         return None
     settings = facts.settings
-    if facts.has_quantized_mtp:
-        return "one part of the MTP head is quantized and another is not"
     method = settings.get("quant_method")
+    if facts.has_quantized_mtp and method not in ("compressed-tensors", "quark"):
+        return "one part of the MTP head is quantized and another is not"
     if method == "gptq":
         rules = [key.removeprefix("-:") for key in settings.get("dynamic") or {} if key.startswith("-:")]
         if any(map(named_apart, facts.float_mtp)):

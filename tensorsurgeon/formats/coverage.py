@@ -26,7 +26,7 @@ class Coverage(NamedTuple):
     (``x.mlp.experts``), and ``expert_leaves`` their linears (``gate_proj``). ``float_linears`` and
     ``float_experts``: the same left unquantized, without the MTP head if that is wholly unquantized; then
     ``float_mtp`` has its modules, expert lists folded. ``tied_head``: engines make an ``lm_head`` of which the
-    file has no tensor.
+    file has no tensor. ``has_parts``: the text model is one part of several, which loaders may put elsewhere.
     """
 
     linears: dict[str, Scheme]
@@ -36,6 +36,7 @@ class Coverage(NamedTuple):
     float_experts: tuple[str, ...]
     float_mtp: tuple[str, ...]
     tied_head: bool
+    has_parts: bool
 
     def schemes(self) -> dict[Scheme, list[str]]:
         """Linears and expert lists under each scheme."""
@@ -81,8 +82,9 @@ def cover(model: QuantizedModel) -> Coverage:
         raise SpecError("no module is quantized, so there is nothing a quantization_config could say")
     linears, experts, leaves = _fold_quantized(model)
     float_linears, float_experts = _fold_unquantized(model, experts)
-    check_siblings(linears, float_linears)
-    is_mtp = describe_model(model.specs).is_mtp
+    described = describe_model(model.specs)
+    check_siblings(linears, float_linears, described.fused_name)
+    is_mtp = described.is_mtp
     mtp_quantized = any(is_mtp(name) for part in (linears, experts) for name in part)
     float_mtp: list[str] = []
     if not mtp_quantized:
@@ -91,7 +93,7 @@ def cover(model: QuantizedModel) -> Coverage:
         float_experts = [name for name in float_experts if not is_mtp(name)]
     return Coverage(
         linears, experts, tuple(leaves), tuple(float_linears), tuple(float_experts), tuple(float_mtp),
-        "lm_head.weight" not in model.specs and "lm_head" not in linears,
+        "lm_head.weight" not in model.specs and "lm_head" not in linears, described.sizes.has_text_config,
     )  # fmt: skip
 
 

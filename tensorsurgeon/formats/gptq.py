@@ -24,6 +24,7 @@ from tensorsurgeon.formats.gptq_words import (
     gptq_weight_shape,
     group_index,
     pack_gptq,
+    refuse_zero_points_of_zero,
     unpack_gptq,
 )
 from tensorsurgeon.formats.scales import with_scale_dtype
@@ -42,6 +43,8 @@ class Gptq(Format):
 
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
     g_idx: bool = True
+    # Whether v1's "minus one" was done on whole words, as GPTQModel does; others do it on each field.
+    whole_words: bool = True
 
     name: ClassVar[str] = "gptq"
     optional: ClassVar[frozenset[str]] = frozenset({"g_idx"})
@@ -56,9 +59,15 @@ class Gptq(Format):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], specs: SpecMap) -> Self:
-        """v1 or v2, with or without ``g_idx``."""
+        """v1 or v2, with or without ``g_idx``; who wrote it is what ``meta.quantizer`` says."""
         is_v2 = config.get("checkpoint_format") == "gptq_v2"
-        return cls("gptq_v2" if is_v2 else "gptq", g_idx=any(name.endswith(".g_idx") for name in specs))
+        meta = config.get("meta")
+        writer = str(meta.get("quantizer")).lower() if isinstance(meta, Mapping) else ""
+        return cls(
+            "gptq_v2" if is_v2 else "gptq",
+            g_idx=any(name.endswith(".g_idx") for name in specs),
+            whole_words="gptqmodel" in writer or "tensorsurgeon" in writer,
+        )
 
     def default_scheme(self) -> Scheme:
         """W4A16 in groups of 128."""
@@ -108,7 +117,10 @@ class Gptq(Format):
         """CheckpointError for a ``g_idx`` in any other order than the inputs'."""
         if "g_idx" in arrays:
             check_group_index(arrays["g_idx"], scheme)
-        return unpack_gptq(arrays, scheme, self.checkpoint_format == "gptq")
+        is_v1 = self.checkpoint_format == "gptq"
+        if is_v1 and not scheme.symmetric and not self.whole_words:
+            refuse_zero_points_of_zero(arrays["qzeros"], scheme, arrays["qweight"].shape[1])
+        return unpack_gptq(arrays, scheme, is_v1)
 
     def config_files(self, model: QuantizedModel) -> ConfigFiles:
         """``quantization_config`` and the same content as ``quantize_config.json``, which older readers look for."""

@@ -90,6 +90,22 @@ def unpack_gptq(arrays: Mapping[str, np.ndarray], scheme: Scheme, zeros_minus_on
     return Quantized(codes, scale, zero_point)
 
 
+def refuse_zero_points_of_zero(qzeros: np.ndarray, scheme: Scheme, rows: int) -> None:
+    """CheckpointError where v1 stores a zero point of 0, minus one: nobody can tell how without knowing who wrote it.
+
+    GPTQModel borrows from the next field and adds to whole words when it reads; others let each field wrap by itself. The
+    stored words may be the same, and then the neighbour is one too high by the one reading or by the other.
+    """
+    highest = (1 << scheme.num_bits) - 1
+    found = unpack_transposed(qzeros, scheme.num_bits, rows, signed=False)
+    if (found == highest).any():
+        raise CheckpointError(
+            f"qzeros: a zero point is stored as {highest}, which is 0 minus one, and writers of GPTQ v1 do that in two ways: on "
+            "each zero point, or on whole words, as GPTQModel does. If GPTQModel wrote this checkpoint, say so in "
+            'quantization_config: "meta": {"quantizer": ["gptqmodel"]}'
+        )
+
+
 def require_symmetric(zero_point: np.ndarray, half: int) -> None:
     """CheckpointError unless every zero point is 0 (stored as ``half``)."""
     if zero_point.any():

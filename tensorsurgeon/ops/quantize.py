@@ -105,7 +105,7 @@ class Quantize:
         local: dict[tuple[DType, tuple[int, ...]], tuple[TensorSpec, ...]] = {}
         rewrites: list[Rewrite] = []
         # The parts of a module that engines fuse share one global scale where the grid has one.
-        groups = sibling_groups(chosen) if self.scheme.type == "nvfp4" else ((name,) for name in chosen)
+        groups = sibling_groups(specs, chosen) if self.scheme.type == "nvfp4" else ((name,) for name in chosen)
         for group in groups:
             weights = [specs[name] for name in group]
             outputs: list[TensorSpec] = []

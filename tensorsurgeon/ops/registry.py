@@ -24,6 +24,7 @@ OPS: Final = {
     "split_experts": "tensorsurgeon.ops.split_experts:SplitExperts",
     "squeeze": "tensorsurgeon.ops.squeeze:Squeeze",
     "stack": "tensorsurgeon.ops.stack:Stack",
+    "stack_experts": "tensorsurgeon.ops.stack_experts:StackExperts",
     "transpose": "tensorsurgeon.ops.transpose:Transpose",
     "unsqueeze": "tensorsurgeon.ops.unsqueeze:Unsqueeze",
     "unstack": "tensorsurgeon.ops.unstack:Unstack",

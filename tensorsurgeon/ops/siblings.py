@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tensorsurgeon.models.fused import fused_name
+from tensorsurgeon.models.describe import describe_model
+from tensorsurgeon.tensors.spec import SpecMap
 
 
-def sibling_groups(weights: Iterable[str]) -> list[list[str]]:
+def sibling_groups(specs: SpecMap, weights: Iterable[str]) -> list[list[str]]:
     """Weight names, those of one fused module together, in the order in which each group begins."""
+    fused_name = describe_model(specs).fused_name
     groups: dict[str, list[str]] = {}
     for name in weights:
         module, _, last = name.rpartition(".")

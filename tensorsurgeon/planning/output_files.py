@@ -17,7 +17,9 @@ from tensorsurgeon.errors import PlanError
 from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel
 from tensorsurgeon.formats.coding import Written, stored_in, written_by
 from tensorsurgeon.formats.mixed import mixed_config_files
-from tensorsurgeon.models.describe import unquantized_linears
+from tensorsurgeon.models.describe import describe_model
+from tensorsurgeon.models.floats import unquantized_linears
+from tensorsurgeon.models.roles import Role
 from tensorsurgeon.planning.resolving import Resolved
 from tensorsurgeon.planning.rewriting import details_of
 from tensorsurgeon.quant.scheme import Scheme
@@ -70,6 +72,7 @@ def output_files(source: Checkpoint, resolved: Resolved, quantized: Mapping[str,
                 f"config.json says that the source is already quantized ({method}); quantize the original instead, "
                 "or dequantize this one first"
             )
+        _refuse_tied_head(specs, quantized)
         files = _quantization_files(specs, quantized)
         config["quantization_config"] = files.quantization_config
         contents.update({name: _as_json(content) for name, content in files.extra_files.items()})
@@ -110,6 +113,23 @@ def _refuse_stale_names(kept: Mapping[str, Any], before: SpecMap, after: SpecMap
             raise PlanError(
                 f"{name}: quantization_config names this module, which the output would not have under that name; "
                 "dequantize first, or rename and drop before quantizing"
+            )
+
+
+def _refuse_tied_head(specs: SpecMap, quantized: Iterable[str]) -> None:
+    """A head that the config ties to the embedding is never read: the model would answer with the embedding, in floats.
+
+    Whether the tensor is a copy of the embedding, so that untying changes nothing, no header tells.
+    """
+    if specs.config_value("tie_word_embeddings") is not True:
+        return
+    model = describe_model(specs)
+    for module in quantized:
+        if model.module_use(module).role is Role.HEAD:
+            raise PlanError(
+                f"{module}: config.json says tie_word_embeddings, so that readers take the embedding as the head and would "
+                f"not read this one; leave {module} out of what is quantized, or, if the tensor is the head that the model "
+                "should have, say tie_word_embeddings false in the config.json of the source"
             )
 
 

@@ -144,7 +144,7 @@ def make_plan(transform: AnyTransform, source: Checkpoint, *, max_shard_bytes: i
             step_identity(step)  # a setting by which no stopped run could be known again is told now
         resolved = resolve(steps, source.specs)
         if not resolved.specs:
-            raise CheckpointError("no tensor would be left in the output", where=str(source.root))
+            raise CheckpointError("no tensor would be left in the output", where=str(source))
         in_order = [resolved.specs[name] for name in canonical_order(resolved.specs)]
         resolved = resolved._replace(specs=SpecMap(in_order, resolved.specs.config))
         layout = lay_out(in_order, source.metadata, max_shard_bytes, source.stem)

@@ -8,13 +8,17 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
+from tensorsurgeon.checkpoint.hub.stays import DEFAULT_AHEAD
 from tensorsurgeon.formats.coding import Written, stored_in, written_by
 from tensorsurgeon.formats.scales import INPUT_SCALES
-from tensorsurgeon.models.describe import describe_model, unquantized_linears
+from tensorsurgeon.models.describe import describe_model
 from tensorsurgeon.models.experts import is_expert_list
+from tensorsurgeon.models.floats import unquantized_linears
 from tensorsurgeon.models.fused import describe
 from tensorsurgeon.models.roles import Role
 from tensorsurgeon.models.selecting import why_left
+from tensorsurgeon.planning.codes import codes_text
+from tensorsurgeon.planning.pace import streaming_of
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.rewriting import Rewrite, details_of, is_reversible, op_name
 from tensorsurgeon.tensors.sizes import show_size
@@ -76,12 +80,13 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
     kept = unquantized_linears(plan.specs, plan.quantized)
     counted = _counted_linears(plan, kept)
     inputs = {spec.name for spec in plan.source.specs.values()}
+    streaming = streaming_of(plan, DEFAULT_AHEAD)
     steps = plan.step_names()
     return {
         "family": describe_model(plan.source.specs).known_by,
         "dequantized": _dequantized(plan),
         "source": {
-            "path": str(plan.source.root),
+            "path": str(plan.source),
             "tensors": len(plan.source.specs),
             "bytes": plan.source.weight_bytes,
             "shards": len(plan.source.shards),
@@ -93,6 +98,7 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
         },
         "quantized_linears": len(plan.quantized),
         "linears": len(plan.quantized) + len(counted),
+        "methods": dict(Counter(written.method for written in plan.written.values())),
         "quantized": dict(Counter(map(_masked, plan.quantized))),
         "unquantized": _counted(kept),
         "why_unquantized": _reasons(plan, kept, [made for _, made in steps]),
@@ -100,6 +106,7 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
         "copied_bytes": plan.copied_bytes,
         "peak_unit_bytes": plan.peak_unit_bytes,
         "disk_bytes": plan.disk_bytes,
+        "streaming": None if streaming is None else streaming._asdict(),
         "steps": [
             {"op": op_name(step), "read": len(read), "made": len(made), "recipe": repr(step)}
             for step, (read, made) in zip(plan.steps, steps, strict=True)
@@ -175,6 +182,16 @@ def one_way_steps(plan: Plan) -> list[str]:
     ]
 
 
+def _streaming_as_text(stream: dict[str, Any]) -> str:
+    if not stream["shards"]:
+        return "fetch   nothing: every shard of the source is in the Hub's cache"
+    return (
+        f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])} from the Hub; at most "
+        f"{show_size(stream['spool_bytes'])} of them lie beside the output at once (--ahead {stream['ahead']})"
+        + (f"; {len(stream['twice'])} come twice, for layers are walked first" if stream["twice"] else "")
+    )
+
+
 def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
     """The plan for a reader: what happens to which tensors, how large the result is, what it takes."""
     data = plan_as_data(plan)
@@ -187,6 +204,7 @@ def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
     ]
     if plan.quantized:
         lines += ["", f"quantized: {data['quantized_linears']} of {data['linears']} linears (routers and MTP head not counted)"]
+        lines += [f"codes   {codes_text(plan)}"]
         lines.append(table([["  " + name, f"x {count}"] for name, count in data["quantized"].items()]))
         lines += ["not quantized:"]
         reasons = data["why_unquantized"]
@@ -204,12 +222,14 @@ def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
         )
     )
     shards = data["output"]["shards"]
+    stream = data["streaming"]
     room = "" if free_bytes is None else f" ({show_size(free_bytes)} free in the current folder)"
     lines += [
         "",
         f"output  {data['output']['tensors']} tensors, {show_size(data['output']['bytes'])} in {len(shards)} shards, "
         f"{show_size(data['copied_bytes'])} of it copied unchanged ({data['passed_through']} tensors)",
         f"disk    {show_size(data['disk_bytes'])} needed{room}",
+        *([] if stream is None else [_streaming_as_text(stream)]),
         f"memory  {show_size(data['peak_unit_bytes'])} per worker at most, for the largest piece of work",
         f"files   written: {', '.join(data['files_written']) or 'none'}; copied: {len(data['files_copied'])}",
     ]

@@ -76,6 +76,13 @@ def _computing_units(resolved: Resolved, writes: list[list[Write]], steps: Seque
         yield Unit(members, tuple(w for n in numbers for w in writes[n]), (), peaks.of(members))
 
 
+def shards_read(unit: Unit, locations: Sequence[tuple[int, int]]) -> frozenset[int]:
+    """The source shards that a unit reads, by number; ``locations`` are those of the source's tensors."""
+    copied = {copy.source_shard for copy in unit.copies}
+    origins = {piece.origin for task in unit.tasks for pieces in task.inputs for piece in pieces if piece.origin >= 0}
+    return frozenset(copied | {locations[origin][0] for origin in origins})
+
+
 class Peaks:
     """What units hold at their fullest: every array to its end, and the scratch of one task at a time.
 
@@ -142,7 +149,8 @@ def _copy_units(copies: list[Copy]) -> Iterator[Unit]:
         for start in range(0, copy.nbytes, COPY_BYTES):
             nbytes = min(COPY_BYTES, copy.nbytes - start)
             part = Copy(copy.source_shard, copy.source_offset + start, nbytes, copy.shard, copy.offset + start)
-            if batch and filled + nbytes > COPY_BYTES:
+            # One shard each: a source that comes shard by shard keeps none for the sake of the next.
+            if batch and (filled + nbytes > COPY_BYTES or batch[-1].source_shard != copy.source_shard):
                 yield Unit((), (), tuple(batch), 0)
                 batch, filled = [], 0
             batch.append(part)

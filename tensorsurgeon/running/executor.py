@@ -14,6 +14,7 @@ from typing import NamedTuple
 from tensorsurgeon.checkpoint.sink import Sink
 from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.errors import Interrupted, SurgeonError
+from tensorsurgeon.planning.pace import Pace
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.running.journal import Journal
 from tensorsurgeon.running.unit import CodesProvider, run_unit
@@ -59,15 +60,21 @@ def run_units(
 ) -> dict[int, list[str]]:
     """Run every unit that is not done, or those of ``only``; returns the digests of all that are done by then.
 
-    ``codes`` hands over what calibration chose for the rewrites whose method asks for it.
+    ``codes`` hands over what calibration chose for the rewrites whose method asks for it. Whoever gives ``only`` has told a
+    source that is streamed what will be read.
 
     The first error stops the others in order, after what is finished was journalled. ``stop`` does the same from
     outside and ends in Interrupted.
     """
     todo = [number for number in (range(len(plan.units)) if only is None else only) if number not in done]
+    pace = None
+    if source.is_streamed and only is None:
+        pace = Pace(plan, todo)
+        todo = pace.order
+        source.follow(pace.steps)
     with warming_up(plan, todo) as is_warm:
-        run = _Run(plan, source, sink, journal, workers, max_ram_bytes, stop, progress, codes)
-        run.go(WorkQueue(plan, todo, is_warm), workers, len(todo))
+        run = _Run(plan, source, sink, journal, workers, max_ram_bytes, stop, progress, codes, pace)
+        run.go(WorkQueue(plan, todo, is_warm, in_order=source.is_streamed), workers, len(todo))
     return {**done, **run.digests}
 
 
@@ -83,8 +90,10 @@ class _Run:
         stop: threading.Event,
         progress: Callable[[Progress], None],
         codes: CodesProvider | None,
+        pace: Pace | None,
     ) -> None:
         self.plan = plan
+        self.pace = pace
         self.codes = codes
         self.source = source
         self.sink = sink
@@ -100,6 +109,8 @@ class _Run:
         self._admission = threading.Condition()
         self._finished: list[UnitResult] = []
         self._uncommitted = 0
+        # Whether a shard of the source waits for the journal alone to make room for the next.
+        self._is_awaited = False
         self._failed = threading.Event()
         self._over = False
 
@@ -128,7 +139,8 @@ class _Run:
             if not errors:
                 raise
         if errors:
-            raise errors[0]
+            # Whoever waited for bytes of the source was told to stop because another failed.
+            raise next((error for error in errors if not isinstance(error, Interrupted)), errors[0])
         if self.stop.is_set() and len(self.digests) < count:
             raise Interrupted(f"stopped after {len(self.digests)} of {count} units; what is done is kept")
 
@@ -150,6 +162,7 @@ class _Run:
 
     def _fail(self) -> None:
         self._failed.set()
+        self.source.give_up()
         with self._admission:
             self._admission.notify_all()
 
@@ -178,6 +191,7 @@ class _Run:
             self._finished.append(result)
             self.digests[result.unit] = result.digests
             self._uncommitted += result.nbytes
+            self._is_awaited |= self.pace is not None and self.pace.finished(result.unit)
             self._admission.notify_all()
         self.progress(Progress(result.nbytes))
 
@@ -186,7 +200,7 @@ class _Run:
         try:
             while True:
                 with self._admission:
-                    self._admission.wait_for(lambda: self._over or self._uncommitted >= COMMIT_BYTES)
+                    self._admission.wait_for(lambda: self._over or self._is_awaited or self._uncommitted >= COMMIT_BYTES)
                     if self._over:
                         return
                 self._commit()
@@ -199,6 +213,12 @@ class _Run:
         with self._admission:
             batch, self._finished = self._finished, []
             self._uncommitted = 0
+            self._is_awaited = False
         if batch:
             self.sink.sync()
             self.journal.append((result.unit, result.digests) for result in batch)
+            if self.pace is not None:
+                with self._admission:
+                    over = self.pace.journalled(result.unit for result in batch)
+                for step in over:
+                    self.source.passed(step)

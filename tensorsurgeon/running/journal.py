@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -102,7 +103,11 @@ class Journal:
         with sink_errors(self.folder, "be removed"):
             (self.folder / _RUN).unlink(missing_ok=True)
             for path in sorted(self.folder.iterdir(), key=lambda path: path.name == _LOCK):
-                path.unlink()
+                if path.is_dir() and not path.is_symlink():
+                    # Shards of a source on the Hub, of a run that was started over.
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
             self.folder.rmdir()
         self.close()
 
@@ -154,6 +159,14 @@ def _lock(folder: Path) -> int:
 
 def _refuse_other_run(target: Path, identity: dict[str, Any]) -> None:
     stopped = read_identity(target)
+    hub, hub_now = stopped.get("hub"), identity.get("hub")
+    if isinstance(hub, dict) and isinstance(hub_now, dict) and hub.get("repository") == hub_now["repository"] and hub != hub_now:
+        raise JournalError(
+            f"{hub_now['repository']} on the Hub has moved on since this run was stopped; name the commit that it reads: "
+            f"{hub['repository']}@{hub.get('commit')}",
+            where=str(target),
+            remedy=_START_OVER.replace(";", ", or", 1),
+        )
     if stopped.get("fingerprint") != identity["fingerprint"]:
         raise JournalError(
             "the run that was stopped here had another source, recipe, package version or shard size",

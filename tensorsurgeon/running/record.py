@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import xxhash
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME
+from tensorsurgeon.checkpoint.sink import publish_bytes
 from tensorsurgeon.checkpoint.small_files import parse_json, read_small
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.planning.plan import Plan
@@ -83,7 +84,7 @@ def record_bytes(plan: Plan, digests: dict[int, list[str]], folder: Path) -> byt
         "tensorsurgeon": __version__,
         "fingerprint": plan.fingerprint,
         "recipe": [f"{step!r}" for step in plan.steps],
-        "source": {"tensors": len(plan.source.specs), "bytes": plan.source.weight_bytes},
+        "source": {"tensors": len(plan.source.specs), "bytes": plan.source.weight_bytes, **_on_the_hub(plan)},
         **({"calibration": plan.calibration} if plan.calibration else {}),
         **({"logs": list(plan.extra_files)} if plan.extra_files else {}),
         "digest": _ALGORITHM,
@@ -92,10 +93,40 @@ def record_bytes(plan: Plan, digests: dict[int, list[str]], folder: Path) -> byt
     return (head + _block("files", file_digests(plan, folder)) + _block("shards", shards) + "\n}\n").encode()
 
 
+def _on_the_hub(plan: Plan) -> dict[str, Any]:
+    """Which commit of which model the source is, and the digests that its shards were found to have."""
+    snapshot = plan.source.snapshot
+    if snapshot is None:
+        return {}
+    repository, revision, commit, files = snapshot
+    shards = {shard.path.name: files[shard.path.name].digest for shard in plan.source.shards}
+    return {"hub": {"repository": repository, "revision": revision, "commit": commit, "shards": shards}}
+
+
 def _block(key: str, entries: dict[str, list[Any]]) -> str:
     """A mapping with one line for each entry: a range of a shard is three numbers and not four lines."""
     rows = (f"  {json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}" for name, value in entries.items())
     return f',\n "{key}": {{\n' + ",\n".join(rows) + "\n }"
+
+
+def add_files(folder: Path, contents: Mapping[str, bytes | None]) -> None:
+    """Let the record of a finished run know files that were written beside the checkpoint since; None: know it no more.
+
+    What the record knows is this program's own (``ownership``), and verified. Nothing happens where there is no record.
+    """
+    path = folder / RECORD_NAME
+    if not path.is_file() or (record := read_record(folder)) is None or "files" not in record:
+        return
+    files = {known.name: [known.nbytes, known.digest] for known in recorded_files(record)}
+    before = dict(files)
+    files |= {name: _sized(content) for name, content in contents.items() if content is not None}
+    files = {name: value for name, value in files.items() if contents.get(name, b"") is not None}
+    if files == before:
+        return
+    # Only the block of files is written anew: the rest stays the very text that the run left.
+    text = path.read_text()
+    start, stop = text.index(',\n "files": {'), text.index(',\n "shards": {')
+    publish_bytes(path, (text[:start] + _block("files", dict(sorted(files.items()))) + text[stop:]).encode())
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

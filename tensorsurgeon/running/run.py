@@ -13,16 +13,18 @@ import xxhash
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME
 from tensorsurgeon.checkpoint.header import read_header
+from tensorsurgeon.checkpoint.hub.stays import DEFAULT_AHEAD
 from tensorsurgeon.checkpoint.sink import Sink, publish_bytes, publish_copy, refuse_links_below
 from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.errors import Interrupted, PlanViolationError, RecipeError, TargetError
 from tensorsurgeon.machine.files import make_folder_durable
 from tensorsurgeon.machine.limits import available_bytes, open_files_limit, usable_cores
+from tensorsurgeon.planning.pace import streaming_of
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.work import Unit
 from tensorsurgeon.running.executor import Progress, run_units
 from tensorsurgeon.running.record import record_bytes
-from tensorsurgeon.running.target import prepare_target
+from tensorsurgeon.running.target import prepare_target, spool_folder
 
 # What a run may hold beyond the arrays of its units: interpreter, NumPy, compiled kernels, the plan.
 _MIN_RAM_BYTES = 64 << 20
@@ -58,10 +60,16 @@ def run_plan(
     progress: Callable[[Progress], None] = lambda _: None,
     execute: Callable[..., dict[int, list[str]]] = run_units,
     command: Sequence[str] = (),
+    ahead: int = DEFAULT_AHEAD,
+    keep_source: bool = False,
 ) -> RunResult:
     """Write the planned checkpoint into the folder ``target``; ``execute`` decides in which order units run.
 
-    ``command`` is what a person typed; a stopped run keeps it, so that it can be continued without typing it again.
+    ``command`` is what a person typed: transform, source and options; a stopped run keeps it with the folder it was typed in,
+    so that it can be continued without typing it again.
+
+    A source on the Hub is fetched while the run lasts, ``ahead`` shards before they are read; each goes when all that reads
+    it is done, unless ``keep_source`` has it in the Hub's cache, where it stays.
 
     Neither ``workers`` nor ``max_ram_bytes`` changes a byte of it. Raises TargetError before anything is written
     if the folder cannot be used, ExecutionError if the run stops, which ``resume`` then continues.
@@ -75,11 +83,21 @@ def run_plan(
     plan.source.refuse_changes()
     _check_open_files(plan)
     threads = workers or usable_cores()
-    prepared = prepare_target(plan, target, resume=resume, overwrite=overwrite, workers=threads, command=command)
+    streaming = None if keep_source else streaming_of(plan, ahead)
+    prepared = prepare_target(
+        plan,
+        target,
+        resume=resume,
+        overwrite=overwrite,
+        workers=threads,
+        command=command,
+        spool_bytes=0 if streaming is None else streaming.spool_bytes,
+    )
     if prepared is None:
         return RunResult(target, len(plan.units), len(plan.units), True)
     journal, claimed = prepared
-    with journal, Source(plan.source) as source:
+    spool = None if keep_source else spool_folder(target)
+    with journal, _source_of(plan, spool, ahead, stop) as source:
         # A run killed while it published may have left an index: no index may lead to shards that are reopened.
         (target / plan.layout.index_name).unlink(missing_ok=True)
         sink = Sink(target, plan.layout)
@@ -100,8 +118,18 @@ def run_plan(
             _publish(plan, sink, target, digests)
         finally:
             sink.close()
+        source.discard()
         journal.remove()
     return RunResult(target, len(plan.units), len(done), False)
+
+
+def _source_of(plan: Plan, spool: Path | None, ahead: int, stop: threading.Event) -> Source:
+    """The shards of the source, which are fetched into ``spool`` where they lie on the Hub."""
+    if plan.source.snapshot is None:
+        return Source(plan.source)
+    from tensorsurgeon.checkpoint.hub.spool import SpooledSource
+
+    return SpooledSource(plan.source, plan.source.snapshot, spool, ahead=ahead, stop=stop)
 
 
 def _check_open_files(plan: Plan) -> None:
@@ -183,7 +211,7 @@ def _check_headers(plan: Plan, target: Path) -> None:
     """Read back what readers will read first; a header that differs from the plan must never be published."""
     for shard in plan.layout.shards:
         header = read_header(target / f"{shard.name}.partial")
-        if tuple(entry.spec for entry in header.entries) != shard.specs:
+        if header.specs != shard.specs:
             raise PlanViolationError(
                 f"{shard.name}: the header on disk is not the planned one; the disk or another program changed it"
             )

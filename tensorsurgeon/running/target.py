@@ -12,7 +12,7 @@ from tensorsurgeon.checkpoint.folder import STATE_FOLDER, Checkpoint
 from tensorsurgeon.checkpoint.sink import refuse_links_below
 from tensorsurgeon.errors import JournalError, TargetError
 from tensorsurgeon.planning.plan import Plan
-from tensorsurgeon.running.journal import Journal, has_traces_of_run, has_unfinished_run
+from tensorsurgeon.running.journal import Journal, has_traces_of_run, has_unfinished_run, state_folder
 from tensorsurgeon.running.ownership import damaged_files, files_of, foreign_files, remove_own_files
 from tensorsurgeon.running.record import read_record
 
@@ -20,17 +20,29 @@ from tensorsurgeon.running.record import read_record
 _SPARE_BYTES = 16 << 20
 
 
+def spool_folder(target: Path) -> Path:
+    """Where the shards of a source on the Hub lie while a run reads them."""
+    return state_folder(target) / "spool"
+
+
 def prepare_target(
-    plan: Plan, target: Path, *, resume: bool, overwrite: bool, workers: int = 1, command: Sequence[str] = ()
+    plan: Plan,
+    target: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    workers: int = 1,
+    command: Sequence[str] = (),
+    spool_bytes: int = 0,
 ) -> tuple[Journal, dict[int, list[str]]] | None:
     """Make ``target`` ready for this plan: the open journal and the units that a stopped run says are done.
 
     None if ``resume`` finds that this very run is already complete. Raises TargetError without touching anything
     if the folder holds something that nobody allowed to replace, is the source, or has too little room. ``command`` is
-    kept while the run lasts, so that it can be given again.
+    kept while the run lasts, so that it can be given again; ``spool_bytes`` of the source lie beside the output meanwhile.
     """
     refuse_overlap(plan.source, target)
-    identity = identity_of(plan) | {"files": files_of(plan), "command": list(command)}
+    identity = identity_of(plan) | {"files": files_of(plan), "command": list(command), "folder": os.getcwd()}
     try:
         if target.exists() and not target.is_dir():
             raise TargetError("is a file; name a folder", where=str(target))
@@ -47,7 +59,7 @@ def prepare_target(
             raise _occupied(target, present, resume)
         if present:
             _refuse_foreign(target)
-        check_room(plan, target, _folder_bytes(target) if present else 0)
+        check_room(plan, target, _folder_bytes(target) if present else 0, spool_bytes)
         return Journal.start(target, identity, clear=lambda: _clear(target)), {}
     except OSError as error:
         raise TargetError(f"cannot be used: {error.strerror}", where=str(error.filename or target)) from error
@@ -55,10 +67,12 @@ def prepare_target(
 
 def identity_of(plan: Plan) -> dict[str, Any]:
     """What ``.surgeon/run.json`` says of a run while it lasts, so that only the same run over the same bytes goes on."""
+    snapshot = plan.source.snapshot
     return {
         "fingerprint": plan.fingerprint,
+        **({} if snapshot is None else {"hub": {"repository": snapshot.repository, "commit": snapshot.commit}}),
         "recipe": [repr(step) for step in plan.steps],
-        "source": {name: [stamp.nbytes, stamp.modified_ns, stamp.inode] for name, stamp in plan.source.stamps.items()},
+        "source": plan.source.identity,
     }
 
 
@@ -136,14 +150,17 @@ def _refuse_foreign(target: Path) -> None:
         )
 
 
-def check_room(plan: Plan, target: Path, freed_bytes: int = 0) -> None:
-    """Raise TargetError if the disk has no room for the output."""
+def check_room(plan: Plan, target: Path, freed_bytes: int = 0, spool_bytes: int = 0) -> None:
+    """Raise TargetError if the disk has no room for the output, and for what lies beside it while the run lasts."""
     free = free_bytes(target) + freed_bytes
     needed = needed_bytes(plan) + _SPARE_BYTES
-    if free < needed:
+    if free < needed + spool_bytes:
+        beside = f" and the shards that are fetched for it {spool_bytes / 1e9:.2f} GB" if spool_bytes else ""
         raise TargetError(
-            f"the output needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; make room or name another disk",
+            f"the output needs {needed / 1e9:.2f} GB{beside} and the disk has {free / 1e9:.2f} GB free; "
+            "make room or name another disk",
             where=str(target),
+            remedy=", or give a smaller {ahead}" if free >= needed else "",
         )
 
 

@@ -22,12 +22,13 @@ class WorkQueue:
 
     Copies alone until ``may_compute`` says that the code to compute with is loaded: a worker that took another unit
     would wait for it, with the disk idle. From then on copies are spread evenly, for a copy holds its file's lock in
-    the kernel most of the time, so that two at once wait for each other.
+    the kernel most of the time, so that two at once wait for each other. ``in_order`` takes units as they are given: where
+    the source comes shard by shard, a unit out of order would wait for its shard.
     """
 
-    def __init__(self, plan: Plan, numbers: Sequence[int], may_compute: Callable[[], bool]) -> None:
-        self._copies = deque(number for number in numbers if not plan.units[number].tasks)
-        self._computing = deque(number for number in numbers if plan.units[number].tasks)
+    def __init__(self, plan: Plan, numbers: Sequence[int], may_compute: Callable[[], bool], *, in_order: bool = False) -> None:
+        self._copies = deque(number for number in numbers if not in_order and not plan.units[number].tasks)
+        self._computing = deque(number for number in numbers if in_order or plan.units[number].tasks)
         self._may_compute = may_compute
         self._until_copy = 0
         self._next: int | None = None

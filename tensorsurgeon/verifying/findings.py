@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -51,6 +52,13 @@ class Findings:
         """Add a note; the same one twice counts once."""
         with self._lock:
             self._notes[Note(kind, where, message)] = None
+
+    def excuse(self, kind: str, where: Collection[str], why: str) -> None:
+        """Make faults of this kind at these places notes, since what was found later explains them."""
+        with self._lock:
+            for fault in [found for found in self._faults if found.kind == kind and found.where in where]:
+                del self._faults[fault]
+                self._notes[Note(kind, fault.where, f"{fault.message}; {why}")] = None
 
     @property
     def faults(self) -> tuple[Fault, ...]:

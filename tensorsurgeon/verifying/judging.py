@@ -14,18 +14,19 @@ from tensorsurgeon.checkpoint.folder import RECORD_NAME, Checkpoint, open_checkp
 from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import CheckpointError, SurgeonError
 from tensorsurgeon.machine.limits import usable_cores
-from tensorsurgeon.verifying.against import dropped_by_record, pair_tensors
+from tensorsurgeon.verifying.against import dropped_by_record
 from tensorsurgeon.verifying.comparing import compare_pairs, pair_by_content
 from tensorsurgeon.verifying.described import Described, check_config_copies, check_described
 from tensorsurgeon.verifying.dialects import quantization_of, read_claims
 from tensorsurgeon.verifying.fidelity import Fidelity
 from tensorsurgeon.verifying.findings import Fault, Findings, Note
 from tensorsurgeon.verifying.finite import FiniteCheck
-from tensorsurgeon.verifying.model_sizes import check_model_sizes
+from tensorsurgeon.verifying.model_sizes import Contradiction, check_model_sizes, contradictions_of
 from tensorsurgeon.verifying.planned import pair_by_plan
 from tensorsurgeon.verifying.recipes import recorded_calls, replayed
 from tensorsurgeon.verifying.siblings import check_expert_shapes, check_experts, check_global_scales, check_siblings
 from tensorsurgeon.verifying.side_files import check_files_against, check_readable, check_recorded_files
+from tensorsurgeon.verifying.stacks import pair_with_stacks
 from tensorsurgeon.verifying.structure import check_digests, is_one_shard, open_for_judgement, read_record_to_judge
 from tensorsurgeon.verifying.values import check_values
 
@@ -101,18 +102,26 @@ def verify(
         digested = _check_bytes(reader, record, described, findings, count)
         check_config_copies(checkpoint, findings)
         check_readable(checkpoint, findings)
-        check_model_sizes(checkpoint.specs, described, findings)
         check_siblings(checkpoint.specs, described, findings)
         check_experts(checkpoint.specs, checkpoint.specs.config_value, findings)
         check_expert_shapes(checkpoint.specs, described, findings)
         global_scales = check_values(reader, described.modules.values(), findings, count)
-        check_global_scales(global_scales, findings)
+        check_global_scales(checkpoint.specs, global_scales, findings)
+        if digested is not None and not any(fault.kind in ("digest", "record") for fault in findings.faults):
+            findings.excuse("zero-scale", {fault.where for fault in findings.faults}, "the run wrote them so")
         equal = 0
         compared: list[Fidelity] = []
+        inherited: tuple[Contradiction, ...] = ()
         if source is not None:
             original = stack.enter_context(TensorReader(source, progress=progress))
-            compared, equal = _check_against(original, reader, described, record, findings, count)
+            modules = _modules_of(original)
+            inherited = contradictions_of(source.specs, modules)
+            compared, equal = _check_against(original, modules, reader, described, record, findings, count)
             check_files_against(source, checkpoint, findings)
+            close = {fidelity.name for fidelity in compared if fidelity.is_sound}
+            named = {f"{name}.{module.claim.scale_name}" for name, module in described.modules.items() if name in close}
+            findings.excuse("zero-scale", named, "they are next to nothing in the source too")
+        check_model_sizes(checkpoint.specs, described, findings, inherited)
     label = None if claims is None else claims.label
     return _result(Path(target), checkpoint, label, described, digested, source, equal, compared, findings)
 
@@ -147,8 +156,15 @@ def _check_bytes(
     return digested
 
 
+def _modules_of(original: TensorReader) -> Described:
+    """The quantized modules of a source that are sound. Its faults are not those of the checkpoint made from it."""
+    own, source = Findings(), original.specs
+    return check_described(original, read_claims(source, own), own, known_method=quantization_of(source.config) is not None)
+
+
 def _check_against(
     original: TensorReader,
+    source_modules: Described,
     reader: TensorReader,
     described: Described,
     record: dict[str, Any] | None,
@@ -156,18 +172,12 @@ def _check_against(
     workers: int,
 ) -> tuple[list[Fidelity], int]:
     """Compare with the source: as the recorded recipe says where there is one, else by names and contents."""
-    source = original.specs
-    own = Findings()
-    # The source's own faults are not those of the checkpoint; only its sound modules can be compared.
-    source_modules = check_described(
-        original, read_claims(source, own), own, known_method=quantization_of(source.config) is not None
-    )
     calls = None if record is None else recorded_calls(record, findings)
     plan = None if record is None or calls is None else replayed(calls, record, original.checkpoint, findings)
     if plan is not None:
         pairing = pair_by_plan(plan, original, source_modules, reader, described, findings)
     else:
-        pairing = pair_tensors(source, source_modules, reader.specs, described, findings)
+        pairing = pair_with_stacks(original, source_modules, reader.specs, described, findings)
     compared, equal = compare_pairs(original, reader, pairing.pairs, findings, workers)
     lost, new = pairing.lost, pairing.new
     if plan is None:
@@ -196,13 +206,13 @@ def _result(
     source: Checkpoint | None, equal: int, compared: list[Fidelity] | tuple[Fidelity, ...], findings: Findings,
 ) -> Verification:  # fmt: skip
     return Verification(
-        path=path,
+        path=path if checkpoint is None or checkpoint.snapshot is None else Path(str(checkpoint)),
         tensors=0 if checkpoint is None else len(checkpoint.specs),
         nbytes=0 if checkpoint is None else checkpoint.weight_bytes,
         quantization=label,
         schemes=dict(Counter(module.claim.describe() for module in described.modules.values())),
         digested_bytes=digested,
-        source=None if source is None else source.root,
+        source=None if source is None else Path(str(source)),
         equal_bytes=equal,
         compared=tuple(sorted(compared, key=lambda f: f.name)),
         faults=findings.faults,

@@ -16,13 +16,14 @@ from typing import Final
 import numpy as np
 
 from tensorsurgeon.checkpoint.tensor_reader import TensorReader, elements
-from tensorsurgeon.models.stacks import ExpertCut
+from tensorsurgeon.models.stacks import ExpertCut, axes_of_stack
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.resolving import Piece, Task
 from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.spec import Region, TensorSpec
 from tensorsurgeon.verifying.described import Described
 from tensorsurgeon.verifying.layouts import stored_weight
+from tensorsurgeon.verifying.layouts.mxfp4_blocks import BLOCKS, expert_of_blocks
 
 # Arrays that were computed and may be asked for again: the parts of one transposed stack come one after the other.
 _KEPT_ARRAYS: Final = 2
@@ -55,6 +56,11 @@ class Lineage:
         """The source tensor that a piece is of."""
         return self._names[piece.origin]
 
+    def steps_behind(self, pieces: Sequence[Piece]) -> set[str]:
+        """Every op that computes something on the way from the source to these pieces."""
+        tasks = [self.task_of(piece)[0] for piece in pieces if piece.origin < 0]
+        return {self.step_of(task) for task in tasks}.union(*(self.steps_behind(p) for task in tasks for p in task.inputs))
+
     def can_compute(self, pieces: Sequence[Piece]) -> bool:
         """Whether every step behind these pieces is restated here."""
         for piece in pieces:
@@ -62,7 +68,12 @@ class Lineage:
                 task, _ = self.task_of(piece)
                 if self.step_of(task) not in _COMPUTED or not all(map(self.can_compute, task.inputs)):
                     return False
+                if self.step_of(task) == "Dequantize" and not self._is_known(task.rewrite.inputs[0].spec):
+                    return False
         return True
+
+    def _is_known(self, codes: TensorSpec) -> bool:
+        return codes.module in self._modules.modules or codes.name.endswith(BLOCKS)
 
     def read(self, pieces: Sequence[Piece], start: int, nbytes: int) -> np.ndarray:
         """uint8 [nbytes] from byte ``start`` of the tensor that the pieces are."""
@@ -101,6 +112,8 @@ class Lineage:
             return [arrays[0].transpose(rewrite.detail)]
         if kind == "SplitExperts":
             return _parts_of_expert(arrays[0], rewrite)
+        if kind == "StackExperts":
+            return [_expert_of_parts(arrays, rewrite)]
         if kind == "Split":
             ends = list(accumulate(region.shape[-1] for region in rewrite.outputs))
             return np.split(arrays[0], ends[:-1], axis=-1)
@@ -116,8 +129,13 @@ class Lineage:
         return elements(data, region.spec).reshape(region.shape)
 
     def _decoded(self, task: Task) -> np.ndarray:
-        """A whole weight of the source, decoded by the judge's own reading."""
+        """A whole weight of the source, or an expert of a stack, decoded by the judge's own reading."""
         spec = task.rewrite.outputs[0].spec
+        if task.rewrite.inputs[0].spec.name.endswith(BLOCKS):
+            blocks, exponents = (self._array(p, r) for p, r in zip(task.inputs, task.rewrite.inputs, strict=True))
+            expert = expert_of_blocks(blocks, exponents)
+            axes = axes_of_stack(self.plan.source.specs, spec.name)
+            return (expert.T if axes == ("in", "out") else expert).astype(spec.dtype.numpy)
         module = self._modules.modules.get(task.rewrite.inputs[0].spec.module)
         if module is None:
             raise UnknownStepError("Dequantize")
@@ -129,7 +147,7 @@ class Lineage:
         return result
 
 
-_COMPUTED: Final = frozenset({"Transpose", "Split", "SplitExperts", "Concat", "Cast", "Dequantize"})
+_COMPUTED: Final = frozenset({"Transpose", "Split", "SplitExperts", "StackExperts", "Concat", "Cast", "Dequantize"})
 
 
 def _parts_of_expert(stacked: np.ndarray, rewrite: Rewrite) -> list[np.ndarray]:
@@ -139,6 +157,17 @@ def _parts_of_expert(stacked: np.ndarray, rewrite: Rewrite) -> list[np.ndarray]:
     is_bias = len(rewrite.outputs[0].shape) == 1
     outputs = stacked.reshape(-1) if is_bias else stacked.T if cut.transposed else stacked
     return [outputs[n :: cut.parts] if cut.interleaved else np.split(outputs, cut.parts)[n] for n in range(cut.parts)]
+
+
+def _expert_of_parts(parts: Sequence[np.ndarray], rewrite: Rewrite) -> np.ndarray:
+    """One expert as its stack holds it: its parts' outputs below each other or in turn, as columns where it lies transposed."""
+    cut = rewrite.detail
+    assert isinstance(cut, ExpertCut)
+    outputs = np.empty((cut.parts * len(parts[0]), *parts[0].shape[1:]), parts[0].dtype)
+    for number, part in enumerate(parts):
+        rows = slice(number, None, cut.parts) if cut.interleaved else slice(number * len(part), (number + 1) * len(part))
+        outputs[rows] = part
+    return outputs.T if cut.transposed else outputs
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

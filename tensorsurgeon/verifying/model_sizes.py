@@ -7,7 +7,7 @@ means something else by a key has other names, or another key beside it that say
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from tensorsurgeon.models.describe import describe_model
@@ -31,6 +31,8 @@ _OTHER_WIDTH: Final = frozenset({
     "intermediate_size_mlp", "block_configs", "use_double_wide_mlp", "dense_intermediate_size", "shared_intermediate_size",
     "block_auto_adjust_ff_dim", "num_attention_groups", "prefix_dense_intermediate_size",
 })  # fmt: skip
+# Mllama's embeddings have rows for images, which its head has not.
+_EXTRA_ROWS: Final = {"cross_attention_layers": 8}
 _EXTRA_LAYERS: Final = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 
 
@@ -51,12 +53,34 @@ class _Sizes(NamedTuple):
         return next(iter(shapes)) if len(shapes) == 1 else None
 
 
-def check_model_sizes(specs: SpecMap, described: Described, findings: Findings) -> None:
-    """One fault for each key of config.json that contradicts the tensors."""
-    config = _text_config(specs.config)
-    sizes = _sizes(specs, described)
-    for key, said, found, where in _contradictions(config, sizes):
-        findings.fault("config-size", f"config.json {key}", f"is {said}, but {where} says {found}")
+class Contradiction(NamedTuple):
+    """A ``key`` of the config that says one thing, and ``where`` in the tensors another is found."""
+
+    key: str
+    said: int
+    found: int | str
+    where: str
+
+
+def check_model_sizes(
+    specs: SpecMap, described: Described, findings: Findings, inherited: Collection[Contradiction] = ()
+) -> None:
+    """One fault for each key of config.json that contradicts the tensors; a note for those that the source has as well.
+
+    What a checkpoint was made from may be odd; asked whether it still is that model, the answer is yes.
+    """
+    for contradiction in contradictions_of(specs, described):
+        key, said, found, where = contradiction
+        message = f"is {said}, but {where} says {found}"
+        if contradiction in inherited:
+            findings.note("config-size", f"config.json {key}", f"{message}; the source has it so")
+        else:
+            findings.fault("config-size", f"config.json {key}", message)
+
+
+def contradictions_of(specs: SpecMap, described: Described) -> tuple[Contradiction, ...]:
+    """Where the sizes in config.json and the shapes of the tensors do not go together."""
+    return tuple(Contradiction(*found) for found in _contradictions(_text_config(specs.config), _sizes(specs, described)))
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -95,7 +119,8 @@ def _contradictions(config: Mapping[str, Any], sizes: _Sizes) -> Iterator[tuple[
     width = _integer(config, "word_embed_proj_dim") or _integer(config, "embedding_size") or hidden
     vocabulary = _integer(config, "vocab_size")
     if sizes.embedding is not None:
-        if vocabulary is not None and vocabulary != sizes.embedding[0]:
+        more = sum(rows for key, rows in _EXTRA_ROWS.items() if key in config)
+        if vocabulary is not None and sizes.embedding[0] not in (vocabulary, vocabulary + more):
             yield "vocab_size", vocabulary, sizes.embedding[0], "embed_tokens.weight"
         if width is not None and width != sizes.embedding[1]:
             yield "hidden_size", width, sizes.embedding[1], "embed_tokens.weight"
@@ -114,7 +139,9 @@ def _contradictions(config: Mapping[str, Any], sizes: _Sizes) -> Iterator[tuple[
 
 def _attention(config: Mapping[str, Any], sizes: _Sizes, hidden: int | None) -> Iterator[tuple[str, int, int | str, str]]:
     heads, groups = _integer(config, "num_attention_heads"), _integer(config, "num_key_value_heads")
-    size = _integer(config, "head_dim") or (hidden // heads if hidden and heads else None)
+    size = (
+        _integer(config, "attention_head_dim") or _integer(config, "head_dim") or (hidden // heads if hidden and heads else None)
+    )
     if not size or not heads:
         return
     queries, keys = sizes.only(Role.ATTENTION, "q_proj"), sizes.only(Role.ATTENTION, "k_proj")

@@ -60,7 +60,7 @@ def pair_by_plan(
 def _of_float(
     spec: TensorSpec, pieces: tuple[Piece, ...], makers: set[str], lineage: Lineage, source: Described
 ) -> Iterator[Pair]:
-    if not makers & {*_ROUNDED} or not spec.dtype.is_float or spec.dtype.bits < 16:
+    if not lineage.steps_behind(pieces) & {*_ROUNDED} or not spec.dtype.is_float or spec.dtype.bits < 16:
         yield SameBytes(PlannedTensor(lineage, spec, pieces), Part(spec.name, 0, -1))
         return
     if makers == {"Dequantize"} and (decoded := list(_decoded(spec, pieces, lineage, source))):

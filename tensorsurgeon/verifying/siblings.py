@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from tensorsurgeon.models.describe import describe_model
 from tensorsurgeon.models.experts import experts_of
-from tensorsurgeon.models.fused import fused_name
 from tensorsurgeon.tensors.spec import SpecMap
 from tensorsurgeon.verifying.claims import Claim
 from tensorsurgeon.verifying.described import Described, float_stacks
@@ -24,6 +24,7 @@ def check_siblings(specs: SpecMap, described: Described, findings: Findings) -> 
     ]
     how.update((name, None) for name in floats if name not in described.stored)
     groups: dict[str, dict[str, Claim | None]] = defaultdict(dict)
+    fused_name = describe_model(specs).fused_name
     for name, claim in how.items():
         fused = experts_of(name) or fused_name(name)
         if fused is not None:
@@ -101,18 +102,20 @@ def check_expert_shapes(specs: SpecMap, described: Described, findings: Findings
 
 
 def _count(leaves: Mapping[str, set[int]], config_value: Any) -> int:
-    """Experts of a layer: what the config says, or one more than the highest number."""
+    """Experts of a layer: what the config says, or one more than the highest number. Zero experts, which pass on what comes in
+    and are counted last, need no tensors."""
     highest = 1 + max(max(numbers) for numbers in leaves.values())
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         said = config_value(key)
         if isinstance(said, int) and not isinstance(said, bool):
-            return max(said, highest)
+            return said if config_value("zero_expert_num") else max(said, highest)
     return highest
 
 
-def check_global_scales(global_scales: Mapping[str, float], findings: Findings) -> None:
+def check_global_scales(specs: SpecMap, global_scales: Mapping[str, float], findings: Findings) -> None:
     """NVFP4: engines take one global scale for a fused module, so its parts must share it."""
     groups: dict[str, dict[str, float]] = defaultdict(dict)
+    fused_name = describe_model(specs).fused_name
     for module, scale in global_scales.items():
         fused = fused_name(module)
         if fused is not None:

@@ -25,7 +25,8 @@ QUANTIZATION_FILES: Final = ("quantize_config.json", "quantization_config.json",
 # For people, not for loaders.
 _FOR_PEOPLE: Final = re.compile(
     r"(readme|license|licence|notice|use_policy|usage_policy|copyright|changelog)[^/]*|\.gitattributes|quant_log\.csv"
-    r"|.*\.(md|png|jpe?g|gif|svg|webp|pdf|csv|log|ipynb|mp4)",
+    r"|(evaluation|verification|surgeon_plan)\.json"
+    r"|.*\.(html|md|png|jpe?g|gif|svg|webp|pdf|csv|log|ipynb|mp4)",
     re.IGNORECASE,
 )
 _FOR_LOADERS: Final = re.compile(

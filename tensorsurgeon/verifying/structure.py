@@ -50,7 +50,9 @@ def open_for_judgement(path: Path, findings: Findings) -> Checkpoint | None:
 def _fault_unreadable(path: Path, error: SurgeonError, findings: Findings) -> None:
     """One broken shard stops the reader; the others are looked at all the same."""
     broken = set()
-    for shard in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+    # What lies on the Hub is told by the error alone.
+    here = [path] if path.exists() else []
+    for shard in sorted(path.glob("*.safetensors")) if path.is_dir() else here:
         try:
             read_header(shard)
         except HeaderError as other:
@@ -58,7 +60,8 @@ def _fault_unreadable(path: Path, error: SurgeonError, findings: Findings) -> No
             findings.fault("header", shard.name, other.message)
     if error.where not in broken:
         where = Path(error.where).name if error.where else path.name
-        findings.fault("index" if where == INDEX_NAME else "files", where, error.message)
+        kind = "header" if isinstance(error, HeaderError) else "files"
+        findings.fault("index" if where == INDEX_NAME else kind, where, error.message)
 
 
 def _check_files(checkpoint: Checkpoint, path: Path, findings: Findings) -> None:
@@ -178,11 +181,9 @@ def _tiles(ranges: list[Range], file_bytes: int, name: str, findings: Findings) 
 
 
 def _names_by_offset(checkpoint: Checkpoint) -> Callable[[int, int], str]:
-    starts = [[entry.offset for entry in shard.entries] for shard in checkpoint.shards]
-
     def name_at(shard: int, offset: int) -> str:
-        at = bisect_right(starts[shard], offset) - 1
         header = checkpoint.shards[shard]
-        return header.entries[at].spec.name if at >= 0 else f"{header.path.name} (header)"
+        at = bisect_right(header.offsets, offset) - 1
+        return header.specs[at].name if at >= 0 else f"{header.path.name} (header)"
 
     return name_at

@@ -80,11 +80,21 @@ def test_an_index_that_names_what_no_file_can_be_called(file: str, folder: Path)
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["x" * 10_001, "a" + ".b" * 201])
+@pytest.mark.parametrize("name", ["x" * 65_537, "a" + ".b" * 201])
 def test_a_name_that_is_no_name(name: str, tmp_path: Path) -> None:
     save_file({name: np.zeros(1, np.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(HeaderError, match="a name has"):
         open_checkpoint(tmp_path)
+
+
+def test_names_that_are_long_and_have_many_parts_are_refused_where_there_are_many(tmp_path: Path) -> None:
+    """Each alone is a name; all that a hundred megabytes of them begin with would be gigabytes."""
+    long = ".".join(["n" * 300] * 200)
+    write_checkpoint(tmp_path / "few", {f"{n}.{long}": np.zeros(1, np.int8) for n in range(9)})
+    assert len(open_checkpoint(tmp_path / "few").specs) == 9
+    write_checkpoint(tmp_path / "many", {f"{n}.{long}": np.zeros(1, np.int8) for n in range(60)})
+    with pytest.raises(HeaderError, match="in 201 parts, after many others like it"):
+        open_checkpoint(tmp_path / "many")
 
 
 def test_a_path_that_is_no_path() -> None:

@@ -185,8 +185,9 @@ def stacked_on_loading(model: nn.Module, leaves: set[str]) -> dict[str, list[str
         for node in ast.walk(ast.parse(inspect.getsource(sys.modules[file]))):
             if not isinstance(node, ast.Tuple) or len(node.elts) != 3:
                 continue
-            texts = [part.value for part in node.elts if isinstance(part, ast.Constant)]
-            if len(texts) == 3 and all(isinstance(text, str) for text in texts[:2]):
+            # The shard may be computed; module and part are written out.
+            texts = [part.value for part in node.elts[:2] if isinstance(part, ast.Constant)]
+            if len(texts) == 2 and all(isinstance(text, str) for text in texts):
                 module, part = texts[0].strip("."), texts[1].strip(".")
                 if module.split(".")[-1] in leaves and part not in found.setdefault(module, []):
                     found[module].append(part)

@@ -61,7 +61,7 @@ def randomize(model: nn.Module) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim < 2:
                 parameter.add_(noise * 0.05)
-            elif "embed" in name or "norm" in name:
+            elif "embed" in name or "norm" in ".".join(name.split(".")[-2:]):
                 parameter.copy_(noise)
             else:
                 parameter.copy_(noise * (0.5 + torch.rand((), generator=generator)) / parameter.shape[-1] ** 0.5)

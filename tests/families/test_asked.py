@@ -8,8 +8,10 @@ from importlib import resources
 from typing import Any
 
 import pytest
+import transformers
 
 from tests.families.asked import as_text
+from tests.families.read_transformers import stacks
 from tests.families.table import FAMILIES
 
 TEXT = resources.files("tensorsurgeon.models").joinpath("asked/vllm.json").read_text()
@@ -18,6 +20,16 @@ ASKED: dict[str, Any] = json.loads(TEXT)["architectures"]
 
 def test_the_file_is_written_by_its_script() -> None:
     assert as_text(json.loads(TEXT)) == TEXT
+
+
+def test_what_transformers_holds_in_stacks_is_what_its_files_say() -> None:
+    """Written by its script, for the version that it names."""
+    written = json.loads(resources.files("tensorsurgeon.models").joinpath("asked/transformers.json").read_text())
+    if written["engine"] != f"transformers {transformers.__version__}":
+        pytest.skip(f"was read from {written['engine']}")
+    assert written["stacks"] == stacks()
+    assert {"gemma4", "gpt_oss", "mistral4", "llama4"} <= written["stacks"].keys()
+    assert not {"qwen3_moe", "qwen3_5_moe", "mixtral", "deepseek_v3"} & written["stacks"].keys()
 
 
 def test_every_family_of_the_table_is_in_it() -> None:

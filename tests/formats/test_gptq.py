@@ -171,3 +171,20 @@ def test_v1_zero_points_of_0_borrow_from_their_neighbours_as_in_gptqmodel():
     arrays = dict(zip(("qweight", "qzeros", "scales", "g_idx"), V1.pack(quantized, scheme), strict=True))
     assert set(arrays["qzeros"].view(np.uint32).flat) == {0xB0B0B0B0 - 0x11111111}
     assert (V1.unpack(arrays, scheme).zero_point == zero_point).all()
+
+
+def test_a_stored_zero_point_of_0_minus_one_is_refused_where_nobody_says_who_wrote_it():
+    """AutoGPTQ's kind lets each field wrap, GPTQModel borrows from the next; read the other way, neighbours are off by one."""
+    zero_point = np.full((32, 1), 3, np.int8)
+    zero_point[5] = -8
+    quantized = Quantized(np.zeros((32, 32), np.int8), np.ones((32, 1), np.float32), zero_point)
+    scheme = V1.resolve_scheme(w(4, -1, symmetric=False), BF16)
+    arrays = dict(zip(("qweight", "qzeros", "scales", "g_idx"), V1.pack(quantized, scheme), strict=True))
+    config = {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": False}
+    said = Gptq.from_config({**config, "meta": {"quantizer": ["gptqmodel:6.0.3"]}}, {})
+    assert (said.unpack(arrays, scheme).zero_point == zero_point).all()
+    for meta in ({}, {"meta": None}, {"meta": []}, {"meta": {"quantizer": ["another:1"]}}):
+        with pytest.raises(CheckpointError, match=r"zero point is stored as 15.*gptqmodel"):
+            Gptq.from_config({**config, **meta}, {}).unpack(arrays, scheme)
+        zero_points = {**arrays, "qzeros": np.full_like(arrays["qzeros"], 0x22222222)}
+        assert (Gptq.from_config({**config, **meta}, {}).unpack(zero_points, scheme).zero_point == 3 - 8).all()

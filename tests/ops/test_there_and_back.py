@@ -17,6 +17,7 @@ from tensorsurgeon.ops.split import Split
 from tensorsurgeon.ops.split_experts import SplitExperts
 from tensorsurgeon.ops.squeeze import Squeeze
 from tensorsurgeon.ops.stack import Stack
+from tensorsurgeon.ops.stack_experts import StackExperts
 from tensorsurgeon.ops.transpose import Transpose
 from tensorsurgeon.ops.unsqueeze import Unsqueeze
 from tensorsurgeon.ops.unstack import Unstack
@@ -47,8 +48,8 @@ PAIRS: list[tuple[Any, Any, tuple[int, ...]]] = [
 ]
 
 
-# Shown with models whose experts are stacked, in test_split_experts.py.
-SHOWN_ELSEWHERE = {SplitExperts}
+# Shown with models whose experts are stacked, in test_stack_experts.py.
+SHOWN_ELSEWHERE = {SplitExperts, StackExperts}
 
 
 def name_of(value: object) -> str:

@@ -158,3 +158,17 @@ def test_a_source_that_says_it_is_quantized_is_refused_wherever_and_however_it_s
     # A built-in transform would dequantize it on the way, and finds that it cannot.
     with pytest.raises((PlanError, ConfigError), match="quantiz"):
         make_plan(load_transform("quark-w8a8-int8"), open_checkpoint(source))
+
+
+@pytest.mark.parametrize("key", ["tie_word_embeddings", "text_config"])
+def test_a_head_that_is_tied_to_the_embedding_is_not_quantized_beside_it(key, tmp_path):
+    """Readers would answer with the embedding, in floats, and never look at it; a copy beside the embedding goes along."""
+    said = True if key == "tie_word_embeddings" else {"tie_word_embeddings": True, "hidden_size": 16, "num_experts": 4}
+    tensors = tiny_moe()
+    tied = open_checkpoint(write_checkpoint(tmp_path / "tied", tensors, config=moe_config(**{key: said})))
+    where = ("{path*}.self_attn.{x}.weight", "lm_head.weight")
+    with pytest.raises(PlanError, match=r"lm_head: config\.json says tie_word_embeddings"):
+        make_plan(Quantize(where=where, format="ct-int"), tied)
+    assert make_plan(Quantize(where=where[:1], format="ct-int"), tied).specs["lm_head.weight"].dtype.name == "BF16"
+    free = write_checkpoint(tmp_path / "free", tensors, config=moe_config(tie_word_embeddings=False))
+    assert "lm_head" in make_plan(Quantize(where=where, format="ct-int"), open_checkpoint(free)).quantized

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+from tensorsurgeon.recipes.library import load_transform
 from tensorsurgeon.verifying import verify
-from tests.checkpoints import FIXTURE
+from tests.checkpoints import FIXTURE, apply, write_checkpoint
 from tests.verifying.subjects import DENSE, GOLDEN, MOE, RECIPES, Spoilt, source_of, subject
 
 PEERS = sorted(p.parent.name for p in GOLDEN.glob("*/config.json") if list(p.parent.glob("*.safetensors")))
@@ -81,3 +83,54 @@ def test_fp8_with_one_scale_for_each_tensor_is_sound_as_autofp8_wrote_it(tmp_pat
     assert not found.faults
     assert found.schemes == {"fp8 8 bits, per tensor": 16}
     assert min(f.snr_db for f in found.compared) > 30
+
+
+def test_a_contradiction_that_the_source_has_as_well_is_no_fault_of_what_was_made_from_it(tmp_path: Path) -> None:
+    spoilt = Spoilt(MOE, tmp_path / "source")
+    spoilt.config["vocab_size"] += 1
+    source = spoilt.save()
+    apply(load_transform("ct-w8a8-int8"), source, tmp_path / "out")
+    assert [fault.kind for fault in verify(tmp_path / "out").faults] == ["config-size"]
+    found = verify(tmp_path / "out", source)
+    assert found.is_sound
+    assert [note.where for note in found.notes if note.kind == "config-size"] == ["config.json vocab_size"]
+    # Against the source that is whole, the same checkpoint is not that model.
+    assert {fault.kind for fault in verify(tmp_path / "out", MOE).faults} >= {"config-size", "config-differs"}
+
+
+@pytest.mark.parametrize("shape", [(1, 33), (33, 1), (33, 2), (2, 3)])
+@pytest.mark.parametrize("name", ["ct-w8a8-int8", "quark-w8a8-int8"])
+def test_weights_of_a_few_dozen_elements_raise_no_alarm(name: str, shape: tuple[int, int], tmp_path: Path) -> None:
+    rng = np.random.default_rng(11)
+    for number in range(6):
+        tensors = {"model.layers.0.mlp.odd.weight": rng.standard_normal(shape).astype(ml_dtypes.bfloat16)}
+        source = write_checkpoint(tmp_path / f"source-{number}", tensors, config={"model_type": "llama"})
+        apply(load_transform(name), source, tmp_path / f"out-{number}")
+        assert not verify(tmp_path / f"out-{number}", source).faults
+
+
+def test_groups_next_to_nothing_are_no_fault_where_record_or_source_explain_them(tmp_path: Path) -> None:
+    """GPTQModel rounds a scale to F16 after it has chosen the codes: below 6e-8 it is 0, and the codes stay."""
+    rng = np.random.default_rng(5)
+    weight = rng.standard_normal((64, 256)).astype(np.float32)
+    weight[5, :128] *= 1e-9
+    source = write_checkpoint(
+        tmp_path / "source",
+        {"model.layers.0.mlp.up_proj.weight": weight.astype(ml_dtypes.bfloat16)},
+        config={"model_type": "llama"},
+    )
+    apply(load_transform("gptq-int4-g128", {"scope": "all"}), source, tmp_path / "out")
+    for against in (None, source):
+        found = verify(tmp_path / "out", against)
+        assert not found.faults
+        assert [note.kind for note in found.notes] == ["zero-scale"]
+    (tmp_path / "out" / "surgeon.json").unlink()
+    assert verify(tmp_path / "out", source).is_sound
+    assert [fault.kind for fault in verify(tmp_path / "out").faults] == ["zero-scale"]
+    # A scale that was lost and counted is found by what the source holds.
+    other = weight.copy()
+    other[5, :128] *= 1e9
+    full = write_checkpoint(
+        tmp_path / "full", {"model.layers.0.mlp.up_proj.weight": other.astype(ml_dtypes.bfloat16)}, config={"model_type": "llama"}
+    )
+    assert "zero-scale" in {fault.kind for fault in verify(tmp_path / "out", full).faults}

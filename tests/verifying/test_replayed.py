@@ -162,7 +162,19 @@ def test_an_op_of_somebody_else_is_noted_and_names_are_compared(tmp_path: Path) 
 def test_every_op_has_surgery_here() -> None:
     used = {type(step) for steps in SURGERY.values() for step in steps()}
     # Splitting experts has a test of its own; repacking and dequantizing: test_structure, test_good_checkpoints.
-    others = {"dequantize", "expect", "repack", "reshape", "round", "split_experts", "squeeze", "stack", "unsqueeze", "unstack"}
+    others = {
+        "dequantize",
+        "expect",
+        "repack",
+        "reshape",
+        "round",
+        "split_experts",
+        "squeeze",
+        "stack",
+        "stack_experts",
+        "unsqueeze",
+        "unstack",
+    }
     assert {name for name in OPS if op_named(name) not in used} == others
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.codes.assembly import Assemblies
 from tensorsurgeon.calibrate.codes.layer import quantize_on_cpu
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, stored_turned
@@ -94,6 +95,7 @@ class WalkedLayers:
             if original is not None and stage.original is not None and not parts:
                 self._run(stage.layer, module, stage.original, original)
             if outputs is not None and (self.options.sequential or not parts):
+                announce(None, None, f"layer {stage.layer}: its outputs")
                 self._put_back(parts, made.quantized())
                 self._run(stage.layer, module, inputs, outputs)
             return layer_of(linears, made, without, following)
@@ -114,7 +116,9 @@ class WalkedLayers:
         made = Assemblies(linears, parts)
         if parts:
             with ExitStack() as scratch:
+                announce(None, None, f"layer {stage.layer}: statistics")
                 statistics = self._watched(stage, module, following, stacks, parts, scratch)
+                announce(None, None, f"layer {stage.layer}: codes")
                 made = quantize_on_cpu(
                     linears, parts, statistics, self.options, self.original, workers=self.workers, stop=self.stop,
                     used=None if keep is None else used,

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import xxhash
 
-from tensorsurgeon.calibrate.data.documents import Document, Documents, open_documents
+from tensorsurgeon.calibrate.data.documents import BUILTIN, Document, Documents, open_documents
 from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
 from tensorsurgeon.errors import RecipeError
 
@@ -59,6 +59,8 @@ def load_data(options: CalibrationOptions, checkpoint_root: Path, vocabulary_row
             notes.append(
                 f"{source.location}: has {len(chunks)} chunks of {options.sequence_length} tokens, {count} were asked for"
             )
+        if documents.kind == BUILTIN:
+            notes.append("builtin is old English prose and a reference of Python: text like the model's own use serves it better")
         parts.append(chunks)
         name = source.location if documents.kind == "hub" else Path(source.location).name
         entry = {"name": name, "kind": documents.kind, "weight": source.weight, "samples": len(chunks)}
@@ -147,7 +149,7 @@ class _Encoder:
             from transformers import AutoTokenizer
 
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(str(self._root))
+                self._tokenizer = AutoTokenizer.from_pretrained(str(self._root), trust_remote_code=False)
             except Exception as error:  # tokenizers raises nothing narrower for a damaged tokenizer.json
                 why = (str(error).splitlines() or [type(error).__name__])[0]
                 raise RecipeError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +30,9 @@ _HUB_NAME: Final = re.compile(
 # What a record may hold, the first that fits is taken.
 _FIELDS: Final = ("messages", "text", "input_ids")
 _DIGEST_BUFFER: Final = 1 << 20
+BUILTIN: Final = "builtin"
+"""The name of the text that comes with this package; what it is and under which licences says builtin.md beside it."""
+_BUILTIN_FILE: Final = Path(__file__).with_name("builtin.jsonl")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Documents:
 def open_documents(location: str) -> Documents:
     """The documents of a file, by its suffix, or of a data set on the Hub; RecipeError says what is wrong with them."""
     path = Path(location)
+    if location == BUILTIN and not path.exists():
+        return replace(_json_lines(_BUILTIN_FILE), kind="builtin")
     if not path.exists():
         found = _HUB_NAME.fullmatch(location)
         if found and path.suffix.lower() not in _READERS:

@@ -119,7 +119,7 @@ class ExpertStatistics:
         if not len(cold):
             return
         if router is None:
-            logger.warning("%s: its router was not found; %d cold experts are not topped up", self.stack.name, len(cold))
+            logger.warning("%s: %s; %d cold experts are not topped up", self.stack.name, self.stack.why_cold, len(cold))
             return
         logits = np.empty((self._inputs.tokens, len(cold)), np.float32)
         rows = router[torch.from_numpy(cold)].float().T.contiguous()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorsurgeon.calibrate.walk.buffers import Buffers
+from tensorsurgeon.calibrate.walk.building import model_builder
 from tensorsurgeon.calibrate.walk.lines import Traced
 from tensorsurgeon.calibrate.walk.naming import Loading, NameMap, map_names, trace_lines
 from tensorsurgeon.calibrate.walk.weights import FloatWeights, WeightReader
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 ReadWeight = Callable[[str], Tensor]
 
 _CPU = torch.device("cpu")
-_TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class StreamedModel:
@@ -43,7 +43,7 @@ class StreamedModel:
         self.checkpoint = checkpoint
         self.device = device
         self.weights = FloatWeights(checkpoint)
-        build = _builder(checkpoint, experts_implementation)
+        build = model_builder(checkpoint, experts_implementation)
         self.model = _on_meta(build)
         self._buffers = Buffers(self.model, build, device)
         self.dtype: torch.dtype = self.model.dtype
@@ -122,19 +122,31 @@ class StreamedModel:
         finally:
             module.to("meta")
 
-    @contextmanager
-    def surroundings(self, read: ReadWeight) -> Iterator[Any]:
-        """What runs before the first layer: embeddings, and whatever else of the decoder is small."""
-        decoder_name = self.layer_names[0].rpartition(".")[0].rpartition(".")[0]
-        prefix = f"{decoder_name}." if decoder_name else ""
+    @property
+    def _decoder_name(self) -> str:
+        return self.layer_names[0].rpartition(".")[0].rpartition(".")[0]
+
+    def _surrounding(self) -> list[Loading]:
+        prefix = f"{self._decoder_name}." if self._decoder_name else ""
         loadings = [loading for loading in self._rest if loading.target.startswith(prefix)]
-        module = self.model.get_submodule(decoder_name)
+        return [loading for loading in loadings if not _is_head(self.model, loading.target)]
+
+    def surrounding_names(self) -> list[str]:
+        """The checkpoint tensors that ``surroundings`` reads."""
+        return [name for loading in self._surrounding() for name in loading.names]
+
+    @contextmanager
+    def surroundings(self, read: ReadWeight, *, embeds: bool = True) -> Iterator[Any]:
+        """What runs around the layers: embeddings (unless ``embeds`` is false), and whatever else of the decoder is small."""
+        module = self.model.get_submodule(self._decoder_name)
         embedding = self.model.get_input_embeddings()
-        needed = [loading for loading in loadings if not _is_head(self.model, loading.target)]
+        needed = self._surrounding()
+        if not embeds:
+            needed = [loading for loading in needed if self._owner(loading.target) is not embedding]
         try:
-            self._fill(decoder_name, module, needed, read, complete=False)
-            if embedding.weight.is_meta:
-                raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint.root))
+            self._fill(self._decoder_name, module, needed, read, complete=False)
+            if embeds and embedding.weight.is_meta:
+                raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint))
             yield self.model
         finally:
             for child in module.modules():
@@ -160,17 +172,24 @@ class StreamedModel:
                 raise CheckpointError(
                     f"{prefix}: no tensor of the checkpoint makes {', '.join(missing[:4])}"
                     + (f" and {len(missing) - 4} more" if len(missing) > 4 else ""),
-                    where=str(self.checkpoint.root),
+                    where=str(self.checkpoint),
                 )
 
+    def _owner(self, target: str) -> nn.Module:
+        module: nn.Module = self.model.get_submodule(target.rpartition(".")[0])
+        return module
+
+    def loading_of(self, target: str) -> Loading | None:
+        """How a parameter outside the layers is made; None if no tensor of the checkpoint makes it."""
+        return next((loading for loading in self._rest if loading.target == target), None)
+
     def _set(self, target: str, value: Tensor) -> None:
-        owner_name, _, leaf = target.rpartition(".")
-        owner = self.model.get_submodule(owner_name)
+        owner, leaf = self._owner(target), target.rpartition(".")[2]
         known = getattr(owner, leaf)
         if value.shape != known.shape:
             raise CheckpointError(
                 f"{target}: the checkpoint has {list(value.shape)}, the config says {list(known.shape)}",
-                where=str(self.checkpoint.root),
+                where=str(self.checkpoint),
             )
         # The meta parameter has the dtype that transformers gives it, F32 where it keeps F32.
         value = value.to(device=self.device, dtype=known.dtype)
@@ -186,7 +205,7 @@ def check_weight(reader: WeightReader, name: str) -> TensorSpec:
     if not spec.dtype.is_float or spec.dtype.bits < 16:
         raise CheckpointError(
             f"{spec}: the walk needs weights in BF16, F16 or F32; dequantize the checkpoint first",
-            where=str(reader.checkpoint.root),
+            where=str(reader.checkpoint),
         )
     return spec
 
@@ -201,32 +220,6 @@ def read_weights(reader: WeightReader) -> ReadWeight:
     return read
 
 
-def _builder(checkpoint: Checkpoint, experts_implementation: str | None) -> Callable[[], Any]:
-    """Builds the checkpoint's model, wherever tensors are made by then."""
-    import transformers
-
-    if not checkpoint.config:
-        raise CheckpointError("has no config.json; the layer walk needs it to build the model", where=str(checkpoint.root))
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(checkpoint.root))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"transformers {transformers.__version__} does not know this model ({str(error).splitlines()[0]}); without its "
-            "forward there is no calibration, RTN needs none",
-            where=str(checkpoint.root),
-        ) from error
-    for part in (config, config.get_text_config()):
-        # The model is built for the float weights that codes stand for.
-        vars(part).pop("quantization_config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise PlanError(f"{config.model_type}: encoder-decoder models cannot be walked; only decoder layers in a list can")
-    architecture = (config.architectures or [""])[0]
-    model_class: Any = getattr(transformers, architecture, None) or transformers.AutoModelForCausalLM
-    build = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
-    arguments = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
-    return lambda: build(config, dtype=_dtype_of(config), **arguments).eval()
-
-
 def _on_meta(build: Callable[[], Any]) -> Any:
     with torch.device("meta"), torch.no_grad():
         model = build()
@@ -236,14 +229,6 @@ def _on_meta(build: Callable[[], Any]) -> Any:
             owner = model.get_submodule(name.rpartition(".")[0])
             owner._parameters[name.rpartition(".")[2]] = nn.Parameter(parameter.float(), requires_grad=False)
     return model.requires_grad_(False)
-
-
-def _dtype_of(config: Any) -> torch.dtype:
-    for part in (config, config.get_text_config()):
-        dtype = getattr(part, "dtype", None)
-        if dtype is not None:
-            return dtype if isinstance(dtype, torch.dtype) else _TORCH_DTYPES[str(dtype)]
-    return torch.bfloat16
 
 
 def _decoder_layers(model: Any) -> tuple[list[str], list[nn.Module]]:

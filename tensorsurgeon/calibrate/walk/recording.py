@@ -95,15 +95,15 @@ class Recorder:
                 raise _Recorded
             # Another object over the same elements, so that it shows whose states somebody is called with.
             reply = replies[number] = hidden.view_as(hidden)
-            return self._mirrored(number, reply)
+            return self.returned(number, reply)
 
         self._forward(ids, answer)
         if not calls:
             raise PlanError(f"{self.name}: its forward calls none of its {len(self._model.layers)} layers; it cannot be walked")
         return Recording(first[0], calls, replies)
 
-    def _mirrored(self, number: int, reply: Tensor) -> Any:
-        """What the layer returns, with the reply for its states and promises for other tensors."""
+    def returned(self, number: int, reply: Tensor) -> Any:
+        """What the layer returns, with the reply for its states and promises for other tensors; known once recorded."""
 
         def stand_in(place: str, value: Any) -> Any:
             if place == states_place(self._shapes[number]):

@@ -65,6 +65,11 @@ class Walk:
         samples, length = self.tokens.shape
         return samples, length, self.model.hidden_size
 
+    @property
+    def sample_axis(self) -> int:
+        """Which axis of the model's hidden states counts samples; known once embedded. In files it is the first."""
+        return self._axis
+
     def reaches(self, number: int) -> bool:
         """Whether the forward of a text calls this layer; known once embedded."""
         return all(number in calls for calls in self._calls.values())

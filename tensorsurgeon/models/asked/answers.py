@@ -1,6 +1,8 @@
-"""What vLLM's own model class said of an architecture: which linears it builds with a quantization config, and how fused.
+"""What engines' own model classes say of a model.
 
-``vllm.json`` is made by ``tests/families/ask_vllm.py``; each entry says whether the class was asked, or its source read.
+``vllm.json`` is made by ``tests/families/ask_vllm.py``: which linears vLLM builds with a quantization config, and how fused;
+each entry says whether the class was asked, or its source read. ``transformers.json`` is made by
+``tests/families/read_transformers.py``: which classes hold the experts of a layer stacked and gather none stored one by one.
 """
 
 from __future__ import annotations
@@ -11,16 +13,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from tensorsurgeon.models.fused import fused_name
+from tensorsurgeon.models.fused import Fusions, fused_name
 
 _FILE: Final = Path(__file__).with_name("vllm.json")
+_STACKS: Final = Path(__file__).with_name("transformers.json")
 
 
 class Answer(NamedTuple):
     """An engine's answer for one architecture.
 
     ``how``: asked or read. ``takes``, ``never``: paths within a layer, numbers as ``*`` and fused as the engine has them,
-    of linears that it builds with a quantization config, and without. ``fused``: the engine's linear and its parts.
+    of linears that it builds with a quantization config, and without. ``fused``: the engine's linear and its parts, as it
+    declares them; ``stacked``: what its loader puts together besides.
     """
 
     engine: str
@@ -29,6 +33,11 @@ class Answer(NamedTuple):
     takes: frozenset[str]
     never: frozenset[str]
     fused: Mapping[str, tuple[str, ...]]
+    stacked: Mapping[str, tuple[str, ...]]
+
+    def fusions(self) -> Fusions:
+        """What this class runs as one linear."""
+        return Fusions([*self.fused.items(), *self.stacked.items()], self.takes | self.never)
 
     def builds_without_config(self, path: str) -> bool:
         """Whether the engine builds the linear at this path of a layer, or the one it is fused into, without a config."""
@@ -39,10 +48,34 @@ class Answer(NamedTuple):
         return not names.isdisjoint(self.never) and names.isdisjoint(self.takes)
 
 
+class StackForm(NamedTuple):
+    """How a class of transformers holds ``gate_up_proj`` and ``down_proj`` of all experts: the axes of each expert's matrix,
+    and whether gate and up alternate."""
+
+    axes: tuple[str, str]
+    interleaved: bool
+
+
+def stacks_wanted(config: Mapping[str, Any]) -> StackForm | None:
+    """The form in which transformers' class wants this model's experts; None if it gathers them, or is not known."""
+    found = next((entry for kind in reversed(_types(config)) if (entry := _stack_forms().get(kind)) is not None), None)
+    if found is None:
+        return None
+    first, second = found.get("axes", ("out", "in"))
+    return StackForm((first, second), bool(found.get("interleaved")))
+
+
+@cache
+def _stack_forms() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads(_STACKS.read_bytes())["stacks"]
+    return found
+
+
 def answer_for(config: Mapping[str, Any]) -> Answer | None:
     """The answer for a model by its architecture, then by its model_type; None if it was not asked for."""
     architectures, by_type = _entries()
-    names = [name for name in config.get("architectures") or [] if isinstance(name, str)]
+    said = config.get("architectures")
+    names = [name for name in said if isinstance(name, str)] if isinstance(said, list) else []
     names += [by_type[kind] for kind in _types(config) if kind in by_type]
     return next((_answer(name) for name in names if name in architectures), None)
 
@@ -61,7 +94,7 @@ def _document() -> dict[str, Any]:
 @cache
 def _entries() -> tuple[frozenset[str], dict[str, str]]:
     entries = _document()["architectures"]
-    usable = {name: entry for name, entry in entries.items() if "takes" in entry}
+    usable = {name: entry for name, entry in entries.items() if "takes" in entry or "never" in entry}
     return frozenset(usable), {kind: name for name, entry in usable.items() for kind in entry["model_types"]}
 
 
@@ -72,9 +105,10 @@ def _answer(architecture: str) -> Answer:
         _document()["engine"],
         architecture,
         entry["how"],
-        frozenset(map(_inside, entry["takes"])),
+        frozenset(map(_inside, entry.get("takes") or ())),
         frozenset(map(_inside, entry.get("never") or ())),
         {fused: tuple(parts) for fused, parts in (entry.get("fused") or {}).items()},
+        {fused: tuple(parts) for fused, parts in (entry.get("stacked") or {}).items()},
     )
 
 

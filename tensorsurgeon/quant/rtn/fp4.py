@@ -32,7 +32,7 @@ def nvfp4(weight: Tensor, dtype: DType, scheme: Scheme, global_amax: float | Non
     # Clamped first: the cast of torch has no saturation of its own on every device.
     local = torch.clamp(local, -448.0, 448.0).to(torch.float8_e4m3fn).float()
     local = torch.where(local == 0, 0.125, local)
-    codes = _codes(groups.float() / (local / wide)[:, :, None])
+    codes = e2m1_codes(groups.float() / (local / wide)[:, :, None])
     return Quantized(codes.flatten(1).cpu().numpy(), local.cpu().numpy(), None, multiplier)
 
 
@@ -48,7 +48,7 @@ def mxfp4(weight: Tensor, scheme: Scheme) -> Quantized:
     exponent = exponent.clamp(min=0)
     # 2**-127, the least E8M0, is a subnormal: its bits are the top of the mantissa.
     scale = torch.where(exponent == 0, 1 << 22, exponent << 23).to(torch.int32).view(torch.float32)
-    return Quantized(_codes(groups / scale[:, :, None]).flatten(1).cpu().numpy(), scale.cpu().numpy())
+    return Quantized(e2m1_codes(groups / scale[:, :, None]).flatten(1).cpu().numpy(), scale.cpu().numpy())
 
 
 def constant(value: float, like: Tensor) -> Tensor:
@@ -69,7 +69,8 @@ def values_of(codes: Tensor) -> Tensor:
     return table[codes.long()]
 
 
-def _codes(scaled: Tensor) -> Tensor:
+def e2m1_codes(scaled: Tensor) -> Tensor:
+    """uint8 E2M1 codes of numbers that were divided by their scales."""
     size = scaled.abs()
     code = (size > 0.25).to(torch.uint8)
     for bound, closed in ((0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False)):

@@ -1,0 +1,41 @@
+"""What ``surgeon verify --against`` found, kept beside the checkpoint for card and page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from tensorsurgeon.checkpoint.sink import publish_bytes
+from tensorsurgeon.checkpoint.small_files import MAX_INDEX_BYTES, parse_json, read_small
+from tensorsurgeon.errors import CheckpointError
+from tensorsurgeon.running.record import add_files
+from tensorsurgeon.verifying.judging import Verification
+from tensorsurgeon.verifying.reporting import verification_as_data
+
+FILE_NAME: Final = "verification.json"
+_WEIGHT_KEYS: Final = ("name", "num_bits", "snr_db", "exact", "floor_db")
+
+
+def write_verification(folder: Path, found: Verification) -> Path:
+    """Keep a verification against the original; folders of this machine are left out."""
+    data = verification_as_data(found)
+    data = {key: value for key, value in data.items() if key not in ("path", "against")}
+    data["weights"] = [{key: weight[key] for key in _WEIGHT_KEYS} for weight in data["weights"]]
+    content = json.dumps(data).encode() + b"\n"
+    publish_bytes(folder / FILE_NAME, content)
+    add_files(folder, {FILE_NAME: content})
+    return folder / FILE_NAME
+
+
+def read_verification(folder: Path) -> dict[str, Any] | None:
+    """What lies beside a checkpoint; None if nothing does, CheckpointError if it is damaged."""
+    path = folder / FILE_NAME
+    if not path.exists():
+        return None
+    try:
+        data = parse_json(read_small(path, MAX_INDEX_BYTES)[0])
+        data["sound"], data["faults"], data["kinds"], data["weights"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"is not what surgeon wrote ({error!r}); verify again", where=str(path)) from error
+    return dict(data)
