@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import click
 
-from tensorsurgeon.cli.terminal import emit
+from tensorsurgeon.cli.terminal import Place, emit
 from tensorsurgeon.errors import VerifyError
 
 _workers = click.option("--workers", type=click.IntRange(1, 256), help="Threads; the cores of this machine by default.")
@@ -35,8 +35,8 @@ def _reading_bar(total: Callable[[], int], quiet: bool) -> Iterator[Callable[[in
         yield advance
 
 
-@click.command()
-@click.argument("path", type=click.Path())
+@click.command(short_help="Show what a checkpoint holds.")
+@click.argument("path", type=Place())
 @_json
 def inspect(path: str, as_json: bool) -> None:
     """Show what the checkpoint PATH holds, from headers alone: tensors, types, shards, quantization, oddities.
@@ -50,9 +50,9 @@ def inspect(path: str, as_json: bool) -> None:
     emit(data, "" if as_json else inspection_as_text(data), as_json)
 
 
-@click.command()
-@click.argument("target", type=click.Path())
-@click.option("--against", type=click.Path(), help="The checkpoint TARGET was made from: account for every tensor of it.")
+@click.command(short_help="Judge a checkpoint, alone or against its source.")
+@click.argument("target", type=Place())
+@click.option("--against", type=Place(), help="The checkpoint TARGET was made from: account for every tensor of it.")
 @_workers
 @_quiet
 @_json
@@ -77,9 +77,9 @@ def verify(ctx: click.Context, target: str, against: str | None, workers: int | 
         ctx.exit(VerifyError.exit_code)
 
 
-@click.command()
-@click.argument("a", type=click.Path())
-@click.argument("b", type=click.Path())
+@click.command(short_help="Show how two checkpoints differ.")
+@click.argument("a", type=Place())
+@click.argument("b", type=Place())
 @click.option("--headers-only", is_flag=True, help="Compare names, types and shapes, and no bytes.")
 @_workers
 @_quiet
