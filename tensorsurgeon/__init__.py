@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tensorsurgeon.version import __version__
 
 if TYPE_CHECKING:
-    from tensorsurgeon.api import apply, describe, diff, inspect, plan, transform, verify
+    from tensorsurgeon.api import apply, describe, diff, inspect, plan, push, transform, verify
     from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
     from tensorsurgeon.checkpoint.folder import Checkpoint, open_checkpoint
     from tensorsurgeon.errors import SurgeonError
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 _HOMES = {
-    "tensorsurgeon.api": ("apply", "describe", "diff", "inspect", "plan", "transform", "verify"),
+    "tensorsurgeon.api": ("apply", "describe", "diff", "inspect", "plan", "push", "transform", "verify"),
     "tensorsurgeon.calibrate.options": ("CalibrationOptions", "DataSource"),
     "tensorsurgeon.checkpoint.folder": ("Checkpoint", "open_checkpoint"),
     "tensorsurgeon.errors": ("SurgeonError",),
@@ -73,7 +73,7 @@ __all__ = [
     "CalibrationOptions", "Cast", "Chain", "Checkpoint", "Concat", "DataSource", "Dequantize", "Drop", "Expect", "Keep",
     "Plan", "Quantize", "Region", "Rename", "Repack", "Reshape", "Rewrite", "RunResult", "SpecMap", "Split", "SplitExperts",
     "Squeeze", "Stack", "StackExperts", "SurgeonError", "TensorSpec", "Transform", "Transpose", "Unsqueeze", "Unstack",
-    "__version__", "apply", "describe", "diff", "inspect", "open_checkpoint", "plan", "transform", "verify",
+    "__version__", "apply", "describe", "diff", "inspect", "open_checkpoint", "plan", "push", "transform", "verify",
 ]  # fmt: skip
 
 

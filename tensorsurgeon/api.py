@@ -22,6 +22,7 @@ from tensorsurgeon.ops.on_the_way import for_source
 from tensorsurgeon.planning.plan import Plan, make_plan
 from tensorsurgeon.planning.report import plan_as_text
 from tensorsurgeon.planning.rewriting import AnyTransform, Chain
+from tensorsurgeon.publish.push import Pushed, push_checkpoint
 from tensorsurgeon.recipes.library import load_transform
 from tensorsurgeon.running.run import RunResult, run_plan
 from tensorsurgeon.tensors.sizes import parse_size
@@ -100,6 +101,11 @@ def inspect(path: Path) -> dict[str, Any]:
 def verify(target: Path, against: Path | None = None) -> Verification:
     """Judge a finished checkpoint, and with ``against`` compare it with its source; look at ``faults``."""
     return verify_checkpoint(target, against)
+
+
+def push(target: Path, repository: str, *, public: bool = False, anyway: bool = False) -> Pushed:
+    """Upload a finished checkpoint to the Hub as ``owner/name``, private unless told otherwise; faults stop it."""
+    return push_checkpoint(target, repository, public=public, anyway=anyway)
 
 
 def diff(a: Path, b: Path) -> Difference:

@@ -7,7 +7,7 @@ SurgeonError
 ├─ PlanError          the two do not fit; nothing was written
 │  ├─ NoMatchError, NameCollisionError, SpecError, BudgetError, TargetError, EngineError
 ├─ ExecutionError     the run stopped; what is on disk can be resumed
-│  ├─ PlanViolationError, NumericError, SinkError, SourceError, Interrupted
+│  ├─ PlanViolationError, NumericError, SinkError, SourceError, PublishError, Interrupted
 ├─ JournalError       the journal of a stopped run cannot be continued
 └─ VerifyError        a finished checkpoint is not what it says it is
 
@@ -46,7 +46,7 @@ class SurgeonError(Exception):
 
 class _InPython(dict[str, str]):
     def __missing__(self, option: str) -> str:
-        return f"{option}=True" if option in ("resume", "overwrite") else option
+        return f"{option}=True" if option in ("resume", "overwrite", "public", "anyway") else option
 
 
 class RecipeError(SurgeonError):
@@ -162,6 +162,12 @@ class SourceError(ExecutionError):
     """Reading failed, or the source changed while it was read."""
 
     exit_code = 44
+
+
+class PublishError(ExecutionError):
+    """The Hub does not take a checkpoint; what was uploaded stays there, and the same call goes on with it."""
+
+    exit_code = 45
 
 
 class Interrupted(ExecutionError):  # noqa: N818  # no fault of the run, so no Error

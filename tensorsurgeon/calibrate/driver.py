@@ -19,10 +19,12 @@ from tensorsurgeon.calibrate.card.budget import BATCH_TOKENS, CardPlan
 from tensorsurgeon.calibrate.card.layers import CardLayers
 from tensorsurgeon.calibrate.card.weights import WeightsAhead
 from tensorsurgeon.calibrate.codes.linears import Linear, linears_by_layer
+from tensorsurgeon.calibrate.codes.rules import share_for
 from tensorsurgeon.calibrate.codes.stage import Layer, Layers, Stage
 from tensorsurgeon.calibrate.codes.stored import StoredLayers
 from tensorsurgeon.calibrate.codes.walked import WalkedLayers
 from tensorsurgeon.calibrate.data.data import CalibrationData
+from tensorsurgeon.calibrate.layer_shards import LayerShards
 from tensorsurgeon.calibrate.log import LOG_NAME, LogRow, log_bytes, rounded_row, summarize
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.state import CalibrationState, Reached
@@ -68,6 +70,7 @@ class Driver:
     linears: Sequence[Linear]
     target: Path
     card: CardPlan | None
+    ahead: int
 
     def execute(
         self,
@@ -85,10 +88,15 @@ class Driver:
         """Run every unit that is not done, as ``run_units`` does, and write the log."""
         by_layer = linears_by_layer(self.linears, len(self.model.layers))
         state = CalibrationState(state_folder(self.target), plan.fingerprint, self.options.write_statistics)
+        shards = LayerShards(plan, source, self.model, by_layer, self.ahead)
+        left = [linear for linear in self.linears if linear.layer is None]
+        outside = dict.fromkeys((linear.module for linear in left), None)
 
         def write(
             units: set[int] | None, codes: Mapping[str, Quantized | None], digests: dict[int, list[str]]
         ) -> dict[int, list[str]]:
+            if units is not None and not units:
+                return digests
             return run_units(
                 plan, source, sink, journal, done=digests, workers=workers, max_ram_bytes=max_ram_bytes, stop=stop,
                 progress=progress, only=None if units is None else sorted(units), codes=Codes(codes),
@@ -98,7 +106,9 @@ class Driver:
             """Everything that has to last before a layer counts as done, in this order."""
             made.next.sync()
             units = {unit for linear in by_layer.get(number, []) for unit in linear.units}
-            digests = write(units, made.codes, before.digests)
+            units |= shards.beside(number, before.digests)
+            digests = write(units, {**made.codes, **outside}, before.digests)
+            shards.passed(number)
             reached = state.advance(before.reached, made.rows, made.next.digest)
             _report(number, len(self.model.layers), made.rows, time.monotonic() - began)
             # Whoever still holds the result must not hold a layer of codes while the next one is made.
@@ -108,7 +118,9 @@ class Driver:
         last = max(by_layer, default=-1)
         with ExitStack() as held:
             layers = self._layers(plan, source, state, workers, stop, held)
-            reached, stage = _begin(state, layers, by_layer, done)
+            reached, stage = _begin(state, layers, shards, by_layer, done)
+            done = write(shards.before_layers(done), outside, done)
+            shards.begun()
             held.callback(stage.close)
             finished = _done(_Finished(dict(done), reached))
             with _finishing(behind=self.card is not None) as submit:
@@ -125,8 +137,7 @@ class Driver:
                     stage = made.next
                 digests, _ = finished.result()
         announce(last + 1, last + 1, "writing the rest")
-        left = [linear for linear in self.linears if linear.layer is None]
-        digests = write(None, dict.fromkeys((linear.module for linear in left), None), digests)
+        digests = write(None, outside, digests)
         rows = [row for number in sorted(by_layer) for row in state.rows(number)]
         rows += [rounded_row(None, linear.module, linear.reason) for linear in left]
         publish_bytes(self.target / LOG_NAME, log_bytes(rows))
@@ -156,7 +167,8 @@ class Driver:
             )  # fmt: skip
         walk = Walk(self.model, read_weights(reader), self.data.tokens, folder=state.folder)
         return WalkedLayers(
-            model=self.model, original=original, options=self.options, walk=walk, state=state, workers=workers, stop=stop
+            model=self.model, original=original, options=self.options, walk=walk, state=state, workers=workers, stop=stop,
+            asymmetric=any(share_for(linear.scheme, linear.method, self.options) for linear in self.linears),
         )  # fmt: skip
 
 
@@ -184,7 +196,11 @@ def _finishing(*, behind: bool) -> Iterator[Callable[..., Future[_Finished]]]:
 
 
 def _begin(
-    state: CalibrationState, layers: Layers, by_layer: Mapping[int, Sequence[Linear]], done: Mapping[int, list[str]]
+    state: CalibrationState,
+    layers: Layers,
+    shards: LayerShards,
+    by_layer: Mapping[int, Sequence[Linear]],
+    done: Mapping[int, list[str]],
 ) -> tuple[Reached, Stage]:
     """Where an earlier run stopped, if every piece of what it left is whole; else before the first layer.
 
@@ -194,9 +210,11 @@ def _begin(
         reached = state.read()
         if reached is not None:
             _check_units(by_layer, reached.layer, done)
+            shards.follow(reached.layer)
             return reached, layers.resumed(reached.layer, reached.states)
     except JournalError as error:
         logger.warning("%s; calibration starts again at the first layer", error)
+    shards.follow(0)
     stage = layers.first()
     stage.sync()
     return state.begin(stage.digest), stage

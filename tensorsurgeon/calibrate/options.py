@@ -51,6 +51,9 @@ class CalibrationOptions:
     their ``own`` over the tokens each is fed.
     ``fallback_tokens``: modules that saw fewer are rounded to nearest instead.
     ``sequential``: a quantized layer's outputs feed the next layer; otherwise the original ones do.
+    ``asymmetric``: how far a linear's target leans towards what the original layers' outputs would give, 0 to 1
+    (``quant.gptq.asymmetric``); None: half at up to 3 bits with signed scales, else not at all. It carries the original layers'
+    states beside the others, and needs ``sequential``.
     ``write_statistics`` and ``read_statistics`` name a folder of statistics to keep, or to use instead of a walk.
     """
 
@@ -63,6 +66,7 @@ class CalibrationOptions:
     minimum_tokens: int = 512
     fallback_tokens: int = 8
     sequential: bool = True
+    asymmetric: float | None = None
     gptq: GptqOptions = field(default_factory=lambda: CalibrationOptions.default_gptq())
     write_statistics: Path | None = None
     read_statistics: Path | None = None
@@ -73,6 +77,12 @@ class CalibrationOptions:
                 raise RecipeError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.minimum_tokens < 0 or self.fallback_tokens < 0:
             raise RecipeError("minimum_tokens and fallback_tokens must not be negative")
+        if self.asymmetric is not None and not 0.0 <= self.asymmetric <= 1.0:
+            raise RecipeError(f"asymmetric must be 0 to 1, found {self.asymmetric}")
+        if self.asymmetric and not self.sequential:
+            raise RecipeError(
+                "asymmetric makes up for errors of layers before, which layers fed with original outputs do not see"
+            )
         for name, known in (("experts", EXPERT_FEEDINGS), ("expert_hessian", EXPERT_HESSIANS)):
             if getattr(self, name) not in known:
                 raise RecipeError(f"unknown {name} {getattr(self, name)!r}{did_you_mean(getattr(self, name), known)}")

@@ -22,7 +22,7 @@ import xxhash
 
 from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.card.budget import capped, plan_card
-from tensorsurgeon.calibrate.codes.linears import find_linears
+from tensorsurgeon.calibrate.codes.linears import Linear, find_linears
 from tensorsurgeon.calibrate.data.data import CalibrationData, load_data
 from tensorsurgeon.calibrate.device import device_named, identity_of, works_on_card
 from tensorsurgeon.calibrate.driver import Driver
@@ -91,11 +91,11 @@ def run_calibrated(
         raise NoMatchError("the steps that ask for statistics quantize nothing")
     # A source that was calibrated itself has a log, which must not take the place of this run's.
     files = plan.files._replace(copied=tuple(name for name in plan.files.copied if name != LOG_NAME))
-    plan = replace(plan, files=files, calibration=_identity(options, data, where), extra_files=(LOG_NAME,))
+    plan = replace(plan, files=files, calibration=_identity(options, data, where, linears), extra_files=(LOG_NAME,))
     card = None
     if on_card and data is not None:
         card = plan_card(model, (*data.tokens.shape, model.hidden_size), where, max_gpu_ram_bytes)
-    driver = Driver(model=model, data=data, options=options, linears=linears, target=Path(target), card=card)
+    driver = Driver(model=model, data=data, options=options, linears=linears, target=Path(target), card=card, ahead=ahead)
     with one_torch_thread(), nullcontext() if card is None else capped(where, card, max_gpu_ram_bytes):
         result = run_plan(
             plan, target, workers=workers, max_ram_bytes=max_ram_bytes, resume=resume, overwrite=overwrite, stop=stop,
@@ -119,10 +119,14 @@ def _check_budget(model: StreamedModel, max_ram_bytes: int) -> None:
         )
 
 
-def _identity(options: CalibrationOptions, data: CalibrationData | None, device: torch.device) -> dict[str, Any]:
+def _identity(
+    options: CalibrationOptions, data: CalibrationData | None, device: torch.device, linears: Sequence[Linear]
+) -> dict[str, Any]:
     """What the record says of the calibration, and the fingerprint depends on."""
     versions = {"torch": torch.__version__, "transformers": _transformers_version()}
     known: dict[str, Any] = {"options": options.identity(), "versions": versions, "device": identity_of(device)}
+    # Nothing else beside the codes says so: no config has a word for it.
+    known["signed_scales"] = sum(linear.scheme.has_signed_scales for linear in linears)
     if data is not None:
         known |= {"sources": list(data.sources), "tokens": list(data.tokens.shape), "digest": data.digest}
     if options.read_statistics is not None:

@@ -93,7 +93,8 @@ class CalibrationState:
             reached, layer=number + 1, states=states, logs=(*reached.logs, _xxh(content)), statistics=(*reached.statistics, kept)
         )
         made = self._write(done)
-        self.states_path(number).unlink(missing_ok=True)
+        for path in (self.states_path(number), self.original_path(number)):
+            path.unlink(missing_ok=True)
         return made
 
     def _write(self, reached: Reached) -> Reached:
@@ -113,6 +114,10 @@ class CalibrationState:
     def states_path(self, number: int) -> Path:
         """The hidden states that go into a layer."""
         return self.folder / f"hidden-{number:05d}.bin"
+
+    def original_path(self, number: int) -> Path:
+        """What the original layers before a layer put out, where it is carried beside the hidden states."""
+        return self.folder / f"original-{number:05d}.bin"
 
 
 def file_digest(path: Path) -> str:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import xxhash
 
@@ -21,25 +21,19 @@ from tensorsurgeon.checkpoint.header import NO_STAMP, ShardHeader
 from tensorsurgeon.checkpoint.hub.snapshot import HubAddress, Snapshot, hub_address
 from tensorsurgeon.checkpoint.index import Index, compare_index, read_index
 from tensorsurgeon.checkpoint.layout import STEMS
+from tensorsurgeon.checkpoint.places import Location, Locations, in_order
 from tensorsurgeon.checkpoint.quantization import with_quantization_beside
 from tensorsurgeon.checkpoint.side_files import SideFiles
 from tensorsurgeon.checkpoint.small_files import Stamp
 from tensorsurgeon.checkpoint.store import Folder, Store
 from tensorsurgeon.checkpoint.weight_files import shards_without_index
 from tensorsurgeon.errors import CheckpointError, IndexMismatchError, MissingTensorError, SourceError, did_you_mean
-from tensorsurgeon.tensors.names import canonical_order, natural_key
-from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
+from tensorsurgeon.tensors.names import natural_key
+from tensorsurgeon.tensors.spec import SpecMap
 
 RECORD_NAME = "surgeon.json"
 STATE_FOLDER = ".surgeon"
 INDEX_NAMES: Final = tuple(f"{stem}.safetensors.index.json" for stem in STEMS)
-
-
-class Location(NamedTuple):
-    """Where a tensor's bytes lie: which shard, first byte in that file."""
-
-    shard: int
-    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +63,7 @@ class Checkpoint:
     root: Path
     shards: tuple[ShardHeader, ...]
     specs: SpecMap
-    locations: tuple[Location, ...]
+    locations: Locations
     metadata: dict[str, str]
     config_text: bytes | None
     side_files: tuple[str, ...]
@@ -249,27 +243,29 @@ def _assemble(
     root = store.root
     shards = tuple(map(store.header, names))
     owner: dict[str, int] = {}
-    places: dict[str, tuple[TensorSpec, Location]] = {}
     metadata: dict[str, str] = {}
     for number, shard in enumerate(shards):
         for key, value in shard.metadata.items():
             metadata.setdefault(key, value)
-        for entry in shard.entries:
-            name = entry.spec.name
-            if name in owner:
+        for spec in shard.specs:
+            if spec.name in owner:
                 raise IndexMismatchError(
-                    f"{name}: lies in two shards, {shards[owner[name]].path.name} and {shard.path.name}", where=str(store)
+                    f"{spec.name}: lies in two shards, {shards[owner[spec.name]].path.name} and {shard.path.name}",
+                    where=str(store),
                 )
-            owner[name] = number
-            places[name] = entry.spec, Location(number, entry.offset)
-    found = [places[name] for name in canonical_order(places)]
-    oddities = [*notes, *(_index_oddities(index, sum(spec.nbytes for spec, _ in found), owner, shards) if index else [])]
+            owner[spec.name] = number
+    total = sum(spec.nbytes for shard in shards for spec in shard.specs)
+    oddities = [*notes, *(_index_oddities(index, total, owner, shards) if index else [])]
     faults = [oddity for oddity in oddities if oddity.kind == "index"]
     if faults and not tolerant:
         more = f" ({len(faults)} such tensors)" if len(faults) > 1 else ""
         raise IndexMismatchError(f"{faults[0]}{more}; the index is stale", where=str(index.path if index else store))
     config_text, config, stamps = read_config(root)
-    config = config if is_single else with_quantization_beside(config, root, (spec for spec, _ in found))
+    if index is not None:
+        # It names every tensor once more, and memory is tightest while they are put in order.
+        index.weight_map.clear()
+    found, locations = in_order(shards, owner)
+    config = config if is_single else with_quantization_beside(config, root, found)
     # Of the folder of a single file only the config belongs to it for certain.
     own = {*names, *INDEX_NAMES, CONFIG_NAME, RECORD_NAME}
     others = SideFiles({}, (), ()) if is_single else store.side_files(own)
@@ -278,8 +274,8 @@ def _assemble(
     return Checkpoint(
         root=root,
         shards=shards,
-        specs=SpecMap((spec for spec, _ in found), config),
-        locations=tuple(location for _, location in found),
+        specs=SpecMap(found, config),
+        locations=locations,
         metadata=metadata or {"format": "pt"},
         config_text=config_text,
         side_files=tuple(others.kept),

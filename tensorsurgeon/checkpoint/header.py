@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,16 +42,31 @@ class Entry(NamedTuple):
 
 
 class ShardHeader(NamedTuple):
-    """What one file holds, in the order of its bytes."""
+    """What one file holds, in the order of its bytes.
+
+    Half a million tensors are not rare, so that there is one object for each, its spec, and numbers lie in arrays.
+    """
 
     path: Path
-    entries: tuple[Entry, ...]
+    specs: tuple[TensorSpec, ...]
+    # The first byte of each, counted from the start of the file.
+    offsets: array[int]
     metadata: dict[str, str]
     file_bytes: int
-    # The raw JSON, so that a fingerprint can notice any change.
-    raw: bytes
-    # Of the file when it was read; headers made in memory have none, nor have those of files elsewhere.
-    stamp: Stamp = NO_STAMP
+    # The JSON as it lies in the file, so that a fingerprint can notice any change; a tenth of its size.
+    compressed: bytes
+    # Of the file when it was read; only headers made in memory have none.
+    stamp: Stamp = Stamp(0, 0, 0, 0)
+
+    @property
+    def entries(self) -> Iterator[Entry]:
+        """Each tensor with its place."""
+        return map(Entry, self.specs, self.offsets)
+
+    @property
+    def raw(self) -> bytes:
+        """The JSON as it lies in the file."""
+        return zlib.decompress(self.compressed)
 
 
 def read_header(path: Path) -> ShardHeader:
@@ -122,21 +139,21 @@ def parse_header(raw: bytes, file_bytes: int, path: Path) -> ShardHeader:
         raise HeaderError(f"the header must be a JSON object, found {type(document).__name__}")
     metadata = _parse_metadata(document.pop(_METADATA, None))
     data_start = 8 + len(raw)
-    found = [_parse_entry(name, value) for name, value in document.items()]
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    found = [_parse_entry(name, value, shapes) for name, value in document.items()]
     _check_text(document, metadata)
     found.sort(key=lambda item: (item[1], item[2]))
     position = 0
-    entries = []
     for spec, begin, end in found:
         if begin != position:
             kind = "overlaps the tensor before it" if begin < position else f"leaves a gap of {begin - position} bytes"
             raise HeaderError(f"{spec.name}: starts at byte {begin}, expected {position}: it {kind}")
         position = end
-        entries.append(Entry(spec, data_start + begin))
     if data_start + position != file_bytes:
         fault = "it is truncated, download it again" if data_start + position > file_bytes else "it has bytes that no tensor owns"
         raise HeaderError(f"the tensors end at byte {data_start + position} but the file at {file_bytes}; {fault}")
-    return ShardHeader(path, tuple(entries), metadata, file_bytes, raw)
+    offsets = array("q", (data_start + begin for _, begin, _ in found))
+    return ShardHeader(path, tuple(spec for spec, _, _ in found), offsets, metadata, file_bytes, zlib.compress(raw, 1))
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -186,7 +203,7 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _parse_entry(name: str, value: Any) -> tuple[TensorSpec, int, int]:
+def _parse_entry(name: str, value: Any, shapes: dict[tuple[int, ...], tuple[int, ...]]) -> tuple[TensorSpec, int, int]:
     if not isinstance(value, dict) or value.keys() != _KEYS:
         raise HeaderError(f"{name}: expected the keys dtype, shape and data_offsets, found {_shown(value)}")
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
@@ -204,7 +221,8 @@ def _parse_entry(name: str, value: Any) -> tuple[TensorSpec, int, int]:
         raise HeaderError(
             f"{name}: {dtype.name}{_shown(shape)} takes {bits / 8:g} bytes but data_offsets {offsets} hold {end - begin}"
         )
-    return TensorSpec(name, dtype, tuple(shape)), begin, end
+    sizes = tuple(shape)
+    return TensorSpec(name, dtype, shapes.setdefault(sizes, sizes)), begin, end
 
 
 def _bits(name: str, shape: list[int], dtype: DType) -> int:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from tensorsurgeon.checkpoint.header import alignment_rank, build_header
+from tensorsurgeon.checkpoint.header import MAX_HEADER_BYTES, alignment_rank, build_header
+from tensorsurgeon.errors import HeaderError
 from tensorsurgeon.tensors.spec import TensorSpec
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
@@ -47,19 +48,39 @@ def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str], max_shard_
 
     Files are called ``stem``, one of ``STEMS``, for libraries find a model by the name of its files.
 
-    A tensor larger than the limit gets a shard of its own. Within a shard wide elements come first (see
+    A tensor larger than the limit gets a shard of its own; where a header would be larger than readers accept, there are more
+    shards. Within a shard wide elements come first (see
     ``alignment_rank``), otherwise the order is kept.
     """
+    try:
+        return _placed(_cut(specs, max_shard_bytes, None), metadata, stem)
+    except HeaderError:
+        # Half a million small tensors fit a shard, and no reader takes their header.
+        return _placed(_cut(specs, max_shard_bytes, MAX_HEADER_BYTES), metadata, stem)
+
+
+def _cut(specs: Sequence[TensorSpec], max_shard_bytes: int, max_header_bytes: int | None) -> list[list[TensorSpec]]:
     groups: list[list[TensorSpec]] = [[]]
-    filled = total = 0
+    filled = header = 0
     for spec in specs:
         nbytes = spec.nbytes
-        if groups[-1] and filled + nbytes > max_shard_bytes:
+        entry = 0 if max_header_bytes is None else _most_header_bytes(spec)
+        if groups[-1] and (filled + nbytes > max_shard_bytes or (max_header_bytes and header + entry > max_header_bytes)):
             groups.append([])
-            filled = 0
+            filled = header = 0
         groups[-1].append(spec)
         filled += nbytes
-        total += nbytes
+        header += entry
+    return groups
+
+
+def _most_header_bytes(spec: TensorSpec) -> int:
+    """A header has no more for a tensor: its name, its sizes, two offsets, and the words between them."""
+    return len(json.dumps(spec.name, ensure_ascii=False).encode()) + len(str(spec.shape)) + 110
+
+
+def _placed(groups: list[list[TensorSpec]], metadata: Mapping[str, str], stem: str) -> Layout:
+    total = sum(spec.nbytes for group in groups for spec in group)
     names = [_shard_name(stem, number, len(groups)) for number in range(len(groups))]
     index = _index(groups, names, total) if len(groups) > 1 else None
     shards = []

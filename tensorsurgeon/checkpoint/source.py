@@ -57,10 +57,6 @@ class Source:
     def follow(self, steps: Sequence[Collection[int]], keep_steps: int | None = None) -> None:
         """What will be read, step after step: the shards of each. Of use to a source that is streamed."""
 
-    def held(self, step: int) -> Collection[int]:
-        """The shards that can be read during all of a step; all of them, where none is fetched."""
-        return range(len(self._paths))
-
     def passed(self, step: int) -> None:
         """Nothing of this step will be read again, not even by a run that resumes this one."""
 

@@ -9,7 +9,8 @@ from typing import Self
 
 import numpy as np
 
-from tensorsurgeon.checkpoint.folder import Checkpoint, Location
+from tensorsurgeon.checkpoint.folder import Checkpoint
+from tensorsurgeon.checkpoint.places import Location
 from tensorsurgeon.checkpoint.source import Source, open_source
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.tensors.spec import TensorSpec
@@ -30,17 +31,17 @@ class TensorReader:
         self.checkpoint = checkpoint
         self.specs = checkpoint.specs
         self._progress = progress
-        self._locations: dict[str, Location] = dict(zip(checkpoint.specs, checkpoint.locations, strict=True))
+        self._numbers = {name: number for number, name in enumerate(checkpoint.specs)}
         self._source = source or open_source(checkpoint)
         self._is_own = source is None
 
     def location(self, name: str) -> Location:
         """Which shard a tensor lies in, and where."""
-        return self._locations[name]
+        return self.checkpoint.locations[self._numbers[name]]
 
     def bytes_of(self, name: str, start: int, nbytes: int) -> np.ndarray:
         """uint8 [nbytes] from byte ``start`` of a tensor."""
-        shard, offset = self._locations[name]
+        shard, offset = self.location(name)
         return self.shard_bytes(shard, offset + start, nbytes)
 
     def shard_bytes(self, shard: int, offset: int, nbytes: int) -> np.ndarray:
@@ -66,7 +67,7 @@ class TensorReader:
     def rows_into(self, name: str, start: int, stop: int, view: memoryview) -> int:
         """Fill the front of ``view`` with rows of a tensor seen as [-1, last axis]; returns their bytes."""
         spec = self.specs[name]
-        shard, offset = self._locations[name]
+        shard, offset = self.location(name)
         nbytes = (stop - start) * spec.row_bytes
         self._source.read_into(shard, offset + start * spec.row_bytes, view[:nbytes])
         self._progress(nbytes)

@@ -35,6 +35,9 @@ _OPTIONS: Final = (
     click.option("--fallback-tokens", type=click.IntRange(0),
                  help="Modules that saw fewer are rounded to nearest.  [default: 8]"),
     click.option("--no-sequential", is_flag=True, help="Feed each layer what the original layers put out."),
+    click.option("--asymmetric", type=click.FloatRange(0.0, 1.0), metavar="SHARE",
+                 help="How far each layer makes up for the errors of those before it, 0 to 1.  "
+                      "[default: 0.5 at 2 and 3 bits with signed scales, else 0]"),
     click.option("--damp-percent", type=click.FloatRange(0.0),
                  help="Share of the Hessian's mean diagonal added to it.  [default: 0.01]"),
     click.option("--no-search", is_flag=True, help="Keep the scales of the scheme's rule."),
@@ -46,7 +49,8 @@ _OPTIONS: Final = (
 )  # fmt: skip
 _NAMES: Final = (
     "sources", "samples", "sequence_length", "seed", "experts", "expert_hessian", "minimum_tokens", "fallback_tokens",
-    "no_sequential", "damp_percent", "no_search", "no_polish", "write_statistics", "read_statistics", "device", "max_gpu_ram",
+    "no_sequential", "asymmetric", "damp_percent", "no_search", "no_polish", "write_statistics", "read_statistics", "device",
+    "max_gpu_ram",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 
 
 @contextmanager
-def _reading_bar(total: Callable[[], int], quiet: bool) -> Iterator[Callable[[int], None]]:
+def reading_bar(total: Callable[[], int], quiet: bool) -> Iterator[Callable[[int], None]]:
     """A bar in bytes with time left, on stderr; silent when nobody looks, and then nothing is counted either."""
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
@@ -70,7 +70,7 @@ def verify(ctx: click.Context, target: str, against: str | None, workers: int | 
     from tensorsurgeon.verifying.judging import bytes_to_read
     from tensorsurgeon.verifying.reporting import verification_as_data, verification_as_text
 
-    with _reading_bar(lambda: bytes_to_read(target, against), quiet) as advance:
+    with reading_bar(lambda: bytes_to_read(target, against), quiet) as advance:
         found = verifying.verify(target, against, workers=workers, progress=advance)
     emit(verification_as_data(found) if as_json else None, "" if as_json else verification_as_text(found), as_json)
     if not found.is_sound:
@@ -93,7 +93,7 @@ def diff(ctx: click.Context, a: str, b: str, headers_only: bool, workers: int | 
     """
     from tensorsurgeon.look.diffing import bytes_to_compare, diff_checkpoints, difference_as_data, difference_as_text
 
-    with _reading_bar(lambda: bytes_to_compare(a, b), quiet or headers_only) as advance:
+    with reading_bar(lambda: bytes_to_compare(a, b), quiet or headers_only) as advance:
         found = diff_checkpoints(a, b, headers_only=headers_only, workers=workers, progress=advance)
     emit(difference_as_data(found) if as_json else None, "" if as_json else difference_as_text(found), as_json)
     if not found.is_equal:

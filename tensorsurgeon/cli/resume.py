@@ -78,6 +78,10 @@ def go_on(context: click.Context, target: str, given: Sequence[str], quiet: bool
         except (OSError, ValueError) as error:
             raise JournalError(f"the run was begun in {folder}, which cannot be entered", where=target) from error
     transform, source, *options = words
+    hub = identity.get("hub")
+    if isinstance(hub, dict):
+        # The branch may have moved on; what is done is of this commit.
+        source = f"{hub.get('repository')}@{hub.get('commit')}"
     shown = [] if not quiet else ["--quiet"]
     shown += ["--json"] if as_json else []
     if not quiet:

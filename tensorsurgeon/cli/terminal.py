@@ -92,7 +92,7 @@ class _Flags(dict[str, str]):
 
 
 # A parameter of the repack transform, no option of the command.
-_FLAGS = _Flags(inexact_scales="--set inexact_scales")
+_FLAGS = _Flags(inexact_scales="--set inexact_scales", verify="surgeon verify")
 
 
 def told(error: SurgeonError) -> str:

@@ -68,6 +68,8 @@ class Format(Protocol):
     """What ``word_in`` finds in the config of a checkpoint that is stored in this layout."""
     activations: ClassVar[tuple[str, ...]]
     """What its config can tell engines to do with inputs (``dynamic``, ``none``), the default first."""
+    unsigned_because: ClassVar[str] = ""
+    """Why calibrated codes of symmetric integers do not get signed scales unless asked for; empty where they do."""
     optional: ClassVar[frozenset[str]] = frozenset()
     """Local names that a stored module may lack."""
 

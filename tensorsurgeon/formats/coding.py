@@ -16,12 +16,13 @@ from tensorsurgeon.quant.scheme import Scheme
 class Stored:
     """The detail of a rewrite that reads a module of a quantized source.
 
-    ``names``: its tensors by local name, in the order of the rewrite's inputs.
+    ``names``: its tensors by local name, in the order of the rewrite's inputs. ``transposed``: the float weight lies [in, out].
     """
 
     format: Format
     scheme: Scheme
     names: tuple[str, ...]
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ class Coverage(NamedTuple):
     (``x.mlp.experts``), and ``expert_leaves`` their linears (``gate_proj``). ``float_linears`` and
     ``float_experts``: the same left unquantized, without the MTP head if that is wholly unquantized; then
     ``float_mtp`` has its modules, expert lists folded. ``tied_head``: engines make an ``lm_head`` of which the
-    file has no tensor.
+    file has no tensor. ``has_parts``: the text model is one part of several, which loaders may put elsewhere.
     """
 
     linears: dict[str, Scheme]
@@ -36,6 +36,7 @@ class Coverage(NamedTuple):
     float_experts: tuple[str, ...]
     float_mtp: tuple[str, ...]
     tied_head: bool
+    has_parts: bool
 
     def schemes(self) -> dict[Scheme, list[str]]:
         """Linears and expert lists under each scheme."""
@@ -92,13 +93,13 @@ def cover(model: QuantizedModel) -> Coverage:
         float_experts = [name for name in float_experts if not is_mtp(name)]
     return Coverage(
         linears, experts, tuple(leaves), tuple(float_linears), tuple(float_experts), tuple(float_mtp),
-        "lm_head.weight" not in model.specs and "lm_head" not in linears,
+        "lm_head.weight" not in model.specs and "lm_head" not in linears, described.sizes.has_text_config,
     )  # fmt: skip
 
 
 def layout_of(scheme: Scheme) -> Scheme:
-    """The scheme without what no file shows: whose rule found the scales, with what search, stored as what."""
-    return replace(scheme, rule="compressed-tensors", clip_search=False, scale_dtype=None)
+    """The scheme without what no config shows: whose rule found the scales, with what signs and search, stored as what."""
+    return replace(scheme, rule="compressed-tensors", signed=None, clip_search=False, scale_dtype=None)
 
 
 def _fold_quantized(model: QuantizedModel) -> tuple[dict[str, Scheme], dict[str, Scheme], dict[str, None]]:

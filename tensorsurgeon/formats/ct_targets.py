@@ -13,7 +13,7 @@ from typing import Final
 
 from tensorsurgeon.formats.coverage import Coverage
 from tensorsurgeon.models.mtp import head_expressions, named_apart
-from tensorsurgeon.models.patterns import exact_pattern, patterns_for
+from tensorsurgeon.models.patterns import exact_pattern, patterns_for, renamed_by_loaders, spellings
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.expressions import Expression
 
@@ -29,8 +29,8 @@ class Matcher:
         self.expressions = [Expression.of_config(e.removeprefix("re:")) for e in entries if e.startswith("re:")]
 
     def matches(self, module: str) -> bool:
-        """Whether an entry names this module; class names do not count."""
-        return module in self.exact or any(e.match(module) for e in self.expressions)
+        """Whether an entry names this module, as the file calls it or as loaders do; class names do not count."""
+        return any(name in self.exact or any(e.match(name) for e in self.expressions) for name in (module, *spellings(module)))
 
     @property
     def takes_all_linears(self) -> bool:
@@ -42,7 +42,8 @@ def ignore_list(coverage: Coverage) -> list[str]:
     """Every unquantized module by its exact name; expert lists and an unquantized MTP head by expressions.
 
     Engines ask for a layer's experts as ``<layer>.mlp.experts.0.gate_proj``, also where the file has them fused. Of an MTP head
-    that is quantized in part, each float linear is an expression: plain names under ``mtp.`` are dropped.
+    that is quantized in part, each float linear is an expression: plain names under ``mtp.`` are dropped. Where transformers
+    calls modules otherwise than the file, expressions say the same in its names.
     """
     quantized = coverage.quantized_names()
     experts = patterns_for(coverage.float_experts, coverage.float_experts, quantized)
@@ -51,7 +52,17 @@ def ignore_list(coverage: Coverage) -> list[str]:
         *(f"re:{pattern}" for pattern in experts),
         *(["lm_head"] if coverage.tied_head else []),
         *(f"re:{pattern}" for pattern in head_expressions(coverage.float_mtp)),
+        *(f"re:{pattern}" for pattern in loaders_names(coverage)),
     ]
+
+
+def loaders_names(coverage: Coverage) -> list[str]:
+    """Expressions for the float linears that a loader may know by other names than the file."""
+    if not coverage.has_parts:
+        return []
+    return renamed_by_loaders(
+        coverage.float_linears, [*coverage.float_linears, *coverage.linears, *coverage.experts], coverage.quantized_names()
+    )
 
 
 def target_lists(coverage: Coverage) -> dict[Scheme, list[str]]:

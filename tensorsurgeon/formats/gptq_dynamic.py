@@ -18,7 +18,7 @@ from tensorsurgeon.formats.config_reading import TOP, boolean, integer
 from tensorsurgeon.formats.coverage import Coverage
 from tensorsurgeon.models.fused import fused_name
 from tensorsurgeon.models.mtp import MTP_RULE, MTP_WORD, head_expressions, head_paths, named_apart
-from tensorsurgeon.models.patterns import patterns_for
+from tensorsurgeon.models.patterns import patterns_for, spellings
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.expressions import Expression
 
@@ -83,9 +83,10 @@ class DynamicRules:
             self.rules.append((pattern, None if key.startswith("-:") else _overridden(base, overrides, path)))
 
     def scheme_for(self, module: str) -> Scheme | None:
-        """The scheme of a module; None where a rule leaves it alone."""
+        """The scheme of a module, as the file or a loader calls it; None where a rule leaves it alone."""
+        names = (module, *spellings(module))
         for pattern, scheme in self.rules:
-            if pattern.match(module):
+            if any(map(pattern.match, names)):
                 return scheme
         return self.base
 

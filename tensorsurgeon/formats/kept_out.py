@@ -1,5 +1,7 @@
 """Lists of modules that are not quantized, as transformers and ModelOpt match them.
 
+Tools write the names that their loader has, which for models of several parts are others than the file's.
+
 An entry is a module, all that lies under a module (``model.vision_tower``), the end of many names (``mlp.gate``), or has
 stars in it (``model.layers.*.self_attn``).
 """
@@ -9,6 +11,8 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable
+
+from tensorsurgeon.models.patterns import spellings
 
 
 class KeptOut:
@@ -24,6 +28,9 @@ class KeptOut:
         return bool(self.plain or self.expressions)
 
     def __contains__(self, module: str) -> bool:
+        return self._names(module) or any(map(self._names, spellings(module)))
+
+    def _names(self, module: str) -> bool:
         if module in self.plain or any(expression.match(module) for expression in self.expressions):
             return True
         parts = module.split(".")

@@ -15,9 +15,10 @@ from tensorsurgeon.errors import ConfigError
 from tensorsurgeon.formats.base import ConfigFiles, QuantizedModel, Word
 from tensorsurgeon.formats.config_reading import TOP, schemes_of, section, strings
 from tensorsurgeon.formats.coverage import Coverage, cover
+from tensorsurgeon.formats.ct_targets import loaders_names
 from tensorsurgeon.models.experts import expert_list
 from tensorsurgeon.models.mtp import head_expressions, named_apart
-from tensorsurgeon.models.patterns import exact_pattern
+from tensorsurgeon.models.patterns import exact_pattern, spellings
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.expressions import Expression
 from tensorsurgeon.tensors.spec import SpecMap
@@ -96,7 +97,8 @@ def exclude(coverage: Coverage) -> list[str]:
     ``<layer>.mlp.experts``.
     """
     of_head = [exact_pattern(name) for name in coverage.float_linears if named_apart(name)]
-    return [*coverage.left_out(), *(f"re:{e}" for e in (*of_head, *head_expressions(coverage.float_mtp)))]
+    others = [*head_expressions(coverage.float_mtp), *loaders_names(coverage)]
+    return [*coverage.left_out(), *(f"re:{e}" for e in (*of_head, *others))]
 
 
 def read_config(
@@ -162,4 +164,6 @@ class Excluded:
         self.expressions = [Expression.of_config(e) for e in expressions]
 
     def __contains__(self, module: str) -> bool:
-        return module in self.exact or expert_list(module) in self.exact or any(e.match(module) for e in self.expressions)
+        if expert_list(module) in self.exact:
+            return True
+        return any(name in self.exact or any(e.match(name) for e in self.expressions) for name in (module, *spellings(module)))

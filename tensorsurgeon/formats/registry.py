@@ -50,6 +50,7 @@ READ_ONLY: Final[dict[str, Entry]] = {
     "fbgemm-fp8": Entry("fbgemm_fp8", _HERE + "hf_fp8:HfFp8"),
     "modelopt-fp8": Entry("modelopt", _HERE + "modelopt_fp8:ModelOptFp8"),
     "modelopt-nvfp4": Entry("modelopt", _HERE + "modelopt_nvfp4:ModelOptNvfp4"),
+    "mxfp4": Entry("mxfp4", _HERE + "mxfp4_blocks:Mxfp4Blocks"),
 }
 """Formats that checkpoints are published in and that nothing here writes."""
 

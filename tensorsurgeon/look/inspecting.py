@@ -9,7 +9,8 @@ from typing import Any
 
 from tensorsurgeon.checkpoint.folder import STATE_FOLDER, Checkpoint, open_checkpoint
 from tensorsurgeon.errors import SurgeonError
-from tensorsurgeon.models.describe import describe_model, unquantized_linears
+from tensorsurgeon.models.describe import describe_model
+from tensorsurgeon.models.floats import unquantized_linears
 from tensorsurgeon.planning.report import group_specs, grouped_name, table
 from tensorsurgeon.running.record import read_record
 from tensorsurgeon.tensors.sizes import show_size
@@ -38,7 +39,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         "dtypes": {
             name: {"tensors": count, "bytes": nbytes} for name, (count, nbytes) in sorted(dtypes.items(), key=lambda d: -d[1][1])
         },
-        "shards": [{"name": s.path.name, "bytes": s.file_bytes, "tensors": len(s.entries)} for s in checkpoint.shards],
+        "shards": [{"name": s.path.name, "bytes": s.file_bytes, "tensors": len(s.specs)} for s in checkpoint.shards],
         "has_index": checkpoint.has_index,
         "family": describe_model(checkpoint.specs).known_by,
         "groups": _groups(checkpoint.specs),

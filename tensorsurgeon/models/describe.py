@@ -7,20 +7,20 @@ differ in their numbers only are one form, decided once: the 35 B model has 62,0
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from tensorsurgeon.errors import RecipeError, did_you_mean
 from tensorsurgeon.models.asked.answers import Answer, answer_for
-from tensorsurgeon.models.experts import EXPERTS, is_expert_list, numbered
+from tensorsurgeon.models.experts import EXPERTS, numbered
 from tensorsurgeon.models.families import Family, family_of
 from tensorsurgeon.models.fused import Fusions
 from tensorsurgeon.models.roles import LINEARS, NO_LINEARS, PARTS, WITHOUT_CONFIG, Role, Use
 from tensorsurgeon.models.rules import LAYERS, Known, part_of, role_inside, role_outside
 from tensorsurgeon.models.sizes import Sizes
 from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
-from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
+from tensorsurgeon.tensors.spec import SpecMap
 
 _FIRST: Final = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 ROLES: Final[dict[str, frozenset[Role]]] = {role.value: frozenset((role,)) for role in Role} | {
@@ -48,6 +48,7 @@ class Model:
 
     def __init__(self, specs: SpecMap) -> None:
         self._specs = specs
+        self.config = specs.config
         self.sizes = Sizes(specs.config)
         self._uses: dict[tuple[_Place, tuple[int, ...]], Use] = {}
         self._of_experts: dict[tuple[str, str, tuple[int, ...]] | None, Use] = {}
@@ -292,22 +293,3 @@ def describe_model(specs: SpecMap) -> Model:
     if not isinstance(found, Model):
         found = specs.model = Model(specs)
     return found
-
-
-def unquantized_linears(specs: SpecMap, quantized: Mapping[str, Any]) -> list[str]:
-    """Modules with a float weight that an engine could take for a linear, and stacked experts, in file order."""
-    model = describe_model(specs)
-    linears = frozenset(model.linears())
-    found: dict[str, None] = {}
-    for name, dtype, shape in specs.values():
-        if len(shape) not in (2, 3) or dtype not in WEIGHT_DTYPES:
-            continue
-        module = name.rpartition(".")[0]
-        if (len(shape) == 2 and module in linears and module not in quantized) or (len(shape) == 3 and is_expert_list(module)):
-            found[module] = None
-    return list(found)
-
-
-def stacked_weight(spec: TensorSpec) -> bool:
-    """Whether a tensor holds the experts of a layer, stacked."""
-    return len(spec.shape) == 3 and is_expert_list(spec.module)

@@ -27,7 +27,7 @@ _AUDIO = _words(r"^(audio|speech|sound)")
 
 _ADAPTER = _words(r"^lora_[ab]$")
 _NORM = _words(r"norm|^ln(_|\d|$)|_ln(_|$)")
-_RESIDUAL = _words(r"hyper_connection|altup|laurel|(^|_)res_proj$|^ple$|^per_layer_")
+_RESIDUAL = _words(r"hyper_connection|(^|_)hc(_|$)|altup|laurel|(^|_)res_proj$|^ple$|^per_layer_")
 _INDEXER = _words(r"^(indexer|compressor)$|^index_")
 # A linear may be called after the embedding that it projects (Gemma: `embedding_projection`).
 _EMBEDDING = _words(r"embed(?!.*proj)|^w[tp]e$|relative_attention_bias")
@@ -38,6 +38,8 @@ _EXPERTS: Final = "experts"
 _ROUTER: Final = "router"
 _GATE = _words(r"gate|router|classifier|^wg$")
 _GATES_OF_LINEAR_ATTENTION: Final = frozenset(("in_proj_a", "in_proj_b", "in_proj_ba"))
+# Decays and skips of a state space are parameters of its mixer, perhaps matrices, and no linears.
+_STATE: Final = frozenset(("A_log", "A", "D", "dt_bias"))
 _MIXER = _words(r"(^|\.)mixer\.(in_proj|out_proj|x_proj|dt_proj)$")
 _LINEAR_ATTENTION = _words(r"^(linear_attn|linear_attention|mamba\d?|mamba_\w+|ssm|short_conv|conv|recurrent|lightning_\w+)$")
 _ATTENTION = _words(r"attn|attention|^self$")
@@ -127,6 +129,8 @@ def role_inside(prefix: str, path: list[str], leaf: str, shape: tuple[int, ...],
         return Role.HEAD, by_name
     if len(shape) >= 3:
         return (Role.EXPERT, "one slice per expert") if shape[0] in known.experts else (Role.CONVOLUTION, "no matrix")
+    if leaf in _STATE and path:
+        return Role.LINEAR_ATTENTION, by_name
     if last in _GATES_OF_LINEAR_ATTENTION:
         return Role.LINEAR_ATTENTION_GATE, by_name
     if any(_LINEAR_ATTENTION.match(word) for word in path) or _MIXER.search(".".join(path)):

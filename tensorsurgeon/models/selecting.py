@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tensorsurgeon.errors import NoMatchError, PlanError, SpecError
-from tensorsurgeon.models.describe import Model, describe_model, masked, stacked_weight
+from tensorsurgeon.models.describe import Model, describe_model, masked
 from tensorsurgeon.models.experts import after_splitting, numbered
+from tensorsurgeon.models.floats import stacked_weight
 from tensorsurgeon.models.roles import LINEARS, NO_LINEARS, PARTS, Role
 from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
 from tensorsurgeon.tensors.names import Pattern, Selector
@@ -40,8 +41,20 @@ def selected_linears(specs: SpecMap, where: Sequence[str], exclude: Sequence[str
     _refuse_left_over(specs, model, chosen, linears)
     _refuse_transposed(specs, model, linears)
     if chosen and not linears:
-        raise NoMatchError(f"none of the {len(chosen)} tensors that {', '.join(where)} selects is a linear's weight")
+        raise NoMatchError(
+            f"none of the {len(chosen)} tensors that {', '.join(where)} selects is a linear's weight{_built_float(specs, model)}"
+        )
     return linears
+
+
+def _built_float(specs: SpecMap, model: Model) -> str:
+    """Where engines build all linears without a config: the first of them, why it stays, and how it is quantized all the same."""
+    for name in specs:
+        use = model.use(name)
+        if use.role in LINEARS and not use.has_config and _is_linear(specs, model, name):
+            pattern = "{path*}." + masked(name).rpartition("*.")[2]
+            return f"; {name}: {use.how}, so codes would have no reader; '{pattern}' in where quantizes it for another engine"
+    return ""
 
 
 def _is_linear(specs: SpecMap, model: Model, name: str) -> bool:

@@ -19,6 +19,11 @@ class Sizes:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
 
+    @property
+    def has_text_config(self) -> bool:
+        """Whether the text model's sizes stand in a part of the config."""
+        return any(isinstance(self._config.get(key), Mapping) for key in _TEXT_CONFIGS[:-1])
+
     @cached_property
     def experts(self) -> frozenset[int]:
         """Experts of a layer, in every way in which they can be counted."""

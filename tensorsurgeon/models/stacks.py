@@ -1,7 +1,8 @@
 """Which tensors hold the experts of a layer, and where in them each expert's linears lie.
 
-A family's table decides where it can. Else the usual stack is taken, ``gate_up_proj`` [E, 2I, H] with the gate first and
-``down_proj`` [E, H, I], and only if its shape says the same: halves of equal size look alike however they lie.
+A family's table decides where it can, then transformers' class if it holds transposed ones. Else the usual stack is taken,
+``gate_up_proj`` [E, 2I, H] with the gate first and ``down_proj`` [E, H, I], and only if its shape says the same: halves of equal
+size look alike however they lie.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from tensorsurgeon.errors import SpecError
+from tensorsurgeon.models.asked.answers import stacks_wanted
 from tensorsurgeon.models.describe import Model, describe_model
 from tensorsurgeon.models.experts import is_expert_list
 from tensorsurgeon.models.families import Stack
@@ -60,7 +62,22 @@ def stacked_tensors(specs: SpecMap) -> dict[str, Stacked]:
         else:
             if len(spec.shape) == 3 and is_expert_list(spec.module):
                 found[name] = _usual(model, spec)
+            elif len(spec.shape) == 2 and is_expert_list(spec.module) and name.endswith("_bias"):
+                weight = specs.get(name.removesuffix("_bias"))
+                if weight is not None and len(weight.shape) == 3:
+                    found[name] = _usual(model, weight)._replace(spec=spec, is_bias=True)
     return found
+
+
+def axes_of_stack(specs: SpecMap, name: str) -> tuple[str, str] | None:
+    """The axes of each expert's matrix in the float stack of this name; None if neither a table nor a class says them."""
+    family = describe_model(specs).family
+    for _, inside in layer_cuts(name):
+        for stack in () if family is None else family.experts:
+            if inside == stack.tensor:
+                return stack.axes
+    wanted = stacks_wanted(specs.config)
+    return None if wanted is None else wanted.axes
 
 
 def layer_cuts(name: str) -> Iterator[tuple[str, str]]:
@@ -116,10 +133,14 @@ def _matrix(stacked: Stacked) -> tuple[int, int]:
 
 
 def _usual(model: Model, spec: TensorSpec) -> Stacked:
-    """A stack that no table names, if its shape says that it is the usual one."""
+    """A stack that no table names, as transformers' class holds it, or if its shape says that it is the usual one."""
     parts = _USUAL.get(spec.name.rpartition(".")[2])
     if parts is None:
         raise SpecError(f"{spec}: a stack of experts, but not known is which linears it holds, and how")
+    wanted_form = stacks_wanted(model.config)
+    if wanted_form is not None and wanted_form.axes == ("in", "out"):
+        stack = Stack(spec.name.rpartition(".")[2], "", parts, wanted_form.axes, False, wanted_form.interleaved)
+        return _checked(model, Stacked(spec, spec.module, stack, spec.shape[0], False))
     experts, hidden, inner = model.expert_count, model.sizes.hidden, model.sizes.expert_width
     if not (experts and hidden and inner):
         raise SpecError(

@@ -15,6 +15,7 @@ from tensorsurgeon.formats.registry import quantization_config
 from tensorsurgeon.formats.scales import INPUT_SCALES, KV_SCALES
 from tensorsurgeon.ops.row_blocks import block_scratch, codes_scratch, row_blocks, stored_pieces, stored_specs
 from tensorsurgeon.ops.stored_modules import cache_scales, stored_modules, unpack
+from tensorsurgeon.ops.stored_stacks import stored_stacks
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.quant.rtn.backend import choose_backend
 from tensorsurgeon.tensors.arrays import empty
@@ -46,12 +47,15 @@ class Dequantize:
             for inputs, start, stop in stored_pieces(module, target, specs):
                 made = Region(target) if stop - start == target.shape[0] else Region(target, start, stop)
                 rewrites.append(Rewrite(inputs, (made,), detail=module.stored))
+        rewrites += stored_stacks(specs, DTYPES[self.dtype])
         return (*rewrites, *cache_scales(specs))
 
     def scratch_bytes(self, rewrite: Rewrite) -> int:
         """The codes, a byte each, scales in F32, and the values of a few rows."""
         elements = prod(rewrite.outputs[0].shape)
-        return codes_scratch(elements, stored_specs(rewrite.inputs), 2) + block_scratch(elements)
+        stored = stored_in(rewrite.detail)
+        turned = elements * rewrite.outputs[0].spec.dtype.bits // 8 if stored is not None and stored.transposed else 0
+        return turned + codes_scratch(elements, stored_specs(rewrite.inputs), 2) + block_scratch(elements)
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
         target = rewrite.outputs[0].spec
@@ -60,13 +64,14 @@ class Dequantize:
         try:
             # How scales are stored matters to those who choose codes.
             backend = choose_backend(self.backend, replace(stored.scheme, scale_dtype=None), target.dtype)
-            weight = empty(rewrite.outputs[0].shape, np.dtype(target.dtype.numpy))
+            shape = rewrite.outputs[0].shape
+            weight = empty(shape[::-1] if stored.transposed else shape, np.dtype(target.dtype.numpy))
             first = rewrite.outputs[0].start or 0
             with np.errstate(over="ignore", invalid="ignore"):
                 for start, stop, rows in row_blocks(unpack(stored, inputs), stored.scheme):
                     weight[start:stop] = backend.dequantize(rows, stored.scheme, target.dtype)
                     _refuse_nonfinite(weight[start:stop], first + start)
-            return (weight,)
+            return (np.ascontiguousarray(weight.T) if stored.transposed else weight,)
         except SurgeonError as error:
             raise NumericError(f"{target.module}: {error.message}") from error
 

@@ -35,7 +35,9 @@ class Quantize:
     A role in ``where`` (``role:attention``) means the weights of its linears; a matrix whose role is not known then
     stops the plan, unless a pattern names it.
     Whatever is not given (``num_bits``, ``group_size``, ``symmetric``, ``rule``) is the format's default. ``rule``
-    names the tool whose scales and rounding are matched to the bit. ``activations`` is what the config tells the
+    names the tool whose scales and rounding are matched to the bit. ``signed`` scales make the extreme value of each group the
+    lowest code of a symmetric integer grid, whatever its sign (``Scheme.signed``): as the rule has it for ``rtn``, and what
+    other methods start from unless the format's engines speak against it. ``activations`` is what the config tells the
     engine to do with inputs. Methods other than ``rtn`` need calibration.
     """
 
@@ -47,6 +49,7 @@ class Quantize:
     group_size: int | None = None
     symmetric: bool | None = None
     rule: Rule | None = None
+    signed: bool | None = None
     scale_dtype: str | None = None
     block: tuple[int, ...] | None = None
     clip_search: bool = False
@@ -80,11 +83,19 @@ class Quantize:
             "group_size": self.group_size,
             "symmetric": self.symmetric,
             "rule": self.rule,
+            "signed": self.signed,
             "scale_dtype": None if self.scale_dtype is None else dtype_named(self.scale_dtype),
             "block": self.block,
             "clip_search": self.clip_search or None,
         }
-        return replace(self.layout.default_scheme(), **{k: v for k, v in given.items() if v is not None})
+        scheme = replace(self.layout.default_scheme(), **{k: v for k, v in given.items() if v is not None})
+        is_symmetric_int = scheme.type == "int" and scheme.symmetric
+        if self.signed and not is_symmetric_int:
+            kind = f"{scheme.type} codes" if scheme.type != "int" else "codes with zero points"
+            raise RecipeError(f"quantize: signed scales are those of symmetric integer codes; {self.format} writes {kind} here")
+        if self.method != "rtn" and self.signed is None and is_symmetric_int and not self.layout.unsigned_because:
+            return replace(scheme, signed=True)
+        return scheme
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         chosen = selected_linears(specs, self.where, self.exclude)

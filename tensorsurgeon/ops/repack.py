@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from tensorsurgeon.errors import NumericError, SpecError, SurgeonError
+from tensorsurgeon.errors import NumericError, PlanError, SpecError, SurgeonError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.coding import Repacked, Stored, Written, stored_in, written_by
 from tensorsurgeon.formats.registry import format_named
@@ -63,6 +63,10 @@ class Repack:
                 continue
             for inputs, start, stop in stored_pieces(module, weight, specs):
                 rewrites.append(Rewrite(inputs, written_rows(outputs, start, stop, weight.shape[0]), detail=repacked))
+        if not rewrites:
+            raise PlanError(
+                "mxfp4: its codes lie in stacks, which repack does not cut; quantize, which dequantizes them on the way"
+            )
         return (*rewrites, *cache_scales(specs))
 
     def _target_scheme(self, stored: Scheme, weight: TensorSpec) -> Scheme:

@@ -30,11 +30,11 @@ class Round:
             if name not in unpacked or spec.dtype is not F32 or dtype is F32:
                 continue
             made = spec._replace(dtype=dtype)
-            if len(spec.shape) != 2 or not is_large(spec):
+            if len(spec.shape) not in (2, 3) or not is_large(spec):
                 rewrites.append(Rewrite((Region(spec),), (Region(made),)))
                 continue
-            # The pieces in which the weight was unpacked.
-            step = chunk_rows(spec)
+            # The pieces in which the weight was unpacked, of a stack the experts.
+            step = chunk_rows(spec) if len(spec.shape) == 2 else spec.shape[1]
             for start in range(0, spec.rows, step):
                 stop = min(start + step, spec.rows)
                 rewrites.append(Rewrite((Region(spec, start, stop),), (Region(made, start, stop),)))

@@ -11,6 +11,7 @@ import numpy as np
 from tensorsurgeon.errors import NumericError, PlanError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.coding import Stored
+from tensorsurgeon.formats.mxfp4_blocks import Mxfp4Blocks
 from tensorsurgeon.formats.registry import formats_of, quantization_config
 from tensorsurgeon.formats.scales import KV_SCALES, ZERO_POINT
 from tensorsurgeon.formats.stored_checks import check_stored, lies_beside_codes, refuse_left_behind
@@ -49,6 +50,8 @@ def stored_modules(specs: SpecMap, may_drop: Sequence[str] = ()) -> list[StoredM
     schemes: dict[str, tuple[Format, Scheme]] = {}
     for layout in formats_of(specs.config, specs):
         schemes.update((module, (layout, scheme)) for module, scheme in layout.read_config(config, specs).items())
+    if not schemes and any(isinstance(layout, Mxfp4Blocks) for layout in formats_of(specs.config, specs)):
+        return []
     if not schemes:
         raise PlanError("config.json has no quantization_config: the checkpoint is not quantized, there is nothing to unpack")
     owned: dict[str, dict[str, TensorSpec]] = defaultdict(dict)

@@ -17,7 +17,8 @@ from tensorsurgeon.errors import PlanError
 from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel
 from tensorsurgeon.formats.coding import Written, stored_in, written_by
 from tensorsurgeon.formats.mixed import mixed_config_files
-from tensorsurgeon.models.describe import describe_model, unquantized_linears
+from tensorsurgeon.models.describe import describe_model
+from tensorsurgeon.models.floats import unquantized_linears
 from tensorsurgeon.models.roles import Role
 from tensorsurgeon.planning.resolving import Resolved
 from tensorsurgeon.planning.rewriting import details_of

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Sequence
+from typing import Final, NamedTuple
 
+from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.hub.stays import Stays
+from tensorsurgeon.formats.coding import written_by
+from tensorsurgeon.models.describe import describe_model
+from tensorsurgeon.models.roles import Role
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.work import shards_read
+
+KEPT_LAYERS: Final = 3
+"""A shard that a walk reads again after so many layers stays meanwhile; what is read again later comes again."""
+# Fetching a shard for less than this share of it takes longer than asking for the bytes.
+_WORTH: Final = 16
+_LAYER: Final = re.compile(r"(.*?\b(?:layers|blocks|h))\.(\d+)\.")
 
 
 class Pace:
@@ -47,21 +58,95 @@ class Pace:
         return over
 
 
+class LayerPace:
+    """A walk over layers: the shards that each step of it reads, and the units that can be done while these are here.
+
+    ``steps`` are the shards of what comes before the layers, and of each layer; ``walked`` the units that the walk itself
+    writes. What is left when it is over is done by ``Pace``, and its shards come a second time.
+    """
+
+    def __init__(self, plan: Plan, steps: Sequence[Collection[int]], walked: Collection[int]) -> None:
+        self.steps = list(steps)
+        self.stays = Stays(self.steps, KEPT_LAYERS)
+        others = ((number, unit) for number, unit in enumerate(plan.units) if number not in walked)
+        self._others = {number: shards_read(unit, plan.source.locations) for number, unit in others}
+
+    def beside(self, step: int) -> set[int]:
+        """The units that read nothing but what is here during a step."""
+        held = self.stays.held(step)
+        return {number for number, shards in self._others.items() if shards <= held}
+
+    def left(self) -> list[int]:
+        """The units that no step has everything for."""
+        done: set[int] = set().union(*(self.beside(step) for step in range(len(self.steps))))
+        return [number for number in self._others if number not in done]
+
+
 class Streaming(NamedTuple):
-    """What it takes to have the source shard by shard: shards and bytes that are fetched, and the most that lie here at once."""
+    """What it takes to have the source shard by shard: shards and bytes that are fetched, and the most that lie here at once.
+
+    ``twice`` are the shards that come more than once.
+    """
 
     shards: int
     fetched_bytes: int
     spool_bytes: int
     ahead: int
+    twice: tuple[str, ...]
 
 
-def streaming_of(plan: Plan, ahead: int) -> Streaming | None:
-    """What a run of a plan fetches, with ``ahead`` shards on their way before they are read; None for a source that is here."""
+def streaming_of(plan: Plan, ahead: int, walk: LayerPace | None = None) -> Streaming | None:
+    """What a run of a plan fetches, with ``ahead`` shards on their way before they are read; None for a source that is here.
+
+    Without a ``walk`` a plan that needs calibration is taken to be walked in the order of its layers' numbers.
+    """
     if plan.source.snapshot is None:
         return None
+    if walk is None and plan.needs_codes:
+        walk = _walk_by_names(plan)
     # What the cache holds is read there.
     sizes = [0 if shard.path.exists() else shard.file_bytes for shard in plan.source.shards]
-    stays = Stays(Pace(plan, range(len(plan.units))).steps)
-    fetched = {stay.shard for stay in stays.stays if sizes[stay.shard]}
-    return Streaming(len(fetched), stays.fetched_bytes(sizes), stays.peak_bytes(sizes, ahead), ahead)
+    last = Stays(Pace(plan, range(len(plan.units)) if walk is None else walk.left()).steps)
+    phases = [last] if walk is None else [walk.stays, last]
+    counts = Counter(stay.shard for stays in phases for stay in stays.stays if sizes[stay.shard])
+    return Streaming(
+        shards=len(counts),
+        fetched_bytes=sum(stays.fetched_bytes(sizes) for stays in phases),
+        spool_bytes=max(stays.peak_bytes(sizes, ahead) for stays in phases),
+        ahead=ahead,
+        twice=tuple(plan.source.shards[shard].path.name for shard, count in sorted(counts.items()) if count > 1),
+    )
+
+
+def shards_before_layers(source: Checkpoint, names: Iterable[str]) -> set[int]:
+    """The shards to have for what a walk reads before its layers; of the others so little is read that ranges of bytes serve.
+
+    The last norm is among these names, and its shard is the last that the walk comes to.
+    """
+    read: Counter[int] = Counter()
+    places = dict(zip(source.specs, source.locations, strict=True))
+    for name in names:
+        read[places[name].shard] += source.specs[name].nbytes
+    return {shard for shard, nbytes in read.items() if nbytes * _WORTH >= source.shards[shard].file_bytes}
+
+
+def _walk_by_names(plan: Plan) -> LayerPace:
+    """The walk that a calibration will make, as far as names tell; the model's own class knows it for certain."""
+    model = describe_model(plan.source.specs)
+    embeddings: list[str] = []
+    layers: dict[str, dict[int, set[int]]] = {}
+    for name, (shard, _) in zip(plan.source.specs, plan.source.locations, strict=True):
+        found = _LAYER.match(name)
+        if found is not None:
+            layers.setdefault(found[1], {}).setdefault(int(found[2]), set()).add(shard)
+        elif model.use(name).kind is Role.EMBEDDING:
+            embeddings.append(name)
+    # A vision tower has layers too, and fewer tensors.
+    decoder = max(layers.values(), key=lambda own: sum(map(len, own.values())), default={})
+    walked = {
+        number
+        for number, unit in enumerate(plan.units)
+        if any((how := written_by(task.rewrite.detail)) is not None and how.method != "rtn" for task in unit.tasks)
+    }
+    before = shards_before_layers(plan.source, embeddings)
+    return LayerPace(plan, [before, *(shards for _, shards in sorted(decoder.items()))], walked)

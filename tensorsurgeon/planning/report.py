@@ -11,8 +11,9 @@ from typing import Any
 from tensorsurgeon.checkpoint.hub.stays import DEFAULT_AHEAD
 from tensorsurgeon.formats.coding import Written, stored_in, written_by
 from tensorsurgeon.formats.scales import INPUT_SCALES
-from tensorsurgeon.models.describe import describe_model, unquantized_linears
+from tensorsurgeon.models.describe import describe_model
 from tensorsurgeon.models.experts import is_expert_list
+from tensorsurgeon.models.floats import unquantized_linears
 from tensorsurgeon.models.fused import describe
 from tensorsurgeon.models.roles import Role
 from tensorsurgeon.models.selecting import why_left
@@ -187,6 +188,7 @@ def _streaming_as_text(stream: dict[str, Any]) -> str:
     return (
         f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])} from the Hub; at most "
         f"{show_size(stream['spool_bytes'])} of them lie beside the output at once (--ahead {stream['ahead']})"
+        + (f"; {len(stream['twice'])} come twice, for layers are walked first" if stream["twice"] else "")
     )
 
 

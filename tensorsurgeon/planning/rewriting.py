@@ -162,7 +162,8 @@ def details_of(rewrites: Sequence[Rewrite]) -> list[Hashable]:
 
 
 def _unpacked(specs: SpecMap, rewrites: Sequence[Rewrite]) -> frozenset[str] | None:
-    """The weights that come from codes: those just unpacked, those that moved, those that nothing touched."""
+    """The weights that come from codes: those just unpacked, those that were moved or cut in the dtype that they had, those that
+    nothing touched."""
     made: set[str] = set()
     is_unpacking = False
     for rewrite in rewrites if any(map(stored_in, details_of(rewrites))) else ():
@@ -176,9 +177,15 @@ def _unpacked(specs: SpecMap, rewrites: Sequence[Rewrite]) -> frozenset[str] | N
     for rewrite in rewrites:
         names = {region.spec.name for region in rewrite.inputs}
         touched |= names
-        if rewrite.moves_bytes and names & specs.unpacked:
+        if names & specs.unpacked and (rewrite.moves_bytes or _keeps_dtype(rewrite)):
             made |= {region.spec.name for region in rewrite.outputs}
     return frozenset(made | (specs.unpacked - touched))
+
+
+def _keeps_dtype(rewrite: Rewrite) -> bool:
+    """Whether values only change places: what is rounded or made codes of gets another dtype."""
+    regions = (*rewrite.inputs, *rewrite.outputs)
+    return written_by(rewrite.detail) is None and len({region.spec.dtype for region in regions}) == 1
 
 
 class _Tiles:

@@ -28,6 +28,8 @@ class Scheme:
     one scale for the whole weight (read, never written).
     ``block``: rows x columns per scale (FP8 128 x 128); excludes ``group_size``.
     ``rule``: the tool whose scales and rounding are matched to the bit (formats.md section 0).
+    ``signed``: of a group of a symmetric integer grid the value of largest magnitude becomes the code ``qmin``, whatever its
+    sign: the scale is negative where that value is positive, and every code is used. None is as ``rule`` has it.
     ``scale_dtype``: what the format stores; scales are rounded to it before codes are chosen where the tool does so.
     ``clip_search``: minimise the squared error over a range of scales; never the default, for no tool does it.
     """
@@ -38,6 +40,7 @@ class Scheme:
     group_size: int = -1
     block: tuple[int, int] | None = None
     rule: Rule = "compressed-tensors"
+    signed: bool | None = None
     scale_dtype: DType | None = None
     clip_search: bool = False
 
@@ -48,6 +51,12 @@ class Scheme:
     @property
     def qmax(self) -> int:
         return (1 << (self.num_bits - 1)) - 1
+
+    @property
+    def has_signed_scales(self) -> bool:
+        """Whether scales carry the sign of their group's extreme value."""
+        by_rule = self.rule in ("autoround", "awq")
+        return self.type == "int" and self.symmetric and (by_rule if self.signed is None else self.signed)
 
     def groups(self, in_features: int) -> int:
         """Scales along one row."""

@@ -211,7 +211,7 @@ def _check_headers(plan: Plan, target: Path) -> None:
     """Read back what readers will read first; a header that differs from the plan must never be published."""
     for shard in plan.layout.shards:
         header = read_header(target / f"{shard.name}.partial")
-        if tuple(entry.spec for entry in header.entries) != shard.specs:
+        if header.specs != shard.specs:
             raise PlanViolationError(
                 f"{shard.name}: the header on disk is not the planned one; the disk or another program changed it"
             )

@@ -81,11 +81,11 @@ def pair_tensors(
                 found = list(_of_module(module, target, target_modules))
                 pairs += found
                 lost += [] if found else [spec]
-                explained.update(n for pair in found for n in _names(pair, target_modules))
+                explained.update(n for pair in found for n in names_in(pair, target_modules))
             continue
         found = list(_of_tensor(spec, target, target_modules, findings))
         pairs += found
-        explained.update(n for pair in found for n in _names(pair, target_modules))
+        explained.update(n for pair in found for n in names_in(pair, target_modules))
         if not found:
             lost.append(spec)
     new = [
@@ -120,7 +120,8 @@ def _went_into(spec: TensorSpec, modules: set[str]) -> bool:
     return len(spec.shape) == 3 and leaf in _STACKED and any(m.startswith(f"{parent}.") for m in modules)
 
 
-def _names(pair: Pair, modules: Described) -> Iterator[str]:
+def names_in(pair: Pair, modules: Described) -> Iterator[str]:
+    """The tensors of the checkpoint that a pair explains."""
     if isinstance(pair.target, Part):
         yield pair.target.name
     else:

@@ -47,6 +47,7 @@ _GAIN: Final = {
 # Half a step, and what scales cost that were rounded after the codes were chosen.
 _HALF_STEP: Final = 0.56
 _BEYOND_HALF: Final = 0.25
+_NOT_NEAREST: Final = 0.002
 _SHIFT: Final = 0.6
 # Gains scatter as chance has it, calibrated codes and grids of floats up to twice as much; scales of other groups far more.
 _SCATTER, _SCATTER_CELLS = 3.0, 64
@@ -152,7 +153,7 @@ class CellJudge:
             gain = self._gain_inside()
         if np.isfinite(gain) and not low <= gain <= high:
             complaint = f"weights are {gain:.3g} times their source on average, which rounding never makes: the scales are wrong"
-        elif self._scatter > _SCATTER:
+        elif self._scatter > _SCATTER and not self._is_nearest():
             complaint = (
                 f"its groups are too large and too small by {self._scatter:.1f} times what chance explains: their scales are "
                 "those of other groups"
@@ -249,11 +250,20 @@ class CellJudge:
             cross += float((weight[inside].astype(np.float64) * value[inside]).sum())
         return cross / signal if signal else 1.0
 
+    def _errors(self) -> np.ndarray:
+        """The errors of some rows of the whole weight, in steps."""
+        return np.concatenate([self._steps_of.row(int(row))[2] for row in self._sample()])
+
+    def _is_nearest(self) -> bool:
+        """Whether codes are the nearest ones, so that their scales are their own. Where the source has few values, as one that
+        was in FP8 has, equal weights have equal errors, and gains scatter more than chance says."""
+        return self._is_integer and float((self._errors() > _HALF_STEP).mean()) < _NOT_NEAREST
+
     def _tail(self) -> float:
         """The share of codes whose error is far beyond the usual one, over some rows of the whole weight."""
         if self.size < _TAIL_SIZE:
             return 0.0
-        errors = np.concatenate([self._steps_of.row(int(row))[2] for row in self._sample()])
+        errors = self._errors()
         return float((errors > _TAIL * max(float(np.median(errors)), 0.1)).mean())
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from tensorsurgeon.models.fused import FUSED, fused_name
+from tensorsurgeon.models.patterns import spellings
 from tensorsurgeon.tensors.dtypes import I8, DType
 from tensorsurgeon.tensors.expressions import Expression
 from tensorsurgeon.verifying.findings import Findings
@@ -25,7 +26,8 @@ class Claim:
     ``scale_name``: the local name of the scales; ``vector_scale``: per-channel scales are [N] instead of [N, 1].
     ``zero_offset``: what is missing from stored zero points (1 in GPTQ v1). ``interleaved``: AWQ's nibble order.
     ``transposed``: Quark packs outputs of a transposed weight [K, N / 8] (groups), or inputs [N, K / 8] (channels).
-    ``unsigned``: Quark's uint4. ``static_inputs``: activations have a scale in the file too.
+    ``unsigned``: Quark's uint4. ``static_inputs``: activations have a scale in the file too,
+    called ``input_scale_name``.
     """
 
     layout: Layout
@@ -41,6 +43,7 @@ class Claim:
     transposed: bool = False
     unsigned: bool = False
     static_inputs: bool = False
+    input_scale_name: str = "input_scale"
     desc_act: bool = False
 
     def describe(self) -> str:
@@ -124,8 +127,8 @@ class EntryList:
         self._others = tuple(e for e in self.entries if e.how != "exact")
 
     def matches(self, module: str) -> bool:
-        """Whether any entry means this module."""
-        return module in self._exact or any(e.matches(module) for e in self._others)
+        """Whether any entry means this module, by its name in the file or by one that loaders have for it."""
+        return any(name in self._exact or any(e.matches(name) for e in self._others) for name in (module, *spellings(module)))
 
 
 def names_of(modules: Iterable[str], stacked: Iterable[str]) -> set[str]:

@@ -13,6 +13,7 @@ from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import did_you_mean
 from tensorsurgeon.models.describe import describe_model
 from tensorsurgeon.models.experts import stacked_experts
+from tensorsurgeon.models.patterns import spellings
 from tensorsurgeon.models.roles import WITHOUT_CONFIG, Role
 from tensorsurgeon.tensors.names import natural_key
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
@@ -233,7 +234,9 @@ def check_entries(checkpoint: Checkpoint, claims: Claims, modules: list[str], fi
     names = names_of(modules, float_stacks(checkpoint.specs))
     own = (checkpoint.root / RECORD_NAME).exists()
     for entry in claims.entries:
-        if (entry.how == "exact" and entry.text in names) or (entry.how != "exact" and any(map(entry.matches, names))):
+        if entry.how == "exact" and not names.isdisjoint((entry.text, *spellings(entry.text))):
+            continue
+        if entry.how != "exact" and any(entry.matches(n) for name in names for n in (name, *spellings(name))):
             continue
         where = f"config.json quantization_config.{entry.key}"
         near = sorted((m for m in names if m.count(".") == entry.text.count(".")), key=natural_key)

@@ -40,15 +40,6 @@ _BITS: Final[dict[str, _Bits]] = {
 }
 
 
-class _Place(NamedTuple):
-    """A tensor's bytes in its shard."""
-
-    start: int
-    stop: int
-    spec: TensorSpec
-    bits: _Bits
-
-
 class _Bad(NamedTuple):
     """What was found in one tensor: its first element that is no number, what that is, and how many there are."""
 
@@ -65,43 +56,38 @@ class FiniteCheck:
         self._reader = reader
         self._lock = threading.Lock()
         self._bad: dict[str, _Bad] = {}
-        self._places: list[list[_Place]] = [[] for _ in reader.checkpoint.shards]
-        for spec in reader.specs.values():
-            bits = _BITS.get(spec.dtype.name)
-            if bits is not None and spec.nbytes and spec.module not in quantized:
-                shard, offset = reader.location(spec.name)
-                self._places[shard].append(_Place(offset, offset + spec.nbytes, spec, bits))
-        for places in self._places:
-            places.sort(key=lambda place: place.start)
-        self._starts = [[place.start for place in places] for places in self._places]
+        self._quantized = quantized
 
     def look(self, shard: int, offset: int, data: np.ndarray) -> None:
         """``data``: uint8, the bytes from ``offset`` of a shard on."""
         stop = offset + len(data)
-        places = self._places[shard]
-        for number in range(max(0, bisect_right(self._starts[shard], offset) - 1), len(places)):
-            place = places[number]
-            if place.start >= stop:
+        header = self._reader.checkpoint.shards[shard]
+        for number in range(max(0, bisect_right(header.offsets, offset) - 1), len(header.specs)):
+            start, spec = header.offsets[number], header.specs[number]
+            if start >= stop:
                 break
-            size = np.dtype(place.bits.view).itemsize
+            bits = self._bits(spec)
+            if bits is None:
+                continue
+            size = np.dtype(bits.view).itemsize
             # Elements that begin in these bytes; one that ends behind them is read once more.
-            first = -(-max(offset - place.start, 0) // size)
-            last = -(-(min(stop, place.stop) - place.start) // size)
+            first = -(-max(offset - start, 0) // size)
+            last = -(-(min(stop, start + spec.nbytes) - start) // size)
             if first >= last:
                 continue
-            begin, end = place.start + first * size, place.start + last * size
+            begin, end = start + first * size, start + last * size
             whole = data[begin - offset : end - offset]
             if end > stop:
                 whole = np.concatenate([whole, self._reader.shard_bytes(shard, stop, end - stop)])
-            self._check(place, first, whole)
+            self._check(spec, bits, first, whole)
 
     def rest(self, shards: Iterable[int], workers: int) -> None:
         """Read and check the floats of these shards."""
         jobs = [
-            (shard, start, min(start + _JOB_BYTES, place.stop))
+            (shard, start, min(start + _JOB_BYTES, stop))
             for shard in shards
-            for place in self._places[shard]
-            for start in range(place.start, place.stop, _JOB_BYTES)
+            for begin, stop in self._runs(shard)
+            for start in range(begin, stop, _JOB_BYTES)
         ]
 
         def read(job: tuple[int, int, int]) -> None:
@@ -112,6 +98,22 @@ class FiniteCheck:
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(read, jobs))
 
+    def _bits(self, spec: TensorSpec) -> _Bits | None:
+        bits = _BITS.get(spec.dtype.name)
+        return bits if bits is not None and spec.nbytes and spec.module not in self._quantized else None
+
+    def _runs(self, shard: int) -> list[tuple[int, int]]:
+        """Bytes of a shard that hold what is looked at: of tensors that lie behind each other one run."""
+        runs: list[tuple[int, int]] = []
+        for spec, start in self._reader.checkpoint.shards[shard].entries:
+            if self._bits(spec) is None:
+                continue
+            if runs and runs[-1][1] == start:
+                runs[-1] = runs[-1][0], start + spec.nbytes
+            else:
+                runs.append((start, start + spec.nbytes))
+        return runs
+
     def report(self, findings: Findings) -> None:
         """One fault for each tensor that holds something else than numbers."""
         for name, bad in self._bad.items():
@@ -121,18 +123,17 @@ class FiniteCheck:
             what = "NaN" if bad.is_nan else "infinite"
             findings.fault("nan" if bad.is_nan else "infinite", name, f"element {position} is {what}{more}")
 
-    def _check(self, place: _Place, first: int, data: np.ndarray) -> None:
-        _, magnitude, first_bad, nan_from = place.bits
-        view = place.bits.view
+    def _check(self, spec: TensorSpec, bits: _Bits, first: int, data: np.ndarray) -> None:
+        view, magnitude, first_bad, nan_from = bits
         values = np.ascontiguousarray(data).view(view) & view(magnitude)
         if values.max() < first_bad:
             return
         wrong = np.flatnonzero(values >= view(first_bad))
         at = first + int(wrong[0])
         with self._lock:
-            known = self._bad.get(place.spec.name)
+            known = self._bad.get(spec.name)
             total = len(wrong) + (known.total if known else 0)
             if known is None or at < known.first:
-                self._bad[place.spec.name] = _Bad(at, bool(values[wrong[0]] >= nan_from), total)
+                self._bad[spec.name] = _Bad(at, bool(values[wrong[0]] >= nan_from), total)
             else:
-                self._bad[place.spec.name] = known._replace(total=total)
+                self._bad[spec.name] = known._replace(total=total)

@@ -14,7 +14,7 @@ from tensorsurgeon.checkpoint.folder import RECORD_NAME, Checkpoint, open_checkp
 from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import CheckpointError, SurgeonError
 from tensorsurgeon.machine.limits import usable_cores
-from tensorsurgeon.verifying.against import dropped_by_record, pair_tensors
+from tensorsurgeon.verifying.against import dropped_by_record
 from tensorsurgeon.verifying.comparing import compare_pairs, pair_by_content
 from tensorsurgeon.verifying.described import Described, check_config_copies, check_described
 from tensorsurgeon.verifying.dialects import quantization_of, read_claims
@@ -26,6 +26,7 @@ from tensorsurgeon.verifying.planned import pair_by_plan
 from tensorsurgeon.verifying.recipes import recorded_calls, replayed
 from tensorsurgeon.verifying.siblings import check_expert_shapes, check_experts, check_global_scales, check_siblings
 from tensorsurgeon.verifying.side_files import check_files_against, check_readable, check_recorded_files
+from tensorsurgeon.verifying.stacks import pair_with_stacks
 from tensorsurgeon.verifying.structure import check_digests, is_one_shard, open_for_judgement, read_record_to_judge
 from tensorsurgeon.verifying.values import check_values
 
@@ -171,13 +172,12 @@ def _check_against(
     workers: int,
 ) -> tuple[list[Fidelity], int]:
     """Compare with the source: as the recorded recipe says where there is one, else by names and contents."""
-    source = original.specs
     calls = None if record is None else recorded_calls(record, findings)
     plan = None if record is None or calls is None else replayed(calls, record, original.checkpoint, findings)
     if plan is not None:
         pairing = pair_by_plan(plan, original, source_modules, reader, described, findings)
     else:
-        pairing = pair_tensors(source, source_modules, reader.specs, described, findings)
+        pairing = pair_with_stacks(original, source_modules, reader.specs, described, findings)
     compared, equal = compare_pairs(original, reader, pairing.pairs, findings, workers)
     lost, new = pairing.lost, pairing.new
     if plan is None:

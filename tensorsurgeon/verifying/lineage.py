@@ -16,13 +16,14 @@ from typing import Final
 import numpy as np
 
 from tensorsurgeon.checkpoint.tensor_reader import TensorReader, elements
-from tensorsurgeon.models.stacks import ExpertCut
+from tensorsurgeon.models.stacks import ExpertCut, axes_of_stack
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.resolving import Piece, Task
 from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.spec import Region, TensorSpec
 from tensorsurgeon.verifying.described import Described
 from tensorsurgeon.verifying.layouts import stored_weight
+from tensorsurgeon.verifying.layouts.mxfp4_blocks import BLOCKS, expert_of_blocks
 
 # Arrays that were computed and may be asked for again: the parts of one transposed stack come one after the other.
 _KEPT_ARRAYS: Final = 2
@@ -67,7 +68,12 @@ class Lineage:
                 task, _ = self.task_of(piece)
                 if self.step_of(task) not in _COMPUTED or not all(map(self.can_compute, task.inputs)):
                     return False
+                if self.step_of(task) == "Dequantize" and not self._is_known(task.rewrite.inputs[0].spec):
+                    return False
         return True
+
+    def _is_known(self, codes: TensorSpec) -> bool:
+        return codes.module in self._modules.modules or codes.name.endswith(BLOCKS)
 
     def read(self, pieces: Sequence[Piece], start: int, nbytes: int) -> np.ndarray:
         """uint8 [nbytes] from byte ``start`` of the tensor that the pieces are."""
@@ -123,8 +129,13 @@ class Lineage:
         return elements(data, region.spec).reshape(region.shape)
 
     def _decoded(self, task: Task) -> np.ndarray:
-        """A whole weight of the source, decoded by the judge's own reading."""
+        """A whole weight of the source, or an expert of a stack, decoded by the judge's own reading."""
         spec = task.rewrite.outputs[0].spec
+        if task.rewrite.inputs[0].spec.name.endswith(BLOCKS):
+            blocks, exponents = (self._array(p, r) for p, r in zip(task.inputs, task.rewrite.inputs, strict=True))
+            expert = expert_of_blocks(blocks, exponents)
+            axes = axes_of_stack(self.plan.source.specs, spec.name)
+            return (expert.T if axes == ("in", "out") else expert).astype(spec.dtype.numpy)
         module = self._modules.modules.get(task.rewrite.inputs[0].spec.module)
         if module is None:
             raise UnknownStepError("Dequantize")

@@ -31,6 +31,8 @@ _OTHER_WIDTH: Final = frozenset({
     "intermediate_size_mlp", "block_configs", "use_double_wide_mlp", "dense_intermediate_size", "shared_intermediate_size",
     "block_auto_adjust_ff_dim", "num_attention_groups", "prefix_dense_intermediate_size",
 })  # fmt: skip
+# Mllama's embeddings have rows for images, which its head has not.
+_EXTRA_ROWS: Final = {"cross_attention_layers": 8}
 _EXTRA_LAYERS: Final = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 
 
@@ -117,7 +119,8 @@ def _contradictions(config: Mapping[str, Any], sizes: _Sizes) -> Iterator[tuple[
     width = _integer(config, "word_embed_proj_dim") or _integer(config, "embedding_size") or hidden
     vocabulary = _integer(config, "vocab_size")
     if sizes.embedding is not None:
-        if vocabulary is not None and vocabulary != sizes.embedding[0]:
+        more = sum(rows for key, rows in _EXTRA_ROWS.items() if key in config)
+        if vocabulary is not None and sizes.embedding[0] not in (vocabulary, vocabulary + more):
             yield "vocab_size", vocabulary, sizes.embedding[0], "embed_tokens.weight"
         if width is not None and width != sizes.embedding[1]:
             yield "hidden_size", width, sizes.embedding[1], "embed_tokens.weight"
@@ -136,7 +139,9 @@ def _contradictions(config: Mapping[str, Any], sizes: _Sizes) -> Iterator[tuple[
 
 def _attention(config: Mapping[str, Any], sizes: _Sizes, hidden: int | None) -> Iterator[tuple[str, int, int | str, str]]:
     heads, groups = _integer(config, "num_attention_heads"), _integer(config, "num_key_value_heads")
-    size = _integer(config, "head_dim") or (hidden // heads if hidden and heads else None)
+    size = (
+        _integer(config, "attention_head_dim") or _integer(config, "head_dim") or (hidden // heads if hidden and heads else None)
+    )
     if not size or not heads:
         return
     queries, keys = sizes.only(Role.ATTENTION, "q_proj"), sizes.only(Role.ATTENTION, "k_proj")

@@ -102,12 +102,13 @@ def check_expert_shapes(specs: SpecMap, described: Described, findings: Findings
 
 
 def _count(leaves: Mapping[str, set[int]], config_value: Any) -> int:
-    """Experts of a layer: what the config says, or one more than the highest number."""
+    """Experts of a layer: what the config says, or one more than the highest number. Zero experts, which pass on what comes in
+    and are counted last, need no tensors."""
     highest = 1 + max(max(numbers) for numbers in leaves.values())
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         said = config_value(key)
         if isinstance(said, int) and not isinstance(said, bool):
-            return max(said, highest)
+            return said if config_value("zero_expert_num") else max(said, highest)
     return highest
 
 

@@ -181,11 +181,9 @@ def _tiles(ranges: list[Range], file_bytes: int, name: str, findings: Findings) 
 
 
 def _names_by_offset(checkpoint: Checkpoint) -> Callable[[int, int], str]:
-    starts = [[entry.offset for entry in shard.entries] for shard in checkpoint.shards]
-
     def name_at(shard: int, offset: int) -> str:
-        at = bisect_right(starts[shard], offset) - 1
         header = checkpoint.shards[shard]
-        return header.entries[at].spec.name if at >= 0 else f"{header.path.name} (header)"
+        at = bisect_right(header.offsets, offset) - 1
+        return header.specs[at].name if at >= 0 else f"{header.path.name} (header)"
 
     return name_at

@@ -18,8 +18,11 @@ from tensorsurgeon.verifying.described import Module
 from tensorsurgeon.verifying.findings import Findings
 from tensorsurgeon.verifying.layouts import stored_weight
 
-# AutoRound's full-range scales are negative for about half of all groups; a flipped sign is rare.
+# Signed full-range scales are negative for about half of all groups; a flipped sign is rare.
 _SIGNED_SHARE: Final = 0.1
+# Where the checkpoint's other modules have positive scales, one module's are signed by chance's rules or not at all.
+_SIGNED_MODULE: Final = (0.2, 0.8)
+_FEWEST: Final = 16
 
 
 class ScaleFacts(NamedTuple):
@@ -46,11 +49,16 @@ def check_values(reader: TensorReader, modules: Iterable[Module], findings: Find
 
 def _judge_signs(facts: list[ScaleFacts], findings: Findings) -> None:
     total, negative = sum(f.scales for f in facts), sum(f.negative for f in facts)
-    if negative and negative > total * _SIGNED_SHARE:
-        findings.note("signed-scales", "scales", f"{negative} of {total} are negative, as AutoRound chooses them")
+    signed = [f for f in facts if f.scales >= _FEWEST and _SIGNED_MODULE[0] <= f.negative / f.scales <= _SIGNED_MODULE[1]]
+    is_signed = negative > total * _SIGNED_SHARE
+    if is_signed or signed:
+        where = f"{negative} of {total}" if is_signed else f"those of {len(signed)} modules: {sum(f.negative for f in signed)}"
+        findings.note("signed-scales", "scales", f"{where} are negative, as full-range grids have them")
+    if is_signed:
         return
+    expected = {f.module for f in signed}
     for found in facts:
-        if found.negative:
+        if found.negative and found.module not in expected:
             findings.fault(
                 "negative-scale",
                 found.first_negative,

@@ -16,6 +16,7 @@ import torch
 from tensorsurgeon.calibrate.log import LOG_NAME, read_log
 from tensorsurgeon.calibrate.run import run_calibrated
 from tensorsurgeon.calibrate.walk.model import StreamedModel, read_weights
+from tensorsurgeon.calibrate.walk.statistics import StoredStatistics, layer_path
 from tensorsurgeon.calibrate.walk.weights import FloatWeights
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.checkpoint.source import Source
@@ -134,6 +135,28 @@ def test_codes_equal_those_of_calibrating_the_weights_in_f32(name: str, plain: P
     log, log_by_way = (read_log(tmp_path / each / LOG_NAME) for each in ("direct", "by-way"))
     assert {row.method for row in log} == {"gptq"}
     assert [row._replace(seconds=0) for row in log] == [row._replace(seconds=0) for row in log_by_way]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_statistics_equal_those_of_a_bf16_copy(plain: Path, tmp_path: Path) -> None:
+    """The walk computes in the model's dtype, whatever it is filled from."""
+    source = by_layout("hf-fp8")(plain, tmp_path / "source")
+    apply(Dequantize(dtype="BF16"), source, tmp_path / "copy", workers=1)
+    ids = write_ids(tmp_path / "ids.npy", rows=12, vocabulary=400)
+    for name in ("source", "copy"):
+        options = options_of(ids, samples=12, sequential=False, write_statistics=tmp_path / f"{name}-statistics")
+        run_calibrated(gptq_plan(tmp_path / name), tmp_path / f"{name}-out", options, workers=2)
+    for number in range(2):
+        one, other = (StoredStatistics(layer_path(tmp_path / f"{name}-statistics", number)) for name in ("source", "copy"))
+        assert one.tokens == other.tokens
+        assert len(one.tokens) > 4
+        for key in one.tokens:
+            found, expected = one.of(key), other.of(key)
+            assert found is not None
+            assert expected is not None
+            assert torch.equal(found.hessian, expected.hessian)
+    codes = [read_all(tmp_path / f"{name}-out") for name in ("source", "copy")]
+    assert any(codes[0][key].tobytes() != codes[1][key].tobytes() for key in codes[0])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -69,7 +69,7 @@ def test_calibrated_codes_lose_less_than_rounding_and_their_loss_is_on_record(tm
 
 def test_rounding_for_want_of_tokens_gives_what_rtn_gives(tmp_path: Path) -> None:
     result = calibrate(FIXTURE, tmp_path / "starved", options_of(fallback_tokens=10**9))
-    apply(list(plan_of(FIXTURE, method="rtn").steps), FIXTURE, tmp_path / "rtn", workers=1)
+    apply(list(plan_of(FIXTURE, method="rtn", signed=True).steps), FIXTURE, tmp_path / "rtn", workers=1)
     starved, rtn = read_all(tmp_path / "starved"), read_all(tmp_path / "rtn")
     assert all(starved[name].tobytes() == rtn[name].tobytes() for name in rtn)
     assert result.summary["methods"] == {"rtn": 127}

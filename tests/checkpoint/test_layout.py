@@ -64,3 +64,16 @@ def test_any_name_survives_header_and_index(name):
     layout = lay_out([TensorSpec(name, I8, (5,)), TensorSpec("x", I8, (5,))], {}, 5)
     assert list(json.loads(layout.index_json)["weight_map"]) == [name, "x"]
     assert deserialize(layout.shards[0].header + b"12345")[0][0] == name
+
+
+def test_where_one_header_would_be_too_large_there_are_more_shards(monkeypatch):
+    """Half a million small tensors fit 5 GB, and no reader takes a header of more than 100 MB."""
+    specs = [TensorSpec(f'model.layers.{n}.\u00fc"\n.weight', F32, (2, 3)) for n in range(200)]
+    whole = lay_out(specs, {"format": "pt"}, 1 << 30)
+    assert [shard.name for shard in whole.shards] == ["model.safetensors"]
+    monkeypatch.setattr("tensorsurgeon.checkpoint.header.MAX_HEADER_BYTES", 5000)
+    monkeypatch.setattr("tensorsurgeon.checkpoint.layout.MAX_HEADER_BYTES", 5000)
+    cut = lay_out(specs, {"format": "pt"}, 1 << 30)
+    assert len(cut.shards) > 1
+    assert all(len(shard.header) <= 5008 for shard in cut.shards)
+    assert [spec for shard in cut.shards for spec in shard.specs] == specs

@@ -57,7 +57,7 @@ def test_plan_agrees_with_what_apply_then_writes_and_writes_nothing(moe, tmp_pat
     assert planned["output"]["tensors"] == len(found.specs)
     assert planned["output"]["bytes"] == found.weight_bytes
     assert [(s["name"], s["bytes"], s["tensors"]) for s in planned["output"]["shards"]] == [
-        (s.path.name, s.file_bytes, len(s.entries)) for s in found.shards
+        (s.path.name, s.file_bytes, len(s.specs)) for s in found.shards
     ]
     on_disk = sum(
         p.stat().st_size for p in (tmp_path / "out").iterdir() if p.name not in ("surgeon.json", *planned["files_copied"])
@@ -214,7 +214,7 @@ def test_a_signal_stops_in_order_says_how_to_resume_and_loses_nothing(number, sl
     assert process.returncode == 130
     assert "Traceback" not in stderr
     assert "stopping after the units under way" in stderr
-    assert "--resume" in stderr
+    assert "continue with: surgeon resume " in stderr
     assert stdout == ""
     assert not list(target.glob("*.safetensors"))
     done = len((target / ".surgeon" / "journal.jsonl").read_text().splitlines())

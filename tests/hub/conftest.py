@@ -34,7 +34,7 @@ def use(server: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def logged_in(monkeypatch: pytest.MonkeyPatch) -> str:
+def logged_in(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return TOKEN
 

@@ -100,3 +100,22 @@ def test_killed_and_resumed(hub: Hub, model: Path, tmp_path: Path, point: int) -
     assert not finished & set(came)
     # All that is left came now; of the one that was on its way, what was needed may have been done.
     assert set(shard_names(model)) - finished - set(came) <= set(before[-1:])
+
+
+def test_resume_goes_on_with_the_commit_although_the_branch_moved(hub: Hub, model: Path, tmp_path: Path) -> None:
+    hub.seconds_per_mb = 0.05
+    target = tmp_path / "out"
+    run = start(hub, tmp_path, target)
+    while not journalled(4)(target):
+        assert run.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.0005)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(30) == 130
+    assert "stopped" in (tmp_path / "said").read_text()
+    (model / "README.md").write_text("other words")
+    hub.storage.repositories["owner/large"].commit(hub.storage.files_of(model))
+    hub.seconds_per_mb = 0.0
+    command = [sys.executable, "-m", "tensorsurgeon", "resume", str(target)]
+    done = subprocess.run(command, env=environment(hub, tmp_path / "cache"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert contents(target) == contents(tmp_path / "local")

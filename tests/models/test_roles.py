@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tensorsurgeon.errors import NoMatchError, PlanError, RecipeError, SpecError
-from tensorsurgeon.models.describe import describe_model, unquantized_linears
+from tensorsurgeon.models.describe import describe_model
 from tensorsurgeon.models.families import family_names, family_of, read_family
+from tensorsurgeon.models.floats import unquantized_linears
 from tensorsurgeon.models.mtp import head_expressions, head_paths
 from tensorsurgeon.models.roles import Role
 from tensorsurgeon.models.selecting import selected, selected_linears, why_left
@@ -246,3 +247,25 @@ def test_a_linear_called_after_the_embedding_that_it_projects_is_kept_out_of_the
     specs = specs_of({**ends(), **attention(f"{LAYER}.self_attn"), f"{name}.weight": (HIDDEN, INNER)})
     assert describe_model(specs).role(f"{name}.weight") is Role.PROJECTOR
     assert name in unquantized_linears(specs, {})
+
+
+def test_decays_of_a_state_space_are_no_linears_and_hyper_connections_stay():
+    specs = specs_of({
+        **ends(), f"{LAYER}.mixer.A_log": (HIDDEN, 16), f"{LAYER}.mixer.in_proj.weight": (HIDDEN, HIDDEN),
+        f"{LAYER}.attn_hc.fn": (4, HIDDEN), "hc_head_fn": (4, HIDDEN),
+    })  # fmt: skip
+    model = describe_model(specs)
+    assert model.role(f"{LAYER}.mixer.A_log") is Role.LINEAR_ATTENTION
+    assert selected_linears(specs, ["role:linear"]) == [f"{LAYER}.mixer.in_proj.weight"]
+    assert {model.role(f"{LAYER}.attn_hc.fn"), model.role("hc_head_fn")} == {Role.RESIDUAL}
+
+
+def test_a_model_whose_linears_no_engine_quantizes_is_refused_with_the_reason():
+    specs = specs_of(
+        {"backbone.layers.0.mixer.A_log": (HIDDEN, 16), "backbone.layers.0.mixer.in_proj.weight": (HIDDEN, HIDDEN)},
+        "mamba",
+        architectures=["MambaForCausalLM"],
+    )
+    with pytest.raises(NoMatchError, match=r"mixer\.in_proj\.weight: vllm .* builds it without a quantization config \(asked\)"):
+        selected_linears(specs, ["role:linear"])
+    assert selected_linears(specs, ["{path*}.mixer.in_proj.weight"]) == ["backbone.layers.0.mixer.in_proj.weight"]

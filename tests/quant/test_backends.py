@@ -22,7 +22,7 @@ from tensorsurgeon.quant.rtn.backend import choose_backend
 from tensorsurgeon.quant.rtn.fast import FastBackend
 from tensorsurgeon.quant.rtn.fp4 import amax_of
 from tensorsurgeon.quant.rtn.plain_torch import TorchBackend
-from tensorsurgeon.quant.scheme import RULES, Quantized, Scheme
+from tensorsurgeon.quant.scheme import RULES, Quantized, Rule, Scheme
 from tensorsurgeon.tensors.arrays import workspace_of_thread
 from tensorsurgeon.tensors.dtypes import BF16, F16, F32, I32, DType
 
@@ -45,6 +45,7 @@ def integer_schemes() -> list[Scheme]:
         for num_bits, group_size in ((8, -1), (4, 32), (4, 128), (3, 16), (2, 64), (5, -1), (6, 24), (7, 8))
         for symmetric in (True, False)
     ]
+    schemes += [replace(s, signed=s.rule not in ("autoround", "awq")) for s in schemes if s.symmetric]
     more = [replace(schemes[0], scale_dtype=dtype) for dtype in DTYPES]
     more += [Scheme(num_bits=4, group_size=32, rule=rule, scale_dtype=dtype) for rule in RULES for dtype in DTYPES]
     return schemes + more
@@ -89,7 +90,8 @@ def assert_same_bits(made: Quantized, wanted: Quantized) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", [*integer_schemes(), *FLOATS], ids=lambda s: (
-    f"{s.rule}-{s.type}{s.num_bits}-g{s.group_size}{'' if s.symmetric else '-asym'}{s.block or ''}{s.scale_dtype or ''}"
+    f"{s.rule}-{s.type}{s.num_bits}-g{s.group_size}{'' if s.symmetric else '-asym'}"
+    f"{'' if s.signed is None else f'-signed={s.signed}'}{s.block or ''}{s.scale_dtype or ''}"
 ))  # fmt: skip
 def test_both_backends_give_the_same_bits(scheme: Scheme, dtype: DType) -> None:
     weight = in_dtype(matrix(), dtype)
@@ -111,6 +113,28 @@ def test_both_backends_give_the_same_bits(scheme: Scheme, dtype: DType) -> None:
     np.testing.assert_array_equal(back.view(np.uint8), TORCH.dequantize(wanted, scheme, dtype).view(np.uint8))
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
+def test_signed_scales_map_the_extreme_of_each_group_to_the_lowest_code(rule: Rule, num_bits: int) -> None:
+    weight = np.random.default_rng(4).standard_normal((64, 256)).astype(np.float32)
+    scheme = Scheme(rule=rule, num_bits=num_bits, group_size=32, scale_dtype=F32, signed=True)
+    made = FAST.quantize(weight, scheme)
+    groups, codes = weight.reshape(64, 8, 32), made.codes.reshape(64, 8, 32)
+    extreme = np.abs(groups).argmax(2)[..., None]
+    led_by = np.take_along_axis(groups, extreme, 2)
+    assert (np.take_along_axis(codes, extreme, 2) == scheme.qmin).all()
+    assert (np.sign(made.scale) == -np.sign(led_by[..., 0])).all()
+    assert 0.3 < (made.scale < 0).mean() < 0.7
+    np.testing.assert_allclose(np.abs(made.scale), np.abs(led_by[..., 0]) / 2 ** (num_bits - 1), rtol=1e-6)
+    off = np.abs(groups - codes * made.scale[..., None]).max(2) / np.abs(made.scale)
+    # What lies beyond the highest code is clipped by at most one step.
+    assert off.max() <= 1.0 + 1e-4
+    plain = FAST.quantize(weight, replace(scheme, signed=False))
+    assert (plain.scale > 0).all()
+    error = [np.square(weight - FAST.dequantize(q, scheme, F32)).sum() for q in (made, plain)]
+    assert error[0] < error[1] or num_bits == 8
+
+
 numbers = st.floats(-(2.0**15), 2.0**15, width=16) | st.floats(-1.0, 1.0, width=32)
 
 
@@ -119,14 +143,15 @@ numbers = st.floats(-(2.0**15), 2.0**15, width=16) | st.floats(-1.0, 1.0, width=
     st.sampled_from(RULES),
     st.integers(2, 8),
     st.booleans(),
+    st.sampled_from([None, True, False]),
     st.sampled_from(DTYPES),
     st.sampled_from([-1, 16, 32]),
 )
 @settings(max_examples=300, deadline=None)
 def test_both_backends_agree_on_any_numbers(
-    values: list[float], rule: str, num_bits: int, symmetric: bool, dtype: DType, size: int
+    values: list[float], rule: str, num_bits: int, symmetric: bool, signed: bool | None, dtype: DType, size: int
 ) -> None:
-    scheme = Scheme(rule=rule, num_bits=num_bits, symmetric=symmetric, group_size=size)  # type: ignore[arg-type]
+    scheme = Scheme(rule=rule, num_bits=num_bits, symmetric=symmetric, signed=signed, group_size=size)  # type: ignore[arg-type]
     weight = in_dtype(np.array([values, values[::-1]], np.float32), dtype)
     assert_same_bits(FAST.quantize(weight, scheme), TORCH.quantize(weight, scheme))
 

@@ -22,6 +22,7 @@ DENSE: Final = GOLDEN / "source-qwen3"
 MOE: Final = GOLDEN / "source-qwen3-moe"
 
 # name -> transform, its parameters, and the source
+# fmt: off
 RECIPES: Final[dict[str, tuple[str, dict[str, str], Path]]] = {
     "split": ("split-experts", {}, FIXTURE),
     "quark-int8": ("quark-w8a8-int8", {}, MOE),
@@ -36,6 +37,11 @@ RECIPES: Final[dict[str, tuple[str, dict[str, str], Path]]] = {
     "fp8-hybrid": ("fp8-block", {}, FIXTURE),
     "nvfp4-hybrid": ("nvfp4a16", {}, FIXTURE),
     "ct-packed": ("quantize-linears", {"format": "ct-packed", "num_bits": "4", "group_size": "32"}, MOE),
+    "ct-packed-signed": (
+        "quantize-linears", {"format": "ct-packed", "num_bits": "4", "group_size": "32", "signed": "true"}, MOE,
+    ),
+    "ct-int-signed": ("ct-w8a8-int8", {"signed": "true"}, MOE),
+    "quark-int4-signed": ("quantize-linears", {"format": "quark-int4", "group_size": "32", "signed": "true"}, MOE),
     "ct-packed-3bit": ("quantize-linears", {"format": "ct-packed", "num_bits": "3", "group_size": "-1"}, MOE),
     "ct-asym": ("quantize-linears", {"format": "ct-packed", "num_bits": "4", "group_size": "32", "symmetric": "false"}, MOE),
     "ct-float": ("quantize-linears", {"format": "ct-float"}, MOE),
@@ -51,6 +57,7 @@ RECIPES: Final[dict[str, tuple[str, dict[str, str], Path]]] = {
     "quark-int4-reorder": ("quantize-linears", {"format": "quark-int4-reorder", "group_size": "32"}, MOE),
     "hf-fp8": ("quantize-linears", {"format": "hf-fp8"}, MOE),
 }
+# fmt: on
 
 
 @cache

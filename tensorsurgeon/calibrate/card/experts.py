@@ -103,7 +103,7 @@ class CardExperts:
         if not len(cold):
             return []
         if router is None:
-            logger.warning("%s: its router was not found; %d cold experts are not topped up", self.stack.name, len(cold))
+            logger.warning("%s: %s; %d cold experts are not topped up", self.stack.name, self.stack.why_cold, len(cold))
             return []
         extra = []
         for first in range(0, len(cold), _COLD_TOGETHER):

@@ -15,19 +15,20 @@ from torch import Tensor
 
 from tensorsurgeon.calibrate.codes.assembly import Assemblies, Rounded
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal
-from tensorsurgeon.calibrate.codes.rules import ALL_ZERO, damping_for, store_scale_of, why_rounded
+from tensorsurgeon.calibrate.codes.rules import ALL_ZERO, damping_for, share_for, store_scale_of, why_rounded
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.walk.experts import InputStatistics
 from tensorsurgeon.calibrate.walk.statistics import LayerStatistics, is_finite
 from tensorsurgeon.calibrate.walk.workers import run_parallel
 from tensorsurgeon.errors import NumericError
+from tensorsurgeon.quant.gptq.asymmetric import correction, leaning
 from tensorsurgeon.quant.gptq.gptq import STACK_ROWS, GptqResult, gptq, output_energy
 from tensorsurgeon.quant.gptq.hessian import FlippedFactor, flipped_cholesky
 from tensorsurgeon.quant.gptq.scale_search import dequantize, round_to_nearest, search_scale
 from tensorsurgeon.quant.rtn.backend import choose_backend
 from tensorsurgeon.quant.rtn.plain_torch import tensor_of
 from tensorsurgeon.quant.scheme import Quantized, Scheme
-from tensorsurgeon.tensors.dtypes import DType, dtype_of
+from tensorsurgeon.tensors.dtypes import F32, DType, dtype_of
 
 
 class _Job(NamedTuple):
@@ -62,10 +63,10 @@ def quantize_on_cpu(
         job = jobs[number]
         began = time.monotonic()
         arrays = [_weight(part, linears[part.linear], original) for part in job.parts]
-        found, factor = shared.take(job.key, job.method)
+        found = shared.take(job)
         try:
             weight, base = _base(arrays, job)
-            rounded = _round(weight, base, job, found, factor, options)
+            rounded = _round(weight, base, job, found, options)
         except NumericError as error:
             raise NumericError(f"{linears[job.parts[0].linear].weight.name}: {error.message}") from error
         finally:
@@ -75,7 +76,9 @@ def quantize_on_cpu(
         for part in job.parts:
             stop_row = start + part.stop - part.start
             share = seconds * (stop_row - start) / weight.shape[0]
-            assemblies.put(part, rounded, slice(start, stop_row), 0 if found is None else found.tokens, share)
+            assemblies.put(
+                part, rounded, slice(start, stop_row), 0 if found.statistics is None else found.statistics.tokens, share
+            )
             start = stop_row
 
     run_parallel(len(jobs), run, workers=workers, stop=stop)
@@ -92,11 +95,10 @@ def _round(
     weight: Tensor,
     base: Quantized,
     job: _Job,
-    statistics: InputStatistics | None,
-    factor: FlippedFactor | None,
+    found: _Shared,
     options: CalibrationOptions,
 ) -> Rounded:
-    scheme = job.scheme
+    scheme, statistics = job.scheme, found.statistics
     zero_point = None if base.zero_point is None else torch.from_numpy(base.zero_point)
     scale = torch.from_numpy(base.scale)
     is_sound = statistics is not None and is_finite(statistics)
@@ -104,11 +106,16 @@ def _round(
     if statistics is not None and not note:
         if job.method == "imatrix":
             return _imatrix(weight, scale, zero_point, scheme, statistics)
-        if factor is not None:
+        if found.factor is not None:
+            if found.step is not None:
+                weight = leaning(weight, found.step, share_for(scheme, job.method, options))
+                base = choose_backend("auto", scheme, F32).quantize(weight.numpy(), scheme)
+                scale = torch.from_numpy(base.scale)
+                zero_point = None if base.zero_point is None else torch.from_numpy(base.zero_point)
             made = gptq(
                 weight, statistics.hessian, scale=scale, zero_point=zero_point, qmin=scheme.qmin, qmax=scheme.qmax,
                 group_size=scheme.group_size, options=replace(options.gptq, measure_energy=True),
-                store_scale=store_scale_of(scheme), tokens=statistics.tokens, factor=factor,
+                store_scale=store_scale_of(scheme), tokens=statistics.tokens, factor=found.factor,
             )  # fmt: skip
             return _from_gptq(made)
         note = ALL_ZERO
@@ -142,6 +149,14 @@ def _jobs(linears: Sequence[Linear], parts: Sequence[Part], statistics: LayerSta
     return jobs
 
 
+class _Shared(NamedTuple):
+    """What jobs with one key share: statistics, the factor of their damped Hessian, and the ``correction`` that targets take."""
+
+    statistics: InputStatistics | None
+    factor: FlippedFactor | None
+    step: Tensor | None
+
+
 class _SharedFactors:
     """Statistics and factors by key, computed by whoever comes first and let go when the last job has used them."""
 
@@ -158,21 +173,28 @@ class _SharedFactors:
         self._options = options
         self._lock = threading.Lock()
         self._locks = {key: threading.Lock() for key in uses}
-        self._made: dict[str, tuple[InputStatistics | None, FlippedFactor | None]] = {}
+        self._made: dict[str, _Shared] = {}
 
-    def take(self, key: str, method: str) -> tuple[InputStatistics | None, FlippedFactor | None]:
+    def take(self, job: _Job) -> _Shared:
         """The statistics, and for GPTQ the factor of their damped Hessian where there is one to be had."""
+        key = job.key
         with self._locks[key]:
-            if key not in self._made:
+            known = self._made.get(key)
+            if known is None:
                 found = self._statistics.of(key)
                 factor = None
-                if method == "gptq" and found is not None and is_finite(found):
+                if job.method == "gptq" and found is not None and is_finite(found):
                     damping = damping_for(self._options.gptq.damp_percent, found.tokens, len(found.diagonal))
                     factor = flipped_cholesky(found.hessian, damping, self._options.gptq.act_order)
-                self._made[key] = (found, factor)
+                known = self._made[key] = _Shared(found, factor, None)
                 if self._used is not None and found is not None:
                     self._used[key] = found
-            return self._made[key]
+            found, factor, step = known
+            if not share_for(job.scheme, job.method, self._options):
+                return _Shared(found, factor, None)
+            if step is None and factor is not None and found is not None and found.cross is not None:
+                self._made[key] = known = _Shared(found, factor, correction(found.cross, found.hessian))
+            return known
 
     def done(self, key: str) -> None:
         with self._lock:

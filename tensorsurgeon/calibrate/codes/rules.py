@@ -6,12 +6,15 @@ from typing import Final
 
 import torch
 
+from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.formats.scales import scale_dtype_of
 from tensorsurgeon.quant.gptq.scale_search import StoreScale
 from tensorsurgeon.quant.rtn.plain_torch import TORCH_DTYPES
 from tensorsurgeon.quant.scheme import Scheme
 
 _MOST_DAMPING: Final = 2.0
+_SHARE: Final = 0.5
+_MOST_BITS: Final = 3
 
 
 def damping_for(damp_percent: float, tokens: int, in_features: int) -> float:
@@ -23,6 +26,18 @@ def damping_for(damp_percent: float, tokens: int, in_features: int) -> float:
     16, 0.61 and 0.55 at 0.1. ``hessian.damp_for_tokens`` is the rule for independent tokens.
     """
     return max(damp_percent, min(_MOST_DAMPING, _MOST_DAMPING * in_features / max(1, tokens)))
+
+
+def share_for(scheme: Scheme, method: str, options: CalibrationOptions) -> float:
+    """How far a linear's target leans towards the original layers' outputs (``quant.gptq.asymmetric``).
+
+    With signed scales it takes something off at 3 and 2 bits, and is noise at 4; docs/quality.md has the figures.
+    """
+    if method != "gptq" or not options.sequential:
+        return 0.0
+    if options.asymmetric is not None:
+        return options.asymmetric
+    return _SHARE if scheme.num_bits <= _MOST_BITS and scheme.has_signed_scales else 0.0
 
 
 def why_rounded(tokens: int, is_finite: bool, fallback_tokens: int) -> str:

@@ -15,25 +15,33 @@ from tensorsurgeon.quant.scheme import Quantized
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """The layer that comes next, and the states that go into it: None where it needs none, or nothing comes next."""
+    """The layer that comes next, and the states that go into it: None where it needs none, or nothing comes next.
+
+    ``original``: what the original layers before it put out, where that is carried along and is not the same.
+    """
 
     layer: int
     states: HiddenStates | None
+    original: HiddenStates | None = None
+
+    @property
+    def _carried(self) -> list[HiddenStates]:
+        return [states for states in (self.states, self.original) if states is not None]
 
     @property
     def digest(self) -> str | None:
-        """Of the states."""
-        return None if self.states is None else self.states.digest
+        """Of the states, and of the original ones behind a bar."""
+        return "|".join(states.digest for states in self._carried) or None
 
     def sync(self) -> None:
         """Make the states durable."""
-        if self.states is not None:
-            self.states.sync()
+        for states in self._carried:
+            states.sync()
 
     def close(self) -> None:
-        """Let go of the states' file, which stays."""
-        if self.states is not None:
-            self.states.close()
+        """Let go of the states' files, which stay."""
+        for states in self._carried:
+            states.close()
 
 
 class Layer(NamedTuple):

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.codes.assembly import Assemblies
 from tensorsurgeon.calibrate.codes.layer import quantize_on_cpu
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, stored_turned
+from tensorsurgeon.calibrate.codes.originals import carries_original, observing, passing, reopened
 from tensorsurgeon.calibrate.codes.rules import NOT_REACHED
 from tensorsurgeon.calibrate.codes.stage import Layer, Stage, layer_of
 from tensorsurgeon.calibrate.options import CalibrationOptions
@@ -34,7 +36,10 @@ from tensorsurgeon.quant.scheme import Quantized
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WalkedLayers:
-    """The walk, and where its states lie between layers."""
+    """The walk, and where its states lie between layers.
+
+    ``asymmetric``: what original layers put out is carried beside what quantized ones do, from the first quantized layer on.
+    """
 
     model: StreamedModel
     original: ReadOriginal
@@ -43,6 +48,7 @@ class WalkedLayers:
     state: CalibrationState
     workers: int
     stop: threading.Event
+    asymmetric: bool = False
 
     def first(self) -> Stage:
         states = self._states(0, create=True)
@@ -52,21 +58,20 @@ class WalkedLayers:
     def resumed(self, layer: int, digest: str | None) -> Stage:
         if digest is None:
             return Stage(layer, None)
-        try:
-            states = self._states(layer, create=False)
-        except OSError as error:
-            raise JournalError(f"cannot be read: {error.strerror}", where=str(self.state.states_path(layer))) from error
-        states.check(digest)
+        stage = reopened(layer, digest, self.state, lambda path: self._open(path, create=False))
         self.walk.embed(None)
         if layer and self.walk.passes_on:
-            states.close()
+            stage.close()
             raise JournalError(
                 "layers of this model hand on more than hidden states, which is not kept", where=str(self.state.folder)
             )
-        return Stage(layer, states)
+        return stage
 
     def _states(self, layer: int, *, create: bool) -> HiddenStates:
-        return HiddenStates(self.state.states_path(layer), self.walk.shape, self.model.dtype, create=create)
+        return self._open(self.state.states_path(layer), create=create)
+
+    def _open(self, path: Path, *, create: bool) -> HiddenStates:
+        return HiddenStates(path, self.walk.shape, self.model.dtype, create=create)
 
     def quantize(self, stage: Stage, linears: Sequence[Linear], *, is_last: bool) -> Layer:
         inputs = stage.states
@@ -76,14 +81,19 @@ class WalkedLayers:
             )
         with self.model.layer(stage.layer, self.walk.read) as module:
             outputs = None if is_last else self._states(stage.layer + 1, create=True)
-            following = Stage(stage.layer + 1, outputs)
             name = self.model.layer_names[stage.layer]
             stacks = find_stacks(name, module)
             own = {stack.first_name: self.options.expert_hessian == "own" for stack in stacks}
             parts, without = parts_of(linears, self.model.traced(stage.layer), keys_of(name, module, stacks, own))
             if not self.walk.reaches(stage.layer):
                 parts, without = [], dict.fromkeys(range(len(linears)), NOT_REACHED)
-            made = self._quantized(stage.layer, module, inputs, outputs, linears, parts, stacks)
+            original = None
+            if outputs is not None and carries_original(self.walk, self.asymmetric, stage, parts):
+                original = self._open(self.state.original_path(stage.layer + 1), create=True)
+            following = Stage(stage.layer + 1, outputs, original)
+            made = self._quantized(stage, module, following, linears, parts, stacks)
+            if original is not None and stage.original is not None and not parts:
+                self._run(stage.layer, module, stage.original, original)
             if outputs is not None and (self.options.sequential or not parts):
                 announce(None, None, f"layer {stage.layer}: its outputs")
                 self._put_back(parts, made.quantized())
@@ -92,10 +102,9 @@ class WalkedLayers:
 
     def _quantized(
         self,
-        number: int,
+        stage: Stage,
         module: nn.Module,
-        inputs: HiddenStates,
-        outputs: HiddenStates | None,
+        following: Stage,
         linears: Sequence[Linear],
         parts: Sequence[Part],
         stacks: Sequence[ExpertStack],
@@ -106,31 +115,31 @@ class WalkedLayers:
         aliases: dict[str, str] = {}
         made = Assemblies(linears, parts)
         if parts:
-            passing = None if self.options.sequential else outputs
             with ExitStack() as scratch:
-                announce(None, None, f"layer {number}: statistics")
-                statistics = self._watched(number, module, inputs, passing, stacks, parts, scratch)
-                announce(None, None, f"layer {number}: codes")
+                announce(None, None, f"layer {stage.layer}: statistics")
+                statistics = self._watched(stage, module, following, stacks, parts, scratch)
+                announce(None, None, f"layer {stage.layer}: codes")
                 made = quantize_on_cpu(
                     linears, parts, statistics, self.options, self.original, workers=self.workers, stop=self.stop,
                     used=None if keep is None else used,
                 )  # fmt: skip
                 aliases = {part.key: statistics.shared_key(part.key) for part in parts}
         if keep is not None:
-            write_layer(keep, number, used, aliases)
+            write_layer(keep, stage.layer, used, aliases)
         return made
 
     def _watched(
         self,
-        number: int,
+        stage: Stage,
         module: nn.Module,
-        inputs: HiddenStates,
-        outputs: HiddenStates | None,
+        following: Stage,
         stacks: Sequence[ExpertStack],
         parts: Sequence[Part],
         scratch: ExitStack,
     ) -> WalkedStatistics:
         """Run the layer and sum what the linears of ``parts`` see; ``scratch`` lets go of what experts were fed."""
+        number, inputs = stage.layer, stage.states
+        assert inputs is not None
         wanted = {part.lines.name.rpartition(".")[0] for part in parts}
         name = self.model.layer_names[number]
         linears = {
@@ -138,19 +147,27 @@ class WalkedLayers:
         }
         parameters = {part.lines.name for part in parts}
         used = [stack for stack in stacks if not parameters.isdisjoint(stack.parameters)]
-        tokens = self.walk.tokens.numel()
-        fed = {}
-        for k, stack in enumerate(used):
-            path = self.state.folder / f"experts-{k}.bin"
-            fed[stack.name] = ExpertInputs(path, tokens * max(1, stack.copies), stack.hidden, self.model.dtype)
-            scratch.callback(fed[stack.name].close)
+
+        def room(prefix: str, stacks: Sequence[ExpertStack]) -> dict[str, ExpertInputs]:
+            made = {}
+            for k, stack in enumerate(stacks):
+                path = self.state.folder / f"{prefix}-{k}.bin"
+                tokens = self.walk.tokens.numel() * max(1, stack.copies)
+                made[stack.name] = ExpertInputs(path, tokens, stack.hidden, self.model.dtype)
+                scratch.callback(made[stack.name].close)
+            return made
+
+        fed = room("experts", used)
+        # Rows that are gathered by the router's choice are not of the same tokens behind other layers.
+        originals = room("experts-original", [s for s in used if not s.copies] if stage.original is not None else [])
         turns = Turns()
-        observer = LayerObserver(linears, used, fed, turns)
+        observer = LayerObserver(linears, used, fed, turns, originals=originals)
         with observer.watching():
-            self._run(number, module, inputs, outputs, observer=observer.observe, turns=turns)
+            observe = observing(self.walk, stage, module, following.original, observer)
+            self._run(number, module, inputs, passing(stage, following, self.options), observer=observe, turns=turns)
         experts = {}
         for stack in used:
-            experts[stack.name] = ExpertStatistics(stack, fed[stack.name], self.options)
+            experts[stack.name] = ExpertStatistics(stack, fed[stack.name], self.options, originals.get(stack.name))
             experts[stack.name].choose(None if stack.router is None else module.get_submodule(stack.router)._parameters["weight"])
         return observer.result(experts)
 

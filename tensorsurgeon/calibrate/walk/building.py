@@ -19,6 +19,8 @@ from tensorsurgeon.errors import CheckpointError, PlanError, SurgeonError
 
 _TORCH_DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _COUNTS: Final = re.compile(r"layers|depth|blocks|n_layer")
+# Some keys that read like counts are none (``max_window_layers``); no model has so many layers, and so many build at once.
+_ANY_MODEL: Final = 1000
 # Keys by which transformers chooses code that computes a part; a name with a slash is fetched from the Hub and run.
 _CODE: Final = re.compile(r"implementation|kernel")
 
@@ -41,6 +43,9 @@ def model_builder(checkpoint: Checkpoint, experts_implementation: str | None) ->
         named = getattr(transformers, str((config.architectures or [""])[0]), None)
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             make: Any = named._from_config
+            if not named._can_set_experts_implementation():
+                # Models without experts, or with experts of their own making, refuse any but the eager one.
+                experts_implementation = None
         else:
             make = functools.partial(transformers.AutoModelForCausalLM.from_config, trust_remote_code=False)
     arguments: dict[str, Any] = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
@@ -77,7 +82,7 @@ def _refuse_what_no_config_needs(checkpoint: Checkpoint) -> None:
             where = f"config.json {path}{key}"
             if isinstance(value, dict):
                 parts.append((f"{path}{key}.", value))
-            elif isinstance(value, int) and value > len(checkpoint.specs) and _COUNTS.search(key):
+            elif isinstance(value, int) and value > max(len(checkpoint.specs), _ANY_MODEL) and _COUNTS.search(key):
                 raise CheckpointError(
                     f"{where}: asks for {value}, and the checkpoint has {len(checkpoint.specs)} tensors",
                     where=str(checkpoint),

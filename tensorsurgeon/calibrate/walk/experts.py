@@ -17,6 +17,7 @@ from torch import Tensor
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
 from tensorsurgeon.calibrate.walk.stacks import ExpertStack
+from tensorsurgeon.quant.gptq.asymmetric import CrossAccumulator
 from tensorsurgeon.quant.gptq.hessian import CHUNK_TOKENS, HessianAccumulator
 
 logger = logging.getLogger(__name__)
@@ -26,11 +27,15 @@ _TOKENS: Final = 8 * CHUNK_TOKENS
 
 
 class InputStatistics(NamedTuple):
-    """What a linear's input looked like: sum of ``x x^T`` [in, in] F32 over so many tokens, and its diagonal."""
+    """What a linear's input looked like: sum of ``x x^T`` [in, in] F32 over so many tokens, and its diagonal.
+
+    ``cross``: sum of ``(o - x)^T x`` as rows, o being the input behind original layers; None where that was not carried.
+    """
 
     tokens: int
     diagonal: Tensor
     hessian: Tensor
+    cross: Tensor | None = None
 
 
 def wanted_tokens(options: CalibrationOptions, counts: np.ndarray) -> int:
@@ -90,11 +95,17 @@ class ExpertInputs:
 
 
 class ExpertStatistics:
-    """Statistics of one stack's projections, computed when asked for; thread-safe after ``choose``."""
+    """Statistics of one stack's projections, computed when asked for; thread-safe after ``choose``.
 
-    def __init__(self, stack: ExpertStack, inputs: ExpertInputs, options: CalibrationOptions) -> None:
+    ``originals``: what goes into the stack behind original layers, where that is carried.
+    """
+
+    def __init__(
+        self, stack: ExpertStack, inputs: ExpertInputs, options: CalibrationOptions, originals: ExpertInputs | None = None
+    ) -> None:
         self.stack = stack
         self._inputs = inputs
+        self._originals = originals
         self._options = options
         self._extra: dict[int, np.ndarray] = {}
 
@@ -108,7 +119,7 @@ class ExpertStatistics:
         if not len(cold):
             return
         if router is None:
-            logger.warning("%s: its router was not found; %d cold experts are not topped up", self.stack.name, len(cold))
+            logger.warning("%s: %s; %d cold experts are not topped up", self.stack.name, self.stack.why_cold, len(cold))
             return
         logits = np.empty((self._inputs.tokens, len(cold)), np.float32)
         rows = router[torch.from_numpy(cold)].float().T.contiguous()
@@ -134,16 +145,31 @@ class ExpertStatistics:
     def compute(self, expert: int, *, first: bool) -> tuple[InputStatistics | None, InputStatistics]:
         """Of an expert's first projection (if asked for) and of its down projection; original weights."""
         chosen = self.tokens_of(expert)
-        before = HessianAccumulator(self.stack.hidden) if first else None
-        after = HessianAccumulator(self.stack.inner)
+        crossed = self._originals is not None
+        before = _Sums(self.stack.hidden, crossed) if first else None
+        after = _Sums(self.stack.inner, crossed)
         for start in range(0, len(chosen), _TOKENS):
-            hidden = self._inputs.gather(chosen[start : start + _TOKENS])
+            tokens = chosen[start : start + _TOKENS]
+            hidden = [inputs.gather(tokens) for inputs in (self._inputs, self._originals) if inputs is not None]
             if before is not None:
-                before.add(hidden)
-            after.add(self.stack.down_inputs(expert, hidden))
-        return (None if before is None else _summed(before)), _summed(after)
+                before.add(*hidden)
+            after.add(*(self.stack.down_inputs(expert, states) for states in hidden))
+        return (None if before is None else before.result()), after.result()
 
 
-def _summed(accumulator: HessianAccumulator) -> InputStatistics:
-    hessian = accumulator.result()
-    return InputStatistics(accumulator.tokens, hessian.diagonal().clone(), hessian)
+class _Sums:
+    """A Hessian, and cross products beside it where both inputs are carried."""
+
+    def __init__(self, in_features: int, crossed: bool) -> None:
+        self._hessian = HessianAccumulator(in_features)
+        self._cross = CrossAccumulator(in_features) if crossed else None
+
+    def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
+        self._hessian.add(inputs)
+        if self._cross is not None and original is not None:
+            self._cross.add(inputs, original)
+
+    def result(self) -> InputStatistics:
+        hessian = self._hessian.result()
+        cross = None if self._cross is None else self._cross.result()
+        return InputStatistics(self._hessian.tokens, hessian.diagonal().clone(), hessian, cross)

@@ -122,19 +122,29 @@ class StreamedModel:
         finally:
             module.to("meta")
 
+    @property
+    def _decoder_name(self) -> str:
+        return self.layer_names[0].rpartition(".")[0].rpartition(".")[0]
+
+    def _surrounding(self) -> list[Loading]:
+        prefix = f"{self._decoder_name}." if self._decoder_name else ""
+        loadings = [loading for loading in self._rest if loading.target.startswith(prefix)]
+        return [loading for loading in loadings if not _is_head(self.model, loading.target)]
+
+    def surrounding_names(self) -> list[str]:
+        """The checkpoint tensors that ``surroundings`` reads."""
+        return [name for loading in self._surrounding() for name in loading.names]
+
     @contextmanager
     def surroundings(self, read: ReadWeight, *, embeds: bool = True) -> Iterator[Any]:
         """What runs around the layers: embeddings (unless ``embeds`` is false), and whatever else of the decoder is small."""
-        decoder_name = self.layer_names[0].rpartition(".")[0].rpartition(".")[0]
-        prefix = f"{decoder_name}." if decoder_name else ""
-        loadings = [loading for loading in self._rest if loading.target.startswith(prefix)]
-        module = self.model.get_submodule(decoder_name)
+        module = self.model.get_submodule(self._decoder_name)
         embedding = self.model.get_input_embeddings()
-        needed = [loading for loading in loadings if not _is_head(self.model, loading.target)]
+        needed = self._surrounding()
         if not embeds:
             needed = [loading for loading in needed if self._owner(loading.target) is not embedding]
         try:
-            self._fill(decoder_name, module, needed, read, complete=False)
+            self._fill(self._decoder_name, module, needed, read, complete=False)
             if embeds and embedding.weight.is_meta:
                 raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint))
             yield self.model

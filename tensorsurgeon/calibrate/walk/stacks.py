@@ -61,6 +61,11 @@ class ExpertStack:
         return f"{self.name}.{self.down}"
 
     @property
+    def why_cold(self) -> str:
+        """Why experts that the router sends little to are not topped up, where no router is known."""
+        return "hands experts only what the router scaled for them" if self.copies else "its router was not found"
+
+    @property
     def parameters(self) -> dict[str, tuple[int, int]]:
         """By full name: outputs of one expert, and the rows of a matrix whose columns those are (0: they are rows)."""
         found = {}

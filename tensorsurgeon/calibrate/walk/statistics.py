@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from tensorsurgeon.calibrate.walk.crosses import Crosses
 from tensorsurgeon.calibrate.walk.experts import ExpertStatistics, InputStatistics
 from tensorsurgeon.calibrate.walk.stacks import ExpertStack
 from tensorsurgeon.calibrate.walk.workers import Turns
@@ -25,10 +26,10 @@ from tensorsurgeon.machine.files import make_durable, make_folder_durable
 from tensorsurgeon.quant.gptq.hessian import HessianAccumulator
 
 
-def summed(accumulator: Sum) -> InputStatistics:
-    """The statistics that an accumulator holds."""
+def summed(accumulator: Sum, cross: Tensor | None = None) -> InputStatistics:
+    """The statistics that an accumulator holds, and the cross products beside it."""
     hessian = accumulator.result()
-    return InputStatistics(accumulator.tokens, hessian.diagonal().clone(), hessian)
+    return InputStatistics(accumulator.tokens, hessian.diagonal().clone(), hessian, cross)
 
 
 class LayerStatistics(Protocol):
@@ -77,7 +78,8 @@ class Inputs(Protocol):
 class LayerObserver:
     """Sums the inputs of a layer's linears, and keeps those of its experts, while the walk runs the layer.
 
-    ``linears`` are the modules wanted, by full name; ``new_sum`` makes what sums so many features.
+    ``linears`` are the modules wanted, by full name; ``new_sum`` makes what sums so many features. ``originals`` keeps what
+    goes into the stacks behind original layers, and ``crosses`` cross products, where that is carried.
     """
 
     def __init__(
@@ -87,7 +89,11 @@ class LayerObserver:
         inputs: Mapping[str, Inputs],
         turns: Turns,
         new_sum: Callable[[int], Sum] = HessianAccumulator,
+        originals: Mapping[str, Inputs] | None = None,
+        crosses: Crosses | None = None,
     ) -> None:
+        self._originals = originals or {}
+        self._crosses = crosses or Crosses()
         self._linears = dict(sorted(linears.items()))
         self._stacks = {stack.name: stack for stack in stacks}
         self._inputs = inputs
@@ -124,8 +130,17 @@ class LayerObserver:
 
         return hook
 
-    def observe(self, batch: int, first_token: int, forward: Callable[[], Tensor]) -> Tensor:
-        """Run a batch's forward and add what the linears saw, in the order of batches."""
+    def observe(
+        self, batch: int, first_token: int, forward: Callable[[], Tensor], original: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Run a batch's forward and add what the linears saw, in the order of batches.
+
+        ``original`` runs the same tokens' forward behind original layers.
+        """
+        self._local.seen, self._local.chosen = {}, {}
+        if original is not None:
+            original()
+        before, fed = self._local.seen, self._local.chosen
         self._local.seen, self._local.chosen = {}, {}
         result = forward()
         seen: dict[str, list[_Seen]] = self._local.seen
@@ -134,8 +149,14 @@ class LayerObserver:
                 self._choose_leaders(seen)
             for name, (_, chosen) in self._local.chosen.items():
                 self._inputs[name].prepare(chosen.shape[1])
+                if name in self._originals:
+                    self._originals[name].prepare(chosen.shape[1])
         for name, (hidden, chosen) in self._local.chosen.items():
             self._inputs[name].add(first_token * max(1, self._stacks[name].copies), hidden, chosen)
+            if original is not None and name in self._originals:
+                self._originals[name].add(first_token, *fed[name])
+        tokens = result.numel() // result.shape[-1]
+        gathered = {stack.first_name for stack in self._stacks.values() if stack.copies}
         for name, leader in self._leader.items():
             mine = seen.get(name, [])
             if leader != name:
@@ -147,6 +168,9 @@ class LayerObserver:
                     if name not in self._sums:
                         self._sums[name] = self._new_sum(tensor.shape[-1])
                     self._sums[name].add(tensor)
+                if original is not None:
+                    theirs = [] if name in gathered else before.get(name, [])
+                    self._crosses.add(name, [s.tensor for s in mine], [s.tensor for s in theirs], tokens)
         self._local.seen, self._local.chosen = {}, {}
         return result
 
@@ -161,7 +185,7 @@ class LayerObserver:
         """Statistics by key, and under which key a shared input is kept; the sums are let go."""
         made = {}
         for name in list(self._sums):
-            made[name] = summed(self._sums.pop(name))
+            made[name] = summed(self._sums.pop(name), self._crosses.pop(name))
         return made, dict(self._leader)
 
     def result(self, experts: Mapping[str, ExpertStatistics]) -> WalkedStatistics:
@@ -224,7 +248,8 @@ class StoredStatistics:
         if key not in self.tokens:
             return None
         hessian = self._file.get_tensor(f"{key}.hessian")
-        return InputStatistics(self.tokens[key], hessian.diagonal().clone(), hessian)
+        cross = self._file.get_tensor(f"{key}.cross") if f"{key}.cross" in self._file.keys() else None  # noqa: SIM118
+        return InputStatistics(self.tokens[key], hessian.diagonal().clone(), hessian, cross)
 
 
 def layer_path(folder: Path, number: int) -> Path:
@@ -238,6 +263,7 @@ def write_layer(folder: Path, number: int, statistics: Mapping[str, InputStatist
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{key}.hessian": found.hessian for key, found in sorted(statistics.items())}
+    tensors |= {f"{key}.cross": found.cross for key, found in sorted(statistics.items()) if found.cross is not None}
     metadata = {
         "aliases": json.dumps({name: key for name, key in sorted(aliases.items()) if name != key}),
         "tokens": json.dumps({key: found.tokens for key, found in sorted(statistics.items())}),

@@ -143,9 +143,7 @@ class Walk:
                 if outputs is not None:
                     outputs.write(start, inputs.read(start, stop_at))
                 return
-            hidden = inputs.read(start, stop_at).to(self.model.device)
-            if self._axis:
-                hidden = hidden.movedim(0, self._axis).contiguous()
+            hidden = self._read(inputs, batch)
             call, boxes = self._bound(self._calls[stop_at - start][number], batch)
             returned: list[Any] = []
 
@@ -163,6 +161,20 @@ class Walk:
                 self._pass_on(number, batch, returned[-1], boxes)
 
         run_parallel(len(self.batches), work, workers=workers, stop=stop, turns=turns)
+
+    def call(self, number: int, layer: nn.Module, inputs: HiddenStates, batch: int) -> Tensor:
+        """What the loaded layer makes of one batch of other states; nothing is kept of what it hands on beside them."""
+        start, stop_at = self.batches[batch]
+        call, _ = self._bound(self._calls[stop_at - start][number], batch)
+        with own_forward(type(self.model.model).__name__, f"in {self.model.layer_names[number]}"):
+            returned = layer(self._read(inputs, batch), *call.args, **call.kwargs)
+        result = self._by_sample(next(leaves(returned))[1])
+        check_finite(result, self.model.layer_names[number], start)
+        return result
+
+    def _read(self, inputs: HiddenStates, batch: int) -> Tensor:
+        hidden = inputs.read(*self.batches[batch]).to(self.model.device)
+        return hidden.movedim(0, self._axis).contiguous() if self._axis else hidden
 
     def _bound(self, call: Call, batch: int) -> tuple[Call, dict[str, Any]]:
         """The call of one batch, and the containers in it that the layer may fill."""

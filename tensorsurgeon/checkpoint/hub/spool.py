@@ -72,7 +72,7 @@ class SpooledSource(Source):
         self._end_fetching()
         with self._changed:
             self._stays = Stays(steps, keep_steps)
-            self._window = None if keep_steps is None else self._ahead + 1
+            self._window = None if keep_steps is None else self._ahead
             self._next = 0
             self._left = set(range(len(steps)))
             wanted = {stay.shard for stay in self._stays.stays}
@@ -84,10 +84,6 @@ class SpooledSource(Source):
             self._clear_folder({self._names[shard] for shard in wanted})
         self._thread = threading.Thread(target=self._fetch_all, name="surgeon-fetch", daemon=True)
         self._thread.start()
-
-    def held(self, step: int) -> set[int]:
-        """The shards that are here during all of a step."""
-        return {stay.shard for stay in self._stays.stays if stay.first <= step <= stay.last}
 
     def passed(self, step: int) -> None:
         """Nothing of this step will be read again."""

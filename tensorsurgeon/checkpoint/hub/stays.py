@@ -48,6 +48,10 @@ class Stays:
         """How many steps fetch something up to this one."""
         return bisect_right(self._fetching, step)
 
+    def held(self, step: int) -> set[int]:
+        """The shards that are here during all of a step."""
+        return {stay.shard for stay in self.stays if stay.first <= step <= stay.last}
+
     def gone_before(self, number: int, ahead: int) -> int:
         """Stays whose ``rank(last)`` is below this are over before stay ``number`` is fetched.
 

@@ -94,7 +94,7 @@ def _document() -> dict[str, Any]:
 @cache
 def _entries() -> tuple[frozenset[str], dict[str, str]]:
     entries = _document()["architectures"]
-    usable = {name: entry for name, entry in entries.items() if "takes" in entry}
+    usable = {name: entry for name, entry in entries.items() if "takes" in entry or "never" in entry}
     return frozenset(usable), {kind: name for name, entry in usable.items() for kind in entry["model_types"]}
 
 
@@ -105,7 +105,7 @@ def _answer(architecture: str) -> Answer:
         _document()["engine"],
         architecture,
         entry["how"],
-        frozenset(map(_inside, entry["takes"])),
+        frozenset(map(_inside, entry.get("takes") or ())),
         frozenset(map(_inside, entry.get("never") or ())),
         {fused: tuple(parts) for fused, parts in (entry.get("fused") or {}).items()},
         {fused: tuple(parts) for fused, parts in (entry.get("stacked") or {}).items()},

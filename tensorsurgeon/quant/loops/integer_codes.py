@@ -219,7 +219,7 @@ def symmetric(
 ) -> int:
     """Codes int8 [N, K] and scales float32 [N, G] of weight bits [N, K]; -1, or the first row that is not finite.
 
-    ``signed`` is AutoRound's full range: the scale is negative unless the minimum of the group leads.
+    ``signed`` is the full range (``Scheme.signed``): the scale is negative unless the minimum of the group leads.
     ``scratch``: float32 [3, G].
     """
     rows, columns = weight.shape
@@ -241,7 +241,7 @@ def symmetric(
         if signed:
             for g in range(groups):
                 # a scale that the dtype rounds to 0 has lost its sign, and is lifted to the positive floor
-                sign = np.float32(1.0) if round_to(span[g] / steps, stored) == 0 else lows[g]
+                sign = np.float32(1.0) if round_to(round_to(span[g] / steps, math), stored) == 0 else lows[g]
                 divisor[g] *= sign
                 scales[g] *= sign
         for g in range(groups):

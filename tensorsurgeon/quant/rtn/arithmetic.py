@@ -73,8 +73,8 @@ def code_range(scheme: Scheme) -> tuple[int, int]:
 
 
 def half_range(scheme: Scheme) -> float:
-    """What the largest magnitude is divided by to give a symmetric scale: 7.5 at 4 bits, and 8 in AutoRound."""
-    if scheme.rule in ("autoround", "awq"):
+    """What the largest magnitude is divided by to give a symmetric scale: 7.5 at 4 bits, and 8 where scales are signed."""
+    if scheme.has_signed_scales:
         return float(1 << (scheme.num_bits - 1))
     return ((1 << scheme.num_bits) - 1) / 2
 

@@ -112,7 +112,7 @@ def _integer(weight: np.ndarray, bits: np.ndarray, scheme: Scheme, arithmetic: A
         bad = integer_codes.symmetric(
             bits,
             steps=np.float32(half_range(scheme)),
-            signed=scheme.rule in ("autoround", "awq"),
+            signed=scheme.has_signed_scales,
             scratch=empty((3, groups), np.float32),
             **common,
         )

@@ -114,8 +114,8 @@ def integer_codes(weight: Tensor, scheme: Scheme, arithmetic: Arithmetic) -> Int
     rows, columns = weight.shape
     groups = weight.view(rows, scheme.groups(columns), -1)
     scale, zero_point = _scale(groups, scheme, arithmetic)
-    if scheme.rule in ("autoround", "awq") and scheme.symmetric:
-        scale = _signed_full_range(groups, scheme, arithmetic)
+    if scheme.has_signed_scales:
+        scale = _signed(scale, groups, scheme, arithmetic)
     stored = scale.to(TORCH_DTYPES[arithmetic.stored]).float()
     if not bool(torch.isfinite(stored).all()):
         refuse_nonfinite_scale(stored.cpu().numpy(), arithmetic)
@@ -145,7 +145,7 @@ def _scale(groups: Tensor, scheme: Scheme, arithmetic: Arithmetic) -> tuple[Tens
     low, high = code_range(scheme)
     math = TORCH_DTYPES[arithmetic.math]
     # The observers compute in F32; Quark's rule is theirs, epsilon included.
-    if scheme.rule == "quark" and math is torch.float32:
+    if scheme.rule == "quark" and math is torch.float32 and not scheme.has_signed_scales:
         return _observed(groups, scheme, low, high)
     minimum, maximum = torch.aminmax(groups.to(math), dim=-1)
     minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
@@ -158,7 +158,8 @@ def _scale(groups: Tensor, scheme: Scheme, arithmetic: Arithmetic) -> tuple[Tens
         scale = torch.where(scale == 0, (1.0 if scheme.symmetric else 2.0) / constant(steps, span), scale)
     unrounded = scale
     if not arithmetic.rounds_late:
-        scale = scale.to(TORCH_DTYPES[arithmetic.stored]).to(math)
+        # Signed ones by no observer: what is stored is divided by as it is.
+        scale = scale.to(TORCH_DTYPES[arithmetic.stored]).to(torch.float32 if scheme.has_signed_scales else math)
     if arithmetic.zero_group == "floor":
         scale = scale.clamp(min=arithmetic.floor)
     elif arithmetic.zero_group == "replace":
@@ -174,14 +175,18 @@ def _scale(groups: Tensor, scheme: Scheme, arithmetic: Arithmetic) -> tuple[Tens
     return scale, torch.round(-minimum.to(quotient) / scale.to(quotient)).float()
 
 
-def _signed_full_range(groups: Tensor, scheme: Scheme, arithmetic: Arithmetic) -> Tensor:
-    """AutoRound: the extreme weight becomes exactly ``qmin``, so the scale is negative unless the minimum leads."""
-    minimum, maximum = torch.aminmax(groups, dim=-1)
+def _signed(scale: Tensor, groups: Tensor, scheme: Scheme, arithmetic: Arithmetic) -> Tensor:
+    """``scale`` [N, G] with the sign that makes the extreme weight of its group ``qmin``: negative unless the minimum leads.
+
+    A scale that the stored dtype rounds to 0 has lost its sign, and what takes its place is positive.
+    """
+    minimum, maximum = torch.aminmax(groups.float(), dim=-1)
     low, high = -minimum.clamp(max=0), maximum.clamp(min=0)
-    extreme = torch.where(high < low, low, -high)
-    # A power of two: exact in every dtype but for F16 subnormals, which are below the floor.
-    scale = (extreme.float() / half_range(scheme)).to(TORCH_DTYPES[arithmetic.stored]).float()
-    return torch.where(scale < 0, scale.clamp(max=-arithmetic.floor), scale.clamp(min=arithmetic.floor))
+    extreme = torch.maximum(low, high).to(TORCH_DTYPES[arithmetic.math])
+    size = extreme / constant(half_range(scheme), extreme)
+    # Where a group of zeros takes the range [-1, 1] nothing is lost.
+    lost = (scale if arithmetic.zero_group == "range" else size).to(TORCH_DTYPES[arithmetic.stored]) == 0
+    return torch.where((high < low) | lost, scale, -scale)
 
 
 def _observed(groups: Tensor, scheme: Scheme, low: int, high: int) -> tuple[Tensor, Tensor | None]:

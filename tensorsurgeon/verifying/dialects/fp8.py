@@ -24,8 +24,12 @@ def read(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> Claim
         return None
     static = config.get("activation_scheme") == "static"
     if block is None:
-        # As AutoFP8 wrote them: one scale for each weight, and one for its inputs.
-        claim = Claim(layout="plain", num_bits=8, code_dtype=F8_E4M3, group_size=0, static_inputs=static)
+        # One scale for each weight, and one for its inputs: as AutoFP8 wrote them, or under Mistral's names.
+        claim = Claim(
+            layout="plain", num_bits=8, code_dtype=F8_E4M3, group_size=0, static_inputs=static,
+            scale_name=_name(specs, "weight_scale_inv", "weight_scale"),
+            input_scale_name=_name(specs, "activation_scale", "input_scale"),
+        )  # fmt: skip
     else:
         claim = Claim(
             layout="plain", num_bits=8, code_dtype=F8_E4M3, block=(block[0], block[1]), scale_name="weight_scale_inv",
@@ -43,6 +47,12 @@ def read(config: Mapping[str, Any], specs: SpecMap, findings: Findings) -> Claim
         return None if parent is not None and kept_out.matches(parent) else claim
 
     return Claims(claim.describe(), of, entries, "modules_to_not_convert")
+
+
+def _name(specs: SpecMap, *names: str) -> str:
+    """The first of these local names that a single value has, else the last."""
+    single = {key.rpartition(".")[2] for key, spec in specs.items() if spec.shape in ((), (1,))}
+    return next((name for name in names if name in single), names[-1])
 
 
 def _is_block(value: Any) -> bool:

@@ -18,6 +18,21 @@ _E2M1: Final = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -
 _PAIRS: Final = np.stack([np.tile(_E2M1, 16), np.repeat(_E2M1, 16)], axis=1).view(np.float64).reshape(-1)
 
 
+def values_of(packed: np.ndarray) -> np.ndarray:
+    """float32 [N, 2 n] of bytes [N, n]."""
+    values: np.ndarray = _PAIRS[packed].view(np.float32)
+    return values
+
+
+def powers_of_two(exponents: np.ndarray) -> np.ndarray:
+    """float32, of bytes that are exponents with a bias of 127; 255 is not a number."""
+    exponents = exponents.view(np.uint8)
+    with np.errstate(over="ignore"):
+        powers: np.ndarray = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
+    powers[exponents == 255] = np.nan
+    return powers
+
+
 class _Fp4(CodedWeight):
     MAIN = "weight_packed"
 
@@ -28,8 +43,7 @@ class _Fp4(CodedWeight):
 
     def codes(self, start: int, stop: int) -> np.ndarray:
         """float32 values of the codes."""
-        values: np.ndarray = _PAIRS[self.local_rows("weight_packed", start, stop)].view(np.float32)
-        return values
+        return values_of(self.local_rows("weight_packed", start, stop))
 
     def code_range(self) -> tuple[int, int] | None:
         """A float grid."""
@@ -71,8 +85,4 @@ class Mxfp4(_Fp4):
 
     def read_scale(self) -> np.ndarray:
         """float32 [N, K / 32]."""
-        exponents = self.array("weight_scale").view(np.uint8)
-        with np.errstate(over="ignore"):
-            powers: np.ndarray = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
-        powers[exponents == 255] = np.nan
-        return powers
+        return powers_of_two(self.array("weight_scale"))

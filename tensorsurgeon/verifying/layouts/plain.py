@@ -56,7 +56,7 @@ class Plain(CodedWeight):
 
 def input_scale(claim: Claim, *, required: bool) -> tuple[Part, ...]:
     """The scale of static activations."""
-    return (Part("input_scale", FLOATS, ((1,), ()), required=required),) if claim.static_inputs else ()
+    return (Part(claim.input_scale_name, FLOATS, ((1,), ()), required=required),) if claim.static_inputs else ()
 
 
 def _zeros(claim: Claim, rows: int, groups: int) -> tuple[Part, ...]:

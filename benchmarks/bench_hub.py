@@ -1,0 +1,105 @@
+"""What a conversion streamed from the Hub takes of the disk and the network, beside one of a folder.
+
+    python benchmarks/bench_hub.py [--layers 4] [--shards 12] [--ahead 2] [--transform quark-w8a8-int8] [--place FOLDER]
+
+The Hub is the tests' own on loopback, in this process; the model is ``make_bench_model.py``'s, 2.8 GB with 4 layers.
+Prints what ``surgeon plan`` transferred, the disk that the run had at its fullest beside the output (looked at every 20 ms,
+in blocks of the file system, of the target and the library's cache), seconds of the streamed run and of the same from a
+folder, and whether the two records, which have a digest of every byte range and file, are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from make_bench_model import write_bench_model
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.hub.server import Hub  # noqa: E402
+
+
+def used_bytes(*folders: Path) -> int:
+    total = 0
+    for folder in folders:
+        for at, _, names in os.walk(folder):
+            for name in names:
+                try:
+                    total += (Path(at) / name).lstat().st_blocks * 512
+                except FileNotFoundError:
+                    continue
+    return total
+
+
+def surgeon(environment: dict[str, str], *arguments: str) -> float:
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-m", "tensorsurgeon", *arguments], env=environment, check=True, stdout=subprocess.DEVNULL)
+    return time.monotonic() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--shards", type=int, default=12)
+    parser.add_argument("--ahead", type=int, default=2)
+    parser.add_argument("--transform", default="quark-w8a8-int8")
+    parser.add_argument("--place", type=Path, default=None)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.place) as work:
+        run(Path(work), given)
+
+
+def run(work: Path, given: argparse.Namespace) -> None:
+    model, cache, target = work / "model", work / "cache", work / "streamed"
+    write_bench_model(model, layers=given.layers, shards=given.shards)
+    (work / "hub").mkdir()
+    hub = Hub(work / "hub")
+    hub.storage.add_model("owner/model", model)
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }  # fmt: skip
+    sizes = [path.stat().st_size for path in model.glob("*.safetensors")]
+    print(f"model     {sum(sizes) / 1e9:.2f} GB in {len(sizes)} shards of {max(sizes) / 1e6:.0f} MB at most")
+    seconds = surgeon(environment, "plan", given.transform, "owner/model", "--json")
+    sent = hub.sent_bytes()
+    print(f"plan      transferred {sent / 1e6:.2f} MB, {100 * sent / sum(sizes):.3f} % of the model, in {seconds:.1f} s")
+
+    most, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            most[0] = max(most[0], used_bytes(target, cache))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    streamed = surgeon(environment, "apply", given.transform, "owner/model", str(target), "--quiet", "--ahead", str(given.ahead))
+    over.set()
+    watcher.join()
+    output = used_bytes(target)
+    beside = most[0] - output
+    print(f"disk      {most[0] / 1e9:.3f} GB at its fullest, of which the output {output / 1e9:.3f} GB")
+    print(f"          beside it {beside / 1e6:.0f} MB: {beside / max(sizes):.2f} of the largest shard")
+    counts = hub.fetched()
+    print(f"fetched   {sum(counts.values())} shards, {sum(count > 1 for count in counts.values())} of them more than once")
+    folder = surgeon(environment, "apply", given.transform, str(model), str(work / "local"), "--quiet")
+    print(f"seconds   {streamed:.1f} streamed from loopback, {folder:.1f} from the folder")
+    # The record has a digest of every range and file, as they were written; nothing else in it may differ but the source.
+    records = [json.loads((place / "surgeon.json").read_text()) for place in (target, work / "local")]
+    came_from = records[0]["source"].pop("hub")
+    print(f"the same  {records[0] == records[1]}")
+    print(f"record    {came_from['repository']}@{came_from['commit']}, {len(came_from['shards'])} digests")
+    hub.close()
+
+
+if __name__ == "__main__":
+    main()

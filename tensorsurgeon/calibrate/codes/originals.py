@@ -1,0 +1,70 @@
+"""The states of the original layers beside those of the quantized ones, for targets that lean towards them (``--asymmetric``).
+
+Both begin alike. The first layer with something to quantize puts out two kinds of states: its original outputs come from the pass
+that gathers statistics, for then its weights are still original. From there on each layer's original outputs are made of the
+original inputs in that same pass, and every linear is seen with both inputs of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from tensorsurgeon.calibrate.codes.linears import Part
+from tensorsurgeon.calibrate.codes.stage import Stage
+from tensorsurgeon.calibrate.options import CalibrationOptions
+from tensorsurgeon.calibrate.state import CalibrationState
+from tensorsurgeon.calibrate.walk.hidden import HiddenStates
+from tensorsurgeon.calibrate.walk.statistics import LayerObserver
+from tensorsurgeon.calibrate.walk.walk import Observer, Walk
+from tensorsurgeon.errors import JournalError, PlanError
+
+
+def carries_original(walk: Walk, asymmetric: bool, stage: Stage, parts: Sequence[Part]) -> bool:
+    """Whether the layer of ``stage`` has original outputs that differ; PlanError where they cannot be carried."""
+    if not asymmetric or not (parts or stage.original is not None):
+        return False
+    if walk.passes_on:
+        raise PlanError(
+            "layers of this model hand on more than hidden states, and original ones are carried for hidden states alone; give "
+            "--asymmetric 0"
+        )
+    return True
+
+
+def reopened(layer: int, digest: str, state: CalibrationState, open_states: Callable[[Path], HiddenStates]) -> Stage:
+    """The stage that an earlier run left before ``layer``; JournalError where its states are not those of ``digest``."""
+    made = []
+    for path, wanted in zip((state.states_path(layer), state.original_path(layer)), digest.split("|"), strict=False):
+        try:
+            made.append(open_states(path))
+        except OSError as error:
+            raise JournalError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        made[-1].check(wanted)
+    return Stage(layer, *made)
+
+
+def passing(stage: Stage, following: Stage, options: CalibrationOptions) -> HiddenStates | None:
+    """Where the outputs go of the pass that gathers statistics, made of the quantized stream's inputs by original weights."""
+    if not options.sequential:
+        return following.states
+    return following.original if stage.original is None else None
+
+
+def observing(walk: Walk, stage: Stage, module: nn.Module, outputs: HiddenStates | None, observer: LayerObserver) -> Observer:
+    """What watches a batch: with original states, the layer's original forward goes first, into ``outputs``."""
+    inputs = stage.original
+    if inputs is None:
+        return observer.observe
+
+    def observe(batch: int, first_token: int, forward: Callable[[], Tensor]) -> Tensor:
+        def original() -> None:
+            made = walk.call(stage.layer, module, inputs, batch)
+            if outputs is not None:
+                outputs.write(walk.batches[batch][0], made)
+
+        return observer.observe(batch, first_token, forward, original)
+
+    return observe
