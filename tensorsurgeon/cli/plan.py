@@ -171,9 +171,8 @@ def transforms(name: str | None, as_json: bool) -> None:
         recipes = [find_recipe(n) for n in builtin_names()]
         data: Any = [{"name": r.name, "description": r.description} for r in recipes]
         width = min(100, click.get_current_context().terminal_width or shutil.get_terminal_size().columns)
-        wrapped = (
-            "\n".join(textwrap.wrap(r.description, width, initial_indent="    ", subsequent_indent="    ")) for r in recipes
-        )
+        wrap = textwrap.TextWrapper(width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+        wrapped = (wrap.fill(r.description) for r in recipes)
         emit(data, "\n".join(f"{r.name}\n{text}" for r, text in zip(recipes, wrapped, strict=True)), as_json)
         return
     recipe = find_recipe(name)

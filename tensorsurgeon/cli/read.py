@@ -98,3 +98,15 @@ def diff(ctx: click.Context, a: str, b: str, headers_only: bool, workers: int | 
     emit(difference_as_data(found) if as_json else None, "" if as_json else difference_as_text(found), as_json)
     if not found.is_equal:
         ctx.exit(1)
+
+
+@click.command(short_help="Print the JSON Schema of what --json prints.")
+def schema() -> None:
+    """Print what scripts may rely on in the output of --json, command by command, as one JSON Schema document.
+
+    \b
+    surgeon schema > surgeon.schema.json
+    """
+    from tensorsurgeon.cli.schema import whole_schema
+
+    emit(whole_schema(), "", True)
