@@ -93,4 +93,4 @@ def test_help_is_whole_and_in_sections() -> None:
     text = surgeon("apply", "--help").stdout
     places = [text.index(f"\n{title}:\n") for title in ("What to make", "Calibration", "Running", "Output")]
     assert places == sorted(places)
-    assert text.index("--experts ") < places[2] < text.index("--workers")
+    assert text.index("--experts ") < places[2] < text.index("\n  --workers")
