@@ -65,11 +65,11 @@ def apply(
     surgeon apply split-experts model out --then my-renames.yaml --max-ram 8GB --workers 4
     surgeon apply gptq-int4-g128 Qwen3.6-35B-A3B out --calibration chats.jsonl:3 --calibration prose.txt
     """
-    ctx = click.get_current_context()
     if resume and overwrite:
         raise click.UsageError("--resume continues a run and --overwrite replaces it; give one of them")
+    context = click.get_current_context()
     if source is None and resume:
-        go_on(ctx, transform, words_given(ctx), quiet, as_json)
+        go_on(context, transform, words_given(context), quiet, as_json)
         return
     if source is None or target is None:
         raise click.UsageError(f"Missing argument '{'SOURCE' if source is None else 'TARGET'}'.")
@@ -96,7 +96,7 @@ def apply(
             result, calibrated = run_with_calibration(
                 made, target, calibration, note=None if quiet else say, advance=at, workers=workers, max_ram_bytes=cap,
                 resume=resume, overwrite=overwrite, stop=stop, ahead=ahead, keep_source=keep_source,
-                progress=lambda p: advance(p.nbytes), command=(transform, source, *words_given(ctx)),
+                progress=lambda p: advance(p.nbytes), command=(transform, source, *words_given(context)),
             )  # fmt: skip
         except SurgeonError as error:
             raise Stop(error, _how_to_go_on(error, target, "sources" in calibration)) from error
@@ -104,7 +104,7 @@ def apply(
     from tensorsurgeon.engines.advice import advise_all
 
     advice = advise_all(made)
-    put_beside(made, target, command_elsewhere(ctx), advice)
+    put_beside(made, target, command_elsewhere(context), advice)
     data = {
         "target": target,
         "tensors": len(made.specs),
