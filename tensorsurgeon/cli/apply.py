@@ -14,7 +14,7 @@ from tensorsurgeon.cli.calibrate import calibrates, calibration_options, run_wit
 from tensorsurgeon.cli.finished import command_elsewhere, summary, what_goes_beside
 from tensorsurgeon.cli.plan import plan_named, transform_options
 from tensorsurgeon.cli.resume import go_on, words_given
-from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, step_bar, stop_on_signals
+from tensorsurgeon.cli.terminal import Place, Sectioned, Stop, emit, json_option, note, progress_bar, step_bar, stop_on_signals
 from tensorsurgeon.errors import ExecutionError, NumericError, SurgeonError
 from tensorsurgeon.tensors.sizes import parse_size
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from tensorsurgeon.planning.plan import Plan
 
 
-@click.command()
+@click.command(cls=Sectioned, short_help="Convert, quantize, calibrate: write a new checkpoint.")
 @click.argument("transform")
-@click.argument("source", type=click.Path(readable=False), required=False, metavar="SOURCE")
-@click.argument("target", type=click.Path(readable=False), required=False, metavar="TARGET")
+@click.argument("source", type=Place(readable=False), required=False, metavar="SOURCE")
+@click.argument("target", type=Place(readable=False), required=False, metavar="TARGET")
 @transform_options
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; the cores of this machine by default.")
 @click.option("--max-ram", metavar="SIZE", help="Cap on the tensors in flight, such as 8GB; half of the free memory by default.")
