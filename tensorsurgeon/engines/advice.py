@@ -12,6 +12,7 @@ from tensorsurgeon.engines.facts import Facts, facts_of
 from tensorsurgeon.engines.registry import ENGINES, engine_named
 from tensorsurgeon.errors import EngineError, RecipeError, did_you_mean
 from tensorsurgeon.planning.plan import Plan
+from tensorsurgeon.planning.report import document
 
 KEYS: Final = ("tp", "version", "device")
 _NUMBER: Final = re.compile(r"\d+")
@@ -123,7 +124,7 @@ def advice_as_text(everything: Sequence[EngineAdvice]) -> str:
             first = same[0]
             at = "" if len(same) == len(one.asked_tp) else f" at tp {_listed([a.tp for a in same])}"
             lines.append(f"    {first.severity}{at}: {first.subject}: {first.reason} [{first.source}]")
-    return "\n".join(lines)
+    return document(lines)
 
 
 def _summary(one: EngineAdvice) -> str:
