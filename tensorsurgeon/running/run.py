@@ -20,8 +20,8 @@ from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.errors import Interrupted, PlanViolationError, RecipeError, TargetError
 from tensorsurgeon.machine.files import make_folder_durable
 from tensorsurgeon.machine.limits import available_bytes, open_files_limit, usable_cores
-from tensorsurgeon.planning.pace import streaming_of
 from tensorsurgeon.planning.codes import codes_text
+from tensorsurgeon.planning.pace import streaming_of
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.work import Unit
 from tensorsurgeon.running.executor import Progress, run_units
