@@ -8,7 +8,7 @@ FIXTURE := fixtures/tiny-qwen3_5-moe
 #   make PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" test
 PIP_FLAGS ?=
 
-.PHONY: demo test test-slow fuzz bench-memory plants families lint types wheel engines bench bench-kl setup clean
+.PHONY: demo test test-slow fuzz kills bench-memory plants families lint types wheel engines bench bench-kl setup clean
 
 setup: $(STAMP)
 
@@ -58,6 +58,10 @@ families: $(STAMP)
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz --count 12000 --apply 1000
 
+# A quarter of an hour: 100 random kills and every kind of damage before a resume, over four kinds of run.
+kills: $(STAMP)
+	$(BIN)/python -m tests.kills
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,6 +84,7 @@ bench: $(STAMP)
 # Minutes: peak memory of every op and format against the cap.
 bench-memory: $(STAMP)
 	$(BIN)/python benchmarks/bench_memory.py --check
+	$(BIN)/python benchmarks/bench_many.py
 
 # An hour: divergence from BF16 on held-out text, over three calibration seeds, and beside llm-compressor's oneshot.
 bench-kl: $(STAMP)
