@@ -5,7 +5,7 @@ Needs nothing of the process that planned it but what is handed to it, so that a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -51,8 +51,16 @@ def run_unit(
     """
     workspace.reset(max(unit.peak_bytes, keep_bytes))
     made: dict[int, Array] = {}
-    for task in unit.tasks:
-        arrays = _apply(task, steps, source, made, codes)
+    chosen = {} if codes is None else _chosen(unit.tasks, codes)
+    for number in _needed(unit, chosen):
+        task = unit.tasks[number]
+        arrays = chosen.pop(number, None)
+        if arrays is None:
+            inputs = [
+                gather(region, pieces, source, made) for region, pieces in zip(task.rewrite.inputs, task.inputs, strict=True)
+            ]
+            arrays = steps[task.step].apply(task.rewrite, inputs)
+        check_produced(task.rewrite, arrays)
         made.update(zip(task.outputs, arrays, strict=True))
     digests = []
     for write in unit.writes:
@@ -70,15 +78,26 @@ def _bytes_of(array: Array) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
 
 
-def _apply(
-    task: Task, steps: Sequence[Transform], source: Source, made: dict[int, Array], codes: CodesProvider | None
-) -> Sequence[Array]:
-    arrays = None if codes is None else _from_codes(task.rewrite, codes)
-    if arrays is None:
-        inputs = [gather(region, pieces, source, made) for region, pieces in zip(task.rewrite.inputs, task.inputs, strict=True)]
-        arrays = steps[task.step].apply(task.rewrite, inputs)
-    check_produced(task.rewrite, arrays)
-    return arrays
+def _chosen(tasks: Sequence[Task], codes: CodesProvider) -> dict[int, Sequence[Array]]:
+    """What tasks make whose codes calibration chose, by number."""
+    found = ((number, _from_codes(task.rewrite, codes)) for number, task in enumerate(tasks))
+    return {number: arrays for number, arrays in found if arrays is not None}
+
+
+def _needed(unit: Unit, chosen: Mapping[int, Sequence[Array]]) -> list[int]:
+    """The tasks to run, in order: not those that only make what codes were chosen from already."""
+    if not chosen:
+        return list(range(len(unit.tasks)))
+    wanted = {write.origin for write in unit.writes}
+    needed = []
+    for number in reversed(range(len(unit.tasks))):
+        task = unit.tasks[number]
+        if task.outputs and wanted.isdisjoint(task.outputs):
+            continue
+        needed.append(number)
+        if number not in chosen:
+            wanted |= {piece.origin for pieces in task.inputs for piece in pieces}
+    return needed[::-1]
 
 
 def _from_codes(rewrite: Rewrite, codes: CodesProvider) -> Sequence[Array] | None:
