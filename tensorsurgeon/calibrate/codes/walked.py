@@ -126,7 +126,7 @@ class WalkedLayers:
                 )  # fmt: skip
                 aliases = {part.key: statistics.shared_key(part.key) for part in parts}
         if keep is not None:
-            write_layer(keep, stage.layer, used, aliases)
+            write_layer(keep, stage.layer, used, aliases, crossed=self.asymmetric)
         return made
 
     def _watched(
