@@ -1,7 +1,8 @@
 """Is a JSON document made as this program makes it? Said once for each file, so that whoever reads it may believe it.
 
 A form is a type (``int`` is no truth value, ``float`` may be whole, text can be written), None, a tuple of forms of which one
-holds, a list of one form (and how many at least), ``{str: form}`` for any keys, or a mapping of the keys that are needed; ``"key?"`` may be absent.
+holds, a list of one form (and how many at least), ``{str: form}`` for any keys, or a mapping of the keys that are needed;
+``"key?"`` may be absent.
 """
 
 from __future__ import annotations
