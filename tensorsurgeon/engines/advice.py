@@ -130,9 +130,10 @@ def advice_as_text(everything: Sequence[EngineAdvice]) -> str:
 def _summary(one: EngineAdvice) -> str:
     only = one.asked_tp == (1,)
     if one.loads_at_tp:
-        sources = {a.source for a in one.advice if a.severity == "loads" and a.tp == one.loads_at_tp[0]}
+        source = next(a.source for a in one.advice if a.severity == "loads" and a.tp == one.loads_at_tp[0])
         where = "" if only else f" at tp {_listed(one.loads_at_tp)}"
-        return f"loads{where} [{'tested' if 'tested' in sources else 'read'}]"
+        words = "no rule speaks against it" if source == "not known" else "loads"
+        return f"{words}{where} [{source}]"
     if not any(a.severity in ("refuses", "silent-garbage") for a in one.advice):
         return "not judged"
     worst = "loads, but answers nonsense" if any(a.severity == "silent-garbage" for a in one.advice) else "refuses"

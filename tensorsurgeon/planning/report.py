@@ -198,7 +198,8 @@ def one_way_steps(plan: Plan) -> list[str]:
     ]
 
 
-def _streaming_as_text(stream: dict[str, Any]) -> str:
+def streaming_as_text(stream: dict[str, Any]) -> str:
+    """What is fetched of a source on the Hub, in a line."""
     if not stream["shards"]:
         return "fetch   nothing: every shard of the source is in the Hub's cache"
     return (
@@ -245,7 +246,7 @@ def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
         f"output  {data['output']['tensors']} tensors, {show_size(data['output']['bytes'])} in {len(shards)} shards, "
         f"{show_size(data['copied_bytes'])} of it copied unchanged ({data['passed_through']} tensors)",
         f"disk    {show_size(data['disk_bytes'])} needed{room}",
-        *([] if stream is None else [_streaming_as_text(stream)]),
+        *([] if stream is None else [streaming_as_text(stream)]),
         f"memory  {show_size(data['peak_unit_bytes'])} per worker at most, for the largest piece of work",
         f"files   written: {', '.join(data['files_written']) or 'none'}; copied: {len(data['files_copied'])}",
     ]
