@@ -5,7 +5,8 @@ Needs nothing of the process that planned it but what is handed to it, so that a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from tensorsurgeon.errors import NumericError, PlanViolationError
 from tensorsurgeon.formats.coding import written_by
 from tensorsurgeon.planning.resolving import Pieces, Task
 from tensorsurgeon.planning.rewriting import Array, Rewrite, Transform
+from tensorsurgeon.planning.streams import Stream, streams_of
 from tensorsurgeon.planning.work import Copy, Unit
 from tensorsurgeon.quant.scheme import Quantized
 from tensorsurgeon.tensors.arrays import Workspace, empty
@@ -52,10 +54,18 @@ def run_unit(
     workspace.reset(max(unit.peak_bytes, keep_bytes))
     made: dict[int, Array] = {}
     chosen = {} if codes is None else _chosen(unit.tasks, codes)
+    # A weight whose codes were chosen is not asked for, so nothing streams into it.
+    streams = {number: stream for number, stream in streams_of(unit.tasks, steps).items() if number not in chosen}
+    streamed = {number for stream in streams.values() for givers in stream.givers for number in givers}
     for number in _needed(unit, chosen):
         task = unit.tasks[number]
-        arrays = chosen.pop(number, None)
-        if arrays is None:
+        if number in streamed:
+            continue
+        if number in chosen:
+            arrays = chosen.pop(number)
+        elif number in streams:
+            arrays = _apply_rows(unit.tasks, streams[number], steps, source, workspace)
+        else:
             inputs = [
                 gather(region, pieces, source, made) for region, pieces in zip(task.rewrite.inputs, task.inputs, strict=True)
             ]
@@ -98,6 +108,25 @@ def _needed(unit: Unit, chosen: Mapping[int, Sequence[Array]]) -> list[int]:
         if number not in chosen:
             wanted |= {piece.origin for pieces in task.inputs for piece in pieces}
     return needed[::-1]
+
+
+def _apply_rows(
+    tasks: Sequence[Task], stream: Stream, steps: Sequence[Transform], source: Source, workspace: Workspace
+) -> Sequence[Array]:
+    """A weight that is given and taken row block by row block; what gives it reads the source alone."""
+    task = tasks[stream.taker]
+
+    def blocks(givers: Sequence[int]) -> Iterator[Array]:
+        for number in givers:
+            mark = workspace.mark()
+            giver = tasks[number]
+            inputs = [gather(r, pieces, source, {}) for r, pieces in zip(giver.rewrite.inputs, giver.inputs, strict=True)]
+            yield from steps[giver.step].rows(giver.rewrite, inputs)  # type: ignore[attr-defined]  # as streams_of found
+            workspace.release(mark)
+
+    taker = steps[task.step]
+    arrays: Sequence[Array] = taker.apply_rows(task.rewrite, [partial(blocks, g) for g in stream.givers])  # type: ignore[attr-defined]
+    return arrays
 
 
 def _from_codes(rewrite: Rewrite, codes: CodesProvider) -> Sequence[Array] | None:
