@@ -19,7 +19,7 @@ from tensorsurgeon.calibrate.card.budget import BATCH_TOKENS, CardPlan
 from tensorsurgeon.calibrate.card.layers import CardLayers
 from tensorsurgeon.calibrate.card.weights import WeightsAhead
 from tensorsurgeon.calibrate.codes.linears import Linear, linears_by_layer
-from tensorsurgeon.calibrate.codes.rules import share_for
+from tensorsurgeon.calibrate.codes.originals import is_asymmetric
 from tensorsurgeon.calibrate.codes.stage import Layer, Layers, Stage
 from tensorsurgeon.calibrate.codes.stored import StoredLayers
 from tensorsurgeon.calibrate.codes.walked import WalkedLayers
@@ -163,12 +163,12 @@ class Driver:
             walk = Walk(self.model, weights.tensor, self.data.tokens, BATCH_TOKENS, folder=state.folder)
             return CardLayers(
                 model=self.model, original=original, options=self.options, walk=walk, state=state, weights=weights,
-                plan=self.card, device=device, stop=stop,
+                plan=self.card, device=device, stop=stop, asymmetric=is_asymmetric(self.linears, self.options),
             )  # fmt: skip
         walk = Walk(self.model, read_weights(reader), self.data.tokens, folder=state.folder)
         return WalkedLayers(
             model=self.model, original=original, options=self.options, walk=walk, state=state, workers=workers, stop=stop,
-            asymmetric=any(share_for(linear.scheme, linear.method, self.options) for linear in self.linears),
+            asymmetric=is_asymmetric(self.linears, self.options),
         )  # fmt: skip
 
 

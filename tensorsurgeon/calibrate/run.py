@@ -23,6 +23,8 @@ import xxhash
 from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.card.budget import capped, plan_card
 from tensorsurgeon.calibrate.codes.linears import Linear, find_linears
+from tensorsurgeon.calibrate.codes.originals import is_asymmetric
+from tensorsurgeon.calibrate.codes.rules import share_for
 from tensorsurgeon.calibrate.data.data import CalibrationData, load_data
 from tensorsurgeon.calibrate.device import device_named, identity_of, works_on_card
 from tensorsurgeon.calibrate.driver import Driver
@@ -36,7 +38,7 @@ from tensorsurgeon.errors import BudgetError, NoMatchError, RecipeError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.threads import one_torch_thread
 from tensorsurgeon.running.executor import Progress
-from tensorsurgeon.running.run import RunResult, run_plan
+from tensorsurgeon.running.run import NOTHING_BESIDE, Beside, RunResult, run_plan
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ def run_calibrated(
     stop: threading.Event | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     command: Sequence[str] = (),
+    beside: Beside = NOTHING_BESIDE,
     ahead: int = DEFAULT_AHEAD,
     keep_source: bool = False,
 ) -> CalibratedResult:
@@ -94,12 +97,15 @@ def run_calibrated(
     plan = replace(plan, files=files, calibration=_identity(options, data, where, linears), extra_files=(LOG_NAME,))
     card = None
     if on_card and data is not None:
-        card = plan_card(model, (*data.tokens.shape, model.hidden_size), where, max_gpu_ram_bytes)
+        card = plan_card(
+            model, (*data.tokens.shape, model.hidden_size), where, max_gpu_ram_bytes, is_asymmetric(linears, options)
+        )
     driver = Driver(model=model, data=data, options=options, linears=linears, target=Path(target), card=card, ahead=ahead)
     with one_torch_thread(), nullcontext() if card is None else capped(where, card, max_gpu_ram_bytes):
         result = run_plan(
             plan, target, workers=workers, max_ram_bytes=max_ram_bytes, resume=resume, overwrite=overwrite, stop=stop,
             progress=progress, execute=driver.execute, command=command, ahead=ahead, keep_source=keep_source,
+            beside=beside,
         )  # fmt: skip
     log = Path(target) / LOG_NAME
     summary = summarize(read_log(log)) if log.exists() else summarize([])
@@ -125,8 +131,9 @@ def _identity(
     """What the record says of the calibration, and the fingerprint depends on."""
     versions = {"torch": torch.__version__, "transformers": _transformers_version()}
     known: dict[str, Any] = {"options": options.identity(), "versions": versions, "device": identity_of(device)}
-    # Nothing else beside the codes says so: no config has a word for it.
+    # What was decided by grid: how many have it. No config has a word for either.
     known["signed_scales"] = sum(linear.scheme.has_signed_scales for linear in linears)
+    known["leaning_targets"] = sum(share_for(linear.scheme, linear.method, options) > 0 for linear in linears)
     if data is not None:
         known |= {"sources": list(data.sources), "tokens": list(data.tokens.shape), "digest": data.digest}
     if options.read_statistics is not None:

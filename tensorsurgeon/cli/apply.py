@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tensorsurgeon.cli.calibrate import calibrates, calibration_options, run_with_calibration
-from tensorsurgeon.cli.finished import command_elsewhere, put_beside, summary
+from tensorsurgeon.cli.finished import command_elsewhere, summary, what_goes_beside
 from tensorsurgeon.cli.plan import plan_named, transform_options
 from tensorsurgeon.cli.resume import go_on, words_given
-from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, step_bar, stop_on_signals
+from tensorsurgeon.cli.terminal import Place, Sectioned, Stop, emit, json_option, note, progress_bar, step_bar, stop_on_signals
 from tensorsurgeon.errors import ExecutionError, NumericError, SurgeonError
 from tensorsurgeon.tensors.sizes import parse_size
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from tensorsurgeon.planning.plan import Plan
 
 
-@click.command()
+@click.command(cls=Sectioned, short_help="Convert, quantize, calibrate: write a new checkpoint.")
 @click.argument("transform")
-@click.argument("source", type=click.Path(readable=False), required=False, metavar="SOURCE")
-@click.argument("target", type=click.Path(readable=False), required=False, metavar="TARGET")
+@click.argument("source", type=Place(readable=False), required=False, metavar="SOURCE")
+@click.argument("target", type=Place(readable=False), required=False, metavar="TARGET")
 @transform_options
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; the cores of this machine by default.")
 @click.option("--max-ram", metavar="SIZE", help="Cap on the tensors in flight, such as 8GB; half of the free memory by default.")
@@ -89,6 +89,10 @@ def apply(
         for oddity in made.source.oddities:
             note(f"note: {oddity}")
     cap = None if max_ram is None else parse_size(max_ram, "--max-ram")
+    from tensorsurgeon.engines.advice import advise_all
+
+    advice = advise_all(made)
+    beside = what_goes_beside(made, target, command_elsewhere(context), advice)
     began = time.monotonic()
     # Where codes are chosen by calibration, that takes the time, and not the writing.
     bytes_shown = quiet or made.needs_codes
@@ -102,14 +106,13 @@ def apply(
                 made, target, calibration, note=None if quiet else say, advance=at, workers=workers, max_ram_bytes=cap,
                 resume=resume, overwrite=overwrite, stop=stop, ahead=ahead, keep_source=keep_source,
                 progress=lambda p: advance(p.nbytes), command=(transform, source, *words_given(context)),
+                beside=beside,
             )  # fmt: skip
         except SurgeonError as error:
             raise Stop(error, _how_to_go_on(error, target, "sources" in calibration)) from error
     seconds = time.monotonic() - began
-    from tensorsurgeon.engines.advice import advise_all
-
-    advice = advise_all(made)
-    put_beside(made, target, command_elsewhere(context), advice)
+    if result.was_complete:
+        beside.write()
     data = {
         "target": target,
         "tensors": len(made.specs),

@@ -48,6 +48,9 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"expert_hessian": "own", "experts": "routed"}, {"group_size": -1}),
     ({"experts": "all", "fallback_tokens": 200}, {"symmetric": False}),
     ({"minimum_tokens": 100, "sequential": False}, {"method": "imatrix"}),
+    # Three bits: targets lean towards the original layers' outputs, which are carried along.
+    ({"gptq": CalibrationOptions.default_gptq()}, {"num_bits": 3}),
+    ({"asymmetric": 1.0, "expert_hessian": "own"}, {"num_bits": 3, "symmetric": False}),
 ]
 
 

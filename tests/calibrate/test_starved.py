@@ -57,7 +57,7 @@ def test_four_tokens_round_everything_to_nearest_and_say_so(transform: str, four
     assert " rtn (100.0 %)" in said
     assert "saw fewer than 8 calibration tokens" in said
     assert notes(tmp_path / "out") == {"saw fewer than 8 calibration tokens"}
-    assert surgeon("apply", transform, FIXTURE, tmp_path / "rounded").exit_code == 0
+    assert surgeon("apply", transform, FIXTURE, tmp_path / "rounded", "--set", "signed=true").exit_code == 0
     assert_same(read_all(tmp_path / "out"), read_all(tmp_path / "rounded"))
     assert_sound(tmp_path / "out", tmp_path / "back")
 

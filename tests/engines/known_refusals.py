@@ -94,8 +94,8 @@ KNOWN = (
         ("tests/engines/test_calibrated.py::test_calibrated_codes_in_transformers[ct-w4a16-g32-calibrated]",),
     ),
     *(
-        Refusal(DENSE, in_format(name), AMX, NO_ZERO_POINT, MADE_UP_ZERO, (), setting="VLLM_CPU_INT4_W4A8=0")
-        for name in ("quark-int4", "quark-int4-reorder")
+        Refusal(DENSE, in_format(*how), AMX, NO_ZERO_POINT, MADE_UP_ZERO, (), setting="VLLM_CPU_INT4_W4A8=0")
+        for how in (("quark-int4",), ("quark-int4-reorder",), ("quark-int4", "signed=true"))
     ),
 )
 

@@ -29,6 +29,7 @@ DENSE_WEIGHTS = (conversion("fp8-block"), conversion("nvfp4a16"))
 # are judged alone.
 DENSE_ACTIVATIONS = (
     conversion("ct-w8a8-int8"),
+    conversion("ct-w8a8-int8", "signed=true"),
     in_format("ct-float"),
     conversion("fp8-block", "format=ct-float"),
 )
@@ -38,6 +39,8 @@ DECOMPRESSED = (
     (DENSE, in_format("ct-packed", "num_bits=4", "group_size=32", "symmetric=false")),
     (DENSE, in_format("ct-packed", "num_bits=3", "group_size=64", "symmetric=false")),
     (DENSE, in_format("ct-packed", "num_bits=8", "group_size=-1", "symmetric=false")),
+    # Scales that are negative in half of the groups.
+    *((DENSE, in_format("ct-packed", f"num_bits={bits}", "group_size=32", "signed=true")) for bits in (2, 3, 4, 8)),
     (DENSE, in_format("ct-mxfp4")),
     (DENSE, conversion("nvfp4a16")),
     (FIXTURE, conversion("nvfp4a16")),

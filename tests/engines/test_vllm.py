@@ -29,6 +29,7 @@ SERVED: dict[Conversion, float] = {
     conversion("quark-w8a8-int8"): 0.005,
     conversion("ct-w8a8-int8"): 0.005,
     conversion("ct-w8a8-int8", "rule=quark"): 0.005,
+    conversion("ct-w8a8-int8", "signed=true"): 0.005,
     conversion("ct-w4a16-g32"): 0.015,
     conversion("ct-w4a16-g32", "group_size=64"): 0.02,
     conversion("mixed", "experts=w4a16", "attention=w8a8", "mlp=w8a8"): 0.015,
@@ -51,12 +52,21 @@ DENSE_PAIRS: dict[Conversion, Conversion] = {
     (fp8 := in_format("ct-float")): fp8,
     in_format("quark-fp8"): fp8,
     (quark_int8 := conversion("quark-w8a8-int8")): quark_int8,
+    # Scales that are negative in half of the groups, which calibrated codes have by default: whoever multiplies by them is right.
+    (signed := in_format("ct-packed", "num_bits=4", "group_size=32", "signed=true")): signed,
+    (signed_channels := in_format("ct-packed", "num_bits=4", "group_size=-1", "signed=true")): signed_channels,
+    (signed_gptq := conversion("gptq-int4-g128", "scope=all", "signed=true")): signed_gptq,
+    conversion("gptq-int4-g128", "scope=all", "format=gptq-v2", "signed=true"): signed_gptq,
+    (signed_quark := in_format("quark-int4", "signed=true")): signed_quark,
+    (signed_ct_int8 := conversion("ct-w8a8-int8", "signed=true")): signed_ct_int8,
+    (signed_quark_int8 := conversion("quark-w8a8-int8", "signed=true")): signed_quark_int8,
 }
 # Distances of log-probabilities relative to the distance that quantizing makes. vLLM's kernels for the CPU differ in how
 # they multiply: 0 to 0.04 was measured where they dequantize, 0.08 (ct-w4a16-g32) where they quantize the inputs to int8, and
 # 0.84 for FP8, whose configs ask for inputs in FP8, an error like that of the weights. One up_proj with its rows in reverse
 # order is at 8.5. INT8 inputs are at 0.97 of what INT8 weights move, which is a fourteenth of what int4 moves.
-DENSE_TOLERANCE = dict.fromkeys(DENSE_PAIRS, 0.15) | dict.fromkeys((fp8, in_format("quark-fp8")), 1.25) | {quark_int8: 1.5}
+DENSE_TOLERANCE = dict.fromkeys(DENSE_PAIRS, 0.15) | dict.fromkeys((fp8, in_format("quark-fp8")), 1.25)
+DENSE_TOLERANCE |= dict.fromkeys((quark_int8, signed_ct_int8, signed_quark_int8), 1.5)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ BATCH_TOKENS: Final = 16_384
 _FORWARD_STATES: Final = 64
 # What choosing codes holds at most beside the layer: eight arrays of a batch, and its Hessians three times.
 _BATCH_BYTES: Final = 8 * (64 << 20) * 4 + 3 * (128 << 20) * 4
+# And with cross products: them, and what turns them into a correction.
+_CROSS_BYTES: Final = 4 * (128 << 20) * 4
 # Share of a card that is used where nothing is said.
 _DEFAULT_SHARE: Final = 0.9
 
@@ -34,17 +36,30 @@ class CardPlan:
     nbytes: int
 
 
-def plan_card(model: StreamedModel, shape: tuple[int, int, int], device: torch.device, max_gpu_ram_bytes: int | None) -> CardPlan:
-    """Lay out a run over states of ``shape``; BudgetError with the number to give where the least does not fit."""
+def plan_card(
+    model: StreamedModel,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    max_gpu_ram_bytes: int | None,
+    asymmetric: bool = False,
+) -> CardPlan:
+    """Lay out a run over states of ``shape``; BudgetError with the number to give where the least does not fit.
+
+    ``asymmetric``: original states are carried beside the others, and cross products beside Hessians.
+    """
     cap = card_bytes(device) if max_gpu_ram_bytes is None else max_gpu_ram_bytes
     specs = model.weights.specs
     width = model.dtype.itemsize
     layers = [sum(specs[name].numel for name in model.source_names(n)) * width for n in range(len(model.layers))]
     token = shape[2] * width
-    states = shape[0] * shape[1] * token
+    states = shape[0] * shape[1] * token * (2 if asymmetric else 1)
     embedding = int(model.model.get_input_embeddings().weight.numel()) * width
     batch = max(BATCH_TOKENS, shape[1])
-    working = max(max(layers, default=0) + max(_BATCH_BYTES, batch * token * _FORWARD_STATES), embedding)
+    codes = _BATCH_BYTES + (_CROSS_BYTES if asymmetric else 0)
+    working = max(
+        max(layers, default=0) + max(codes, batch * token * _FORWARD_STATES),
+        embedding,
+    )
     if working > cap:
         raise BudgetError(
             f"calibration holds a decoder layer and a batch of codes on the card, {show_size(working)}, more than "

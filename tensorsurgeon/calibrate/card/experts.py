@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tensorsurgeon.calibrate.card.states import Place, host_buffer
-from tensorsurgeon.calibrate.card.sums import CHUNK_TOKENS, add_outer, mirrored
+from tensorsurgeon.calibrate.card.sums import CHUNK_TOKENS, add_cross, add_outer, mirrored
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.walk.experts import wanted_tokens
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
@@ -81,11 +81,19 @@ class CardInputs:
 
 
 class CardExperts:
-    """Hessians of a stack's experts; ``fed`` says which tokens each expert is fed."""
+    """Sums of a stack's experts over the tokens that each is fed; ``originals`` went in behind original layers, where carried."""
 
-    def __init__(self, stack: ExpertStack, inputs: CardInputs, options: CalibrationOptions, router: Tensor | None) -> None:
+    def __init__(
+        self,
+        stack: ExpertStack,
+        inputs: CardInputs,
+        options: CalibrationOptions,
+        router: Tensor | None,
+        originals: CardInputs | None = None,
+    ) -> None:
         self.stack = stack
         self._inputs = inputs
+        self._originals = originals
         self._takes_all = options.experts == "all"
         self._tokens = torch.empty(0, dtype=torch.int64)
         self._ends = np.zeros((0, 0), np.int64)
@@ -138,19 +146,27 @@ class CardExperts:
             return self._inputs.tokens
         return int(self._ends[expert + 1, 0] - self._ends[expert, 0])
 
-    def hessians(self, experts: Sequence[int], *, first: bool) -> Tensor:
-        """F32 [len(experts), K, K]: of the first projections' inputs, or of the down projections' under original weights."""
+    def sums(self, experts: Sequence[int], *, first: bool) -> tuple[Tensor, Tensor | None]:
+        """Hessians and, where originals are carried, cross products, F32 [len(experts), K, K] each.
+
+        Of the first projections' inputs, or of the down projections' under original weights.
+        """
         columns = self.stack.hidden if first else self.stack.inner
-        sums = torch.zeros(len(experts), columns, columns, device=self._inputs.device)
+        hessians = torch.zeros(len(experts), columns, columns, device=self._inputs.device)
+        crosses = None if self._originals is None else torch.zeros_like(hessians)
         for number, (start, stop) in enumerate(self._windows()):
-            window = self._inputs.window(start, stop)
+            windows = [inputs.window(start, stop) for inputs in (self._inputs, self._originals) if inputs is not None]
             for place, expert in enumerate(experts):
                 rows = self._rows(expert, number, start, stop)
                 for begin in range(0, stop - start if rows is None else len(rows), CHUNK_TOKENS):
                     piece = slice(begin, begin + CHUNK_TOKENS)
-                    hidden = window[piece] if rows is None else window.index_select(0, rows[piece])
-                    add_outer(sums[place], hidden if first else self.stack.down_inputs(expert, hidden))
-        return mirrored(sums)
+                    hidden = [window[piece] if rows is None else window.index_select(0, rows[piece]) for window in windows]
+                    if not first:
+                        hidden = [self.stack.down_inputs(expert, states) for states in hidden]
+                    add_outer(hessians[place], hidden[0])
+                    if crosses is not None:
+                        add_cross(crosses[place], *hidden)
+        return mirrored(hessians), crosses
 
     def _rows(self, expert: int, window: int, start: int, stop: int) -> Tensor | None:
         """Which rows of a window an expert is fed; None for all."""

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,16 @@ from tensorsurgeon.calibrate.card.budget import CardPlan
 from tensorsurgeon.calibrate.card.experts import CardExperts, CardInputs
 from tensorsurgeon.calibrate.card.quantize import CardQuantizer
 from tensorsurgeon.calibrate.card.states import CardStates
-from tensorsurgeon.calibrate.card.sums import CardSum
+from tensorsurgeon.calibrate.card.sums import CardCross, CardSum
 from tensorsurgeon.calibrate.card.weights import WeightsAhead
 from tensorsurgeon.calibrate.codes.assembly import Assemblies
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, stored_turned
+from tensorsurgeon.calibrate.codes.originals import carries_original, observing, passing, reopened
 from tensorsurgeon.calibrate.codes.rules import NOT_REACHED
 from tensorsurgeon.calibrate.codes.stage import Layer, Stage, layer_of
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.state import CalibrationState
+from tensorsurgeon.calibrate.walk.crosses import Crosses
 from tensorsurgeon.calibrate.walk.experts import InputStatistics
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
 from tensorsurgeon.calibrate.walk.model import StreamedModel
@@ -45,6 +48,7 @@ class CardLayers:
     plan: CardPlan
     device: torch.device
     stop: threading.Event
+    asymmetric: bool = False
 
     def first(self) -> Stage:
         states = self._states(0, create=True)
@@ -54,21 +58,19 @@ class CardLayers:
     def resumed(self, layer: int, digest: str | None) -> Stage:
         if digest is None:
             return Stage(layer, None)
-        try:
-            states = self._states(layer, create=False)
-        except OSError as error:
-            raise JournalError(f"cannot be read: {error.strerror}", where=str(self.state.states_path(layer))) from error
-        states.check(digest)
+        stage = reopened(layer, digest, self.state, lambda path: self._open(path, create=False))
         self.walk.embed(None)
         if layer and self.walk.passes_on:
-            states.close()
+            stage.close()
             raise JournalError(
                 "layers of this model hand on more than hidden states, which is not kept", where=str(self.state.folder)
             )
-        return Stage(layer, states)
+        return stage
 
     def _states(self, layer: int, *, create: bool) -> HiddenStates:
-        path = self.state.states_path(layer)
+        return self._open(self.state.states_path(layer), create=create)
+
+    def _open(self, path: Path, *, create: bool) -> HiddenStates:
         if self.plan.states == "disk":
             return HiddenStates(path, self.walk.shape, self.model.dtype, create=create)
         return CardStates(
@@ -92,17 +94,23 @@ class CardLayers:
             parts, without = parts_of(linears, self.model.traced(stage.layer), keys_of(name, module, stacks, own))
             if not self.walk.reaches(stage.layer):
                 parts, without = [], dict.fromkeys(range(len(linears)), NOT_REACHED)
-            made = self._quantized(stage.layer, module, inputs, outputs, linears, parts, stacks)
+            original = None
+            if outputs is not None and carries_original(self.walk, self.asymmetric, stage, parts):
+                original = self._open(self.state.original_path(stage.layer + 1), create=True)
+            following = Stage(stage.layer + 1, outputs, original)
+            made = self._quantized(stage, module, following, linears, parts, stacks)
+            if original is not None and stage.original is not None and not parts:
+                self._run(stage.layer, module, stage.original, original)
             if outputs is not None and (self.options.sequential or not parts):
+                self.model.keep_shared(stage.layer)
                 self._run(stage.layer, module, inputs, outputs)
-            return layer_of(linears, made, without, Stage(stage.layer + 1, outputs))
+            return layer_of(linears, made, without, following)
 
     def _quantized(
         self,
-        number: int,
+        stage: Stage,
         module: nn.Module,
-        inputs: HiddenStates,
-        outputs: HiddenStates | None,
+        following: Stage,
         linears: Sequence[Linear],
         parts: Sequence[Part],
         stacks: Sequence[ExpertStack],
@@ -113,31 +121,31 @@ class CardLayers:
         aliases: dict[str, str] = {}
         made = Assemblies(linears, parts)
         if parts:
-            passing = None if self.options.sequential else outputs
             with ExitStack() as scratch:
-                statistics = self._watched(number, module, inputs, passing, stacks, parts, scratch)
+                statistics = self._watched(stage, module, following, stacks, parts, scratch)
                 quantizer = CardQuantizer(
                     linears=linears, statistics=statistics, options=self.options, model=self.model, original=self.original,
                     device=self.device,
                 )  # fmt: skip
-                put_back = self.options.sequential and outputs is not None
+                put_back = self.options.sequential and following.states is not None
                 made = quantizer.run(parts, put_back=put_back, used=None if keep is None else used)
                 aliases = {part.key: statistics.shared_key(part.key) for part in parts}
         if keep is not None:
-            write_layer(keep, number, used, aliases)
+            write_layer(keep, stage.layer, used, aliases, crossed=self.asymmetric)
         return made
 
     def _watched(
         self,
-        number: int,
+        stage: Stage,
         module: nn.Module,
-        inputs: HiddenStates,
-        outputs: HiddenStates | None,
+        following: Stage,
         stacks: Sequence[ExpertStack],
         parts: Sequence[Part],
         scratch: ExitStack,
     ) -> WatchedOnCard:
         """Run the layer and sum what the linears of ``parts`` see; ``scratch`` lets go of what experts were fed."""
+        number, inputs = stage.layer, stage.states
+        assert inputs is not None
         wanted = {part.lines.name.rpartition(".")[0] for part in parts}
         name = self.model.layer_names[number]
         linears = {
@@ -145,21 +153,31 @@ class CardLayers:
         }
         parameters = {part.lines.name for part in parts}
         used = [stack for stack in stacks if not parameters.isdisjoint(stack.parameters)]
-        tokens = self.walk.tokens.numel()
-        fed = {}
-        for k, stack in enumerate(used):
-            path = self.state.folder / f"experts-{k}.bin"
-            fed[stack.name] = CardInputs(
-                path, tokens * max(1, stack.copies), stack.hidden, self.model.dtype, device=self.device, place=self.plan.inputs
-            )  # fmt: skip
-            scratch.callback(fed[stack.name].close)
-        observer = LayerObserver(linears, used, fed, Turns(), lambda features: CardSum(features, self.device))
+
+        def room(prefix: str, stacks: Sequence[ExpertStack]) -> dict[str, CardInputs]:
+            made = {}
+            for k, stack in enumerate(stacks):
+                path, tokens = self.state.folder / f"{prefix}-{k}.bin", self.walk.tokens.numel() * max(1, stack.copies)
+                made[stack.name] = CardInputs(
+                    path, tokens, stack.hidden, self.model.dtype, device=self.device, place=self.plan.inputs
+                )  # fmt: skip
+                scratch.callback(made[stack.name].close)
+            return made
+
+        fed = room("experts", used)
+        # Rows that are gathered by the router's choice are not of the same tokens behind other layers.
+        originals = room("experts-original", [s for s in used if not s.copies] if stage.original is not None else [])
+        observer = LayerObserver(
+            linears, used, fed, Turns(), lambda features: CardSum(features, self.device), originals=originals,
+            crosses=Crosses(lambda features: CardCross(features, self.device)),
+        )  # fmt: skip
         with observer.watching():
-            self._run(number, module, inputs, outputs, observer.observe)
+            observe = observing(self.walk, stage, module, following.original, observer)
+            self._run(number, module, inputs, passing(stage, following, self.options), observe)
         experts = {}
         for stack in used:
             router = None if stack.router is None else module.get_submodule(stack.router)._parameters["weight"]
-            experts[stack.name] = CardExperts(stack, fed[stack.name], self.options, router)
+            experts[stack.name] = CardExperts(stack, fed[stack.name], self.options, router, originals.get(stack.name))
         return WatchedOnCard(self.device, *observer.observed(), experts)
 
     def _run(
@@ -198,17 +216,21 @@ class WatchedOnCard:
         found = self._expert_of(key)
         return found is not None and not found[2]
 
-    def stack(self, keys: Sequence[str], columns: int) -> tuple[Tensor, list[int]]:
-        """Hessians F32 [len(keys), columns, columns], and tokens."""
+    def stack(self, keys: Sequence[str], columns: int) -> tuple[Tensor, list[int], Tensor | None]:
+        """Hessians F32 [len(keys), columns, columns], tokens, and cross products beside Hessians where some are carried."""
         experts = [self._expert_of(key) for key in keys]
         first = experts[0]
         if first is not None and all(e is not None and e[0] is first[0] and e[2] == first[2] for e in experts):
             stack, numbers = first[0], [e[1] for e in experts if e is not None]
-            return stack.hessians(numbers, first=first[2]), [stack.tokens_of(number) for number in numbers]
+            hessian, cross = stack.sums(numbers, first=first[2])
+            return hessian, [stack.tokens_of(number) for number in numbers], cross
         if len(keys) > 1:
-            pairs = [self.stack([key], columns) for key in keys]
-            return torch.cat([hessian for hessian, _ in pairs]), [count for _, counts in pairs for count in counts]
+            each = [self.stack([key], columns) for key in keys]
+            crosses = [torch.zeros_like(hessian) if cross is None else cross for hessian, _, cross in each]
+            crossed = any(cross is not None for _, _, cross in each)
+            counts = [count for _, counts, _ in each for count in counts]
+            return torch.cat([hessian for hessian, _, _ in each]), counts, torch.cat(crosses) if crossed else None
         found = self.sums.get(self.shared_key(keys[0]))
         if found is None:
-            return torch.zeros(1, columns, columns, device=self.device), [0]
-        return found.hessian[None], [found.tokens]
+            return torch.zeros(1, columns, columns, device=self.device), [0], None
+        return found.hessian[None], [found.tokens], None if found.cross is None else found.cross[None]

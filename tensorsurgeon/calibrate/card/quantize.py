@@ -18,18 +18,19 @@ from tensorsurgeon.calibrate.card.made import Made
 from tensorsurgeon.calibrate.card.states import host_buffer
 from tensorsurgeon.calibrate.codes.assembly import Assemblies, Rounded
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal
-from tensorsurgeon.calibrate.codes.rules import ALL_ZERO, damping_for, store_scale_of, why_rounded
+from tensorsurgeon.calibrate.codes.rules import ALL_ZERO, damping_for, share_for, store_scale_of, why_rounded
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.walk.experts import InputStatistics
 from tensorsurgeon.calibrate.walk.lines import lines_of
 from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.errors import NumericError
+from tensorsurgeon.quant.gptq.card.factor import correction
 from tensorsurgeon.quant.gptq.card.gptq import Grid, dequantize, gptq_batch, round_to_nearest, search
 from tensorsurgeon.quant.gptq.scale_search import ScaleSearch
 from tensorsurgeon.quant.rtn.arithmetic import arithmetic_of
 from tensorsurgeon.quant.rtn.plain_torch import TORCH_DTYPES, integer_codes, tensor_of
 from tensorsurgeon.quant.scheme import Scheme
-from tensorsurgeon.tensors.dtypes import DType
+from tensorsurgeon.tensors.dtypes import F32, DType
 
 # Weights of one batch: 0.27 GB in F32, of which a batch needs about eight.
 _BATCH_WEIGHTS: Final = 64 << 20
@@ -49,8 +50,8 @@ class CardStatistics(Protocol):
         """Whether they are computed with weights that other keys' parts may overwrite."""
         ...
 
-    def stack(self, keys: Sequence[str], columns: int) -> tuple[Tensor, list[int]]:
-        """Hessians F32 [len(keys), columns, columns] on the card, and tokens."""
+    def stack(self, keys: Sequence[str], columns: int) -> tuple[Tensor, list[int], Tensor | None]:
+        """Hessians F32 [len(keys), columns, columns] on the card, tokens, and cross products where some are carried."""
         ...
 
 
@@ -136,10 +137,11 @@ class CardQuantizer:
         began = time.monotonic()
         kind, keys = batch.alike, list(batch.parts)
         parts = [part for some in batch.parts.values() for part in some]
-        hessian, tokens = self.statistics.stack(keys, kind.columns)
+        hessian, tokens, cross = self.statistics.stack(keys, kind.columns)
         if used is not None:
             for b, key in enumerate(keys):
-                used[key] = InputStatistics(tokens[b], hessian[b].diagonal().cpu(), hessian[b].cpu())
+                crossed = None if cross is None else cross[b].cpu()
+                used[key] = InputStatistics(tokens[b], hessian[b].diagonal().cpu(), hessian[b].cpu(), crossed)
         original = torch.cat([self._weight(part) for part in parts])
         if not bool(torch.isfinite(original).all()):
             raise NumericError("weight has entries that are not finite")
@@ -170,6 +172,9 @@ class CardQuantizer:
             for b in dark:
                 results[b] = _Result("rtn", None, ALL_ZERO)
             lit = [b for b in chosen if seen[b]]
+            share = share_for(kind.scheme, kind.method, self.options)
+            if cross is not None and share and lit:
+                self._lean(made, kind, correction(cross[lit], hessian[lit]), share, lit)
             for b, damping in zip(lit, self._gptq(made, hessian, tokens, lit, grid), strict=True):
                 results[b] = _Result("gptq", damping, "")
         if put_back:
@@ -183,6 +188,16 @@ class CardQuantizer:
         if parameter.dtype == TORCH_DTYPES[linear.weight.dtype]:
             return lines_of(parameter.detach(), part.lines)
         return tensor_of(self.original(linear))[part.start : part.stop].to(self.device)
+
+    def _lean(self, made: Made, kind: _Alike, step: Tensor, share: float, which: list[int]) -> None:
+        """Other targets, and what rounding to nearest makes of them."""
+        weight = made.weight[which]
+        weight = torch.baddbmm(weight, weight, step, alpha=share)
+        codes, scale, zero_point = integer_codes(weight.view(-1, kind.columns), kind.scheme, arithmetic_of(kind.scheme, F32))
+        shape = (len(which), kind.rows, -1)
+        made.weight[which], made.codes[which], made.scale[which] = weight, codes.view(shape), scale.view(shape)
+        if made.zero_point is not None and zero_point is not None:
+            made.zero_point[which] = zero_point.view(shape).float()
 
     def _gptq(self, made: Made, hessian: Tensor, tokens: Sequence[int], which: list[int], grid: Grid) -> list[float]:
         if not which:

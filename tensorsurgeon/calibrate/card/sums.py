@@ -35,6 +35,29 @@ class CardSum:
         return mirrored(self._total)
 
 
+class CardCross:
+    """Sums ``(o - x)^T x`` over tokens, o being the input of the same token behind original layers; as ``CardSum`` adds."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.in_features = in_features
+        self._total = torch.zeros(in_features, in_features, device=device)
+
+    def add(self, inputs: Tensor, original: Tensor) -> None:
+        """Take both inputs of the same tokens, [..., in_features]."""
+        add_cross(self._total, *(part.detach().reshape(-1, self.in_features) for part in (inputs, original)))
+
+    def result(self) -> Tensor:
+        """The sum so far; a new tensor."""
+        return self._total.clone()
+
+
+def add_cross(total: Tensor, rows: Tensor, original: Tensor) -> None:
+    """total [K, K] += (original - rows)^T rows, a chunk at a time."""
+    for start in range(0, len(rows), CHUNK_TOKENS):
+        chunk = rows[start : start + CHUNK_TOKENS].float()
+        total += (original[start : start + CHUNK_TOKENS].float() - chunk).T @ chunk
+
+
 def add_outer(total: Tensor, rows: Tensor) -> None:
     """total [K, K] += rows^T rows, a chunk at a time."""
     for start in range(0, len(rows), CHUNK_TOKENS):

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from tensorsurgeon.calibrate.codes.linears import Part
+from tensorsurgeon.calibrate.codes.linears import Linear, Part
+from tensorsurgeon.calibrate.codes.rules import share_for
 from tensorsurgeon.calibrate.codes.stage import Stage
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.state import CalibrationState
@@ -20,6 +21,11 @@ from tensorsurgeon.calibrate.walk.hidden import HiddenStates
 from tensorsurgeon.calibrate.walk.statistics import LayerObserver
 from tensorsurgeon.calibrate.walk.walk import Observer, Walk
 from tensorsurgeon.errors import JournalError, PlanError
+
+
+def is_asymmetric(linears: Sequence[Linear], options: CalibrationOptions) -> bool:
+    """Whether any linear of a run has a target that leans."""
+    return any(share_for(linear.scheme, linear.method, options) for linear in linears)
 
 
 def carries_original(walk: Walk, asymmetric: bool, stage: Stage, parts: Sequence[Part]) -> bool:

@@ -14,6 +14,7 @@ from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.calibrate.walk.stacks import find_stacks
 from tensorsurgeon.calibrate.walk.statistics import StoredStatistics, layer_path
+from tensorsurgeon.errors import RecipeError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,11 @@ class StoredLayers:
         if not linears:
             return Layer({}, [], following)
         statistics = StoredStatistics(layer_path(self.folder, stage.layer))
+        if self.options.asymmetric and not statistics.crossed:
+            raise RecipeError(
+                f"{layer_path(self.folder, stage.layer)}: was written without the original layers' states, which --asymmetric "
+                "needs; write statistics with --asymmetric too, or give --asymmetric 0"
+            )
         name, module = self.model.layer_names[stage.layer], self.model.layers[stage.layer]
         stacks = find_stacks(name, module)
         # Experts had Hessians of their own where the file has none under the name that they would share.

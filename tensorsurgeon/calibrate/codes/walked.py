@@ -97,6 +97,7 @@ class WalkedLayers:
             if outputs is not None and (self.options.sequential or not parts):
                 announce(None, None, f"layer {stage.layer}: its outputs")
                 self._put_back(parts, made.quantized())
+                self.model.keep_shared(stage.layer)
                 self._run(stage.layer, module, inputs, outputs)
             return layer_of(linears, made, without, following)
 
@@ -125,7 +126,7 @@ class WalkedLayers:
                 )  # fmt: skip
                 aliases = {part.key: statistics.shared_key(part.key) for part in parts}
         if keep is not None:
-            write_layer(keep, stage.layer, used, aliases)
+            write_layer(keep, stage.layer, used, aliases, crossed=self.asymmetric)
         return made
 
     def _watched(

@@ -235,6 +235,7 @@ class StoredStatistics:
             metadata = self._file.metadata() or {}
             self._aliases: dict[str, str] = json.loads(metadata["aliases"])
             self.tokens: dict[str, int] = json.loads(metadata["tokens"])
+            self.crossed = metadata.get("crossed") == "true"
         except (SafetensorError, KeyError, ValueError) as error:
             raise RecipeError(f"{path}: is not a file of statistics ({error})") from error
 
@@ -257,8 +258,13 @@ def layer_path(folder: Path, number: int) -> Path:
     return folder / f"layer-{number:05d}.safetensors"
 
 
-def write_layer(folder: Path, number: int, statistics: Mapping[str, InputStatistics], aliases: Mapping[str, str]) -> None:
-    """Keep a layer's statistics by key, durably; ``aliases`` say under which key a shared input is kept."""
+def write_layer(
+    folder: Path, number: int, statistics: Mapping[str, InputStatistics], aliases: Mapping[str, str], *, crossed: bool = False
+) -> None:
+    """Keep a layer's statistics by key, durably; ``aliases`` say under which key a shared input is kept.
+
+    ``crossed``: cross products were summed, wherever original states are other ones.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -267,6 +273,7 @@ def write_layer(folder: Path, number: int, statistics: Mapping[str, InputStatist
     metadata = {
         "aliases": json.dumps({name: key for name, key in sorted(aliases.items()) if name != key}),
         "tokens": json.dumps({key: found.tokens for key, found in sorted(statistics.items())}),
+        **({"crossed": "true"} if crossed else {}),
     }
     path = layer_path(folder, number)
     partial = path.with_name(path.name + ".partial")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tensorsurgeon.errors import NumericError
+from tensorsurgeon.quant.gptq.asymmetric import RIDGE
 from tensorsurgeon.quant.gptq.hessian import FIRST_DAMPING, LAST_DAMPING, PIVOT_FLOOR, PROBE_TOLERANCE, ActOrder
 
 
@@ -53,6 +54,16 @@ def factor(hessian: Tensor, damp_percent: Tensor, act_order: ActOrder) -> Factor
         again = _attempt(hessian[failed], diagonal[failed], live[failed], mean[failed], order[failed], used[failed])
         lower[failed], damped[failed], sound[failed] = again
     return Factors(lower, order, damped - diagonal, used)
+
+
+def correction(cross: Tensor, hessian: Tensor) -> Tensor:
+    """``asymmetric.correction`` of many: C (H + ridge)^-1, [B, K, K]."""
+    if not bool(torch.isfinite(cross).all()):
+        raise NumericError("cross products of original and quantized inputs are not finite")
+    factors = factor(hessian, torch.full((len(hessian),), RIDGE, dtype=torch.float64, device=hessian.device), "none")
+    order = factors.order[:, :, None].expand_as(cross)
+    solved = torch.cholesky_solve(torch.gather(cross.mT, 1, order), factors.lower)
+    return torch.empty_like(cross).scatter_(1, order, solved).mT.contiguous()
 
 
 def _attempt(
