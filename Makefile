@@ -8,24 +8,31 @@ FIXTURE := fixtures/tiny-qwen3_5-moe
 #   make PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" test
 PIP_FLAGS ?=
 
-.PHONY: demo test test-slow fuzz bench-memory plants families lint types wheel engines bench bench-kl setup clean
+.PHONY: demo test test-slow fuzz kills bench-memory plants families lint types wheel engines bench bench-kl setup clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev,calibrate]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev,calibrate,page]'
 	touch $@
 
 demo: $(STAMP)
 	rm -rf .demo && mkdir .demo
+	@printf '\n=== plan: what would happen\n'
 	$(BIN)/surgeon plan quark-w8a8-int8 $(FIXTURE)
+	@printf '\n=== apply: it happens\n'
 	$(BIN)/surgeon apply quark-w8a8-int8 $(FIXTURE) .demo/tiny-INT8
+	@printf '\n=== verify: is it what it says it is?\n'
 	$(BIN)/surgeon verify .demo/tiny-INT8 --against $(FIXTURE)
-	$(BIN)/surgeon diff $(FIXTURE) .demo/tiny-INT8 || test $$? -eq 1  # 1: they differ, as they should
-	@echo
-	@echo "demo: quantized the linears of $(FIXTURE) to INT8, judged the result against it and showed what differs."
-	@echo "demo: it lies in .demo/tiny-INT8: config.json says what was quantized, surgeon.json how; docs/transforms.md goes on."
+	@printf '\n=== diff: what differs from the original\n'
+	$(BIN)/surgeon diff $(FIXTURE) .demo/tiny-INT8 --headers-only || test $$? -eq 1  # 1: they differ, as they should
+	@printf '\n=== evaluate: how far are its predictions from the original?\n'
+	$(BIN)/surgeon evaluate .demo/tiny-INT8 --against $(FIXTURE) --text fixtures/text/heldout.txt --samples 16 --sequence-length 250
+	@printf '\n=== card and page: what is published with it\n'
+	$(BIN)/surgeon card .demo/tiny-INT8 --against $(FIXTURE)
+	@echo "demo: the checkpoint lies in .demo/tiny-INT8, with its card README.md; docs/publishing.md goes on. Its page:"
+	@$(BIN)/surgeon page .demo/tiny-INT8
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not engine and not slow and not gpu"
@@ -51,6 +58,10 @@ families: $(STAMP)
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz --count 12000 --apply 1000
 
+# A quarter of an hour: 100 random kills and every kind of damage before a resume, over four kinds of run.
+kills: $(STAMP)
+	$(BIN)/python -m tests.kills
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,6 +84,7 @@ bench: $(STAMP)
 # Minutes: peak memory of every op and format against the cap.
 bench-memory: $(STAMP)
 	$(BIN)/python benchmarks/bench_memory.py --check
+	$(BIN)/python benchmarks/bench_many.py
 
 # An hour: divergence from BF16 on held-out text, over three calibration seeds, and beside llm-compressor's oneshot.
 bench-kl: $(STAMP)

@@ -1,11 +1,13 @@
 """What a conversion streamed from the Hub takes of the disk and the network, beside one of a folder.
 
-    python benchmarks/bench_hub.py [--layers 4] [--shards 12] [--ahead 2] [--transform quark-w8a8-int8] [--place FOLDER]
+    python benchmarks/bench_hub.py [--layers 4] [--shards 15] [--ahead 2] [--transform quark-w8a8-int8] [--place FOLDER]
+    python benchmarks/bench_hub.py --skeleton
 
-The Hub is the tests' own on loopback, in this process; the model is ``make_bench_model.py``'s, 2.8 GB with 4 layers.
-Prints what ``surgeon plan`` transferred, the disk that the run had at its fullest beside the output (looked at every 20 ms,
-in blocks of the file system, of the target and the library's cache), seconds of the streamed run and of the same from a
-folder, and whether the two records, which have a digest of every byte range and file, are the same.
+The Hub is the tests' own on loopback, in this process; the model is ``make_bench_model.py``'s, 2.8 GB with 4 layers. Prints
+what ``surgeon plan`` transferred, the disk that the run had at its fullest beside the output (looked at every 20 ms, in
+blocks of the file system, of the target and the library's cache), seconds of the streamed run and of the same from a folder,
+and whether the two records, which have a digest of every byte range and file, are the same. ``--skeleton`` plans a model of
+72 GB, of which there are headers only.
 """
 
 from __future__ import annotations
@@ -25,7 +27,14 @@ from make_bench_model import write_bench_model
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tensorsurgeon.checkpoint.layout import lay_out  # noqa: E402
+from tensorsurgeon.tensors.dtypes import dtype_named  # noqa: E402
+from tensorsurgeon.tensors.names import natural_key  # noqa: E402
+from tensorsurgeon.tensors.spec import TensorSpec  # noqa: E402
+from tests.hub.repositories import Blob, Repository  # noqa: E402
 from tests.hub.server import Hub  # noqa: E402
+
+SKELETON = ROOT / "fixtures" / "qwen3.6-35b-a3b"
 
 
 def used_bytes(*folders: Path) -> int:
@@ -49,25 +58,57 @@ def surgeon(environment: dict[str, str], *arguments: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--shards", type=int, default=12)
+    parser.add_argument("--shards", type=int, default=15)
     parser.add_argument("--ahead", type=int, default=2)
     parser.add_argument("--transform", default="quark-w8a8-int8")
+    parser.add_argument("--skeleton", action="store_true")
     parser.add_argument("--place", type=Path, default=None)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.place) as work:
-        run(Path(work), given)
+        (Path(work) / "hub").mkdir()
+        if given.skeleton:
+            plan_skeleton(Path(work), given.transform)
+        else:
+            run(Path(work), given)
+
+
+def environment_for(hub: Hub, cache: Path) -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }  # fmt: skip
+
+
+def plan_skeleton(work: Path, transform: str) -> None:
+    """What a plan of the whole Qwen3.6-35B-A3B transfers: its headers over files full of holes."""
+    tensors = json.loads((SKELETON / "qwen3.6-35b-a3b.tensors.json").read_text())["tensors"]
+    specs = [TensorSpec(name, dtype_named(dtype), tuple(shape)) for name, (dtype, shape) in tensors.items()]
+    layout = lay_out(sorted(specs, key=lambda spec: natural_key(spec.name)), {"format": "pt"}, 5_000_000_000)
+    hub = Hub(work / "hub")
+    config = (SKELETON / "qwen3.6-35b-a3b.config.json").read_bytes()
+    files = {"config.json": hub.storage.add_bytes(config, "config.json")}
+    files["model.safetensors.index.json"] = hub.storage.add_bytes(layout.index_json or b"", "model.safetensors.index.json")
+    for number, shard in enumerate(layout.shards):
+        path = work / "hub" / shard.name
+        path.write_bytes(shard.header)
+        os.truncate(path, shard.file_bytes)
+        # Nobody reads so many zeros for their digest.
+        files[shard.name] = Blob(path, shard.file_bytes, f"{number:040x}", f"{number:064x}", True)
+        hub.storage.blobs[f"{number:064x}"] = files[shard.name]
+    hub.storage.repositories["owner/whole"] = repository = Repository("owner/whole")
+    repository.commit(files)
+    seconds = surgeon(environment_for(hub, work / "cache"), "plan", transform, "owner/whole")
+    total, sent = sum(shard.file_bytes for shard in layout.shards), hub.sent_bytes()
+    print(f"plan      of {total / 1e9:.1f} GB in {len(layout.shards)} shards transferred {sent / 1e6:.2f} MB in {seconds:.1f} s")
+    hub.close()
 
 
 def run(work: Path, given: argparse.Namespace) -> None:
     model, cache, target = work / "model", work / "cache", work / "streamed"
     write_bench_model(model, layers=given.layers, shards=given.shards)
-    (work / "hub").mkdir()
     hub = Hub(work / "hub")
     hub.storage.add_model("owner/model", model)
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }  # fmt: skip
+    environment = environment_for(hub, cache)
     sizes = [path.stat().st_size for path in model.glob("*.safetensors")]
     print(f"model     {sum(sizes) / 1e9:.2f} GB in {len(sizes)} shards of {max(sizes) / 1e6:.0f} MB at most")
     seconds = surgeon(environment, "plan", given.transform, "owner/model", "--json")

@@ -36,7 +36,7 @@ class LayerShards:
         origins = [location.shard for location in plan.source.locations]
         steps = [shards_before_layers(plan.source, self._model.surrounding_names())]
         for layer in range(first, max(self._by_layer, default=-1) + 1):
-            read = {shard_of[name].shard for name in self._model.source_names(layer)}
+            read = {shard_of[name].shard for name in self._model.stored_names(layer)}
             pieces = (piece for linear in self._by_layer.get(layer, ()) for _, own in linear.pieces for piece in own)
             steps.append(read | {origins[piece.origin] for piece in pieces if piece.origin >= 0})
         walked = {unit for linears in self._by_layer.values() for linear in linears for unit in linear.units}

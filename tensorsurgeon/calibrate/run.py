@@ -38,7 +38,7 @@ from tensorsurgeon.errors import BudgetError, NoMatchError, RecipeError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.threads import one_torch_thread
 from tensorsurgeon.running.executor import Progress
-from tensorsurgeon.running.run import RunResult, run_plan
+from tensorsurgeon.running.run import NOTHING_BESIDE, Beside, RunResult, run_plan
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ def run_calibrated(
     stop: threading.Event | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     command: Sequence[str] = (),
+    beside: Beside = NOTHING_BESIDE,
     ahead: int = DEFAULT_AHEAD,
     keep_source: bool = False,
 ) -> CalibratedResult:
@@ -104,6 +105,7 @@ def run_calibrated(
         result = run_plan(
             plan, target, workers=workers, max_ram_bytes=max_ram_bytes, resume=resume, overwrite=overwrite, stop=stop,
             progress=progress, execute=driver.execute, command=command, ahead=ahead, keep_source=keep_source,
+            beside=beside,
         )  # fmt: skip
     log = Path(target) / LOG_NAME
     summary = summarize(read_log(log)) if log.exists() else summarize([])

@@ -6,23 +6,26 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tensorsurgeon.cli.calibrate import calibrates, calibration_options, run_with_calibration
-from tensorsurgeon.cli.finished import command_elsewhere, put_beside, summary
+from tensorsurgeon.cli.finished import command_elsewhere, summary, what_goes_beside
 from tensorsurgeon.cli.plan import plan_named, transform_options
 from tensorsurgeon.cli.resume import go_on, words_given
-from tensorsurgeon.cli.terminal import Stop, emit, json_option, note, progress_bar, step_bar, stop_on_signals
+from tensorsurgeon.cli.terminal import Place, Sectioned, Stop, emit, json_option, note, progress_bar, step_bar, stop_on_signals
 from tensorsurgeon.errors import ExecutionError, NumericError, SurgeonError
 from tensorsurgeon.tensors.sizes import parse_size
 
+if TYPE_CHECKING:
+    from tensorsurgeon.planning.plan import Plan
 
-@click.command()
+
+@click.command(cls=Sectioned, short_help="Convert, quantize, calibrate: write a new checkpoint.")
 @click.argument("transform")
-@click.argument("source", type=click.Path(readable=False), required=False, metavar="SOURCE")
-@click.argument("target", type=click.Path(readable=False), required=False, metavar="TARGET")
+@click.argument("source", type=Place(readable=False), required=False, metavar="SOURCE")
+@click.argument("target", type=Place(readable=False), required=False, metavar="TARGET")
 @transform_options
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; the cores of this machine by default.")
 @click.option("--max-ram", metavar="SIZE", help="Cap on the tensors in flight, such as 8GB; half of the free memory by default.")
@@ -79,11 +82,17 @@ def apply(
 
         check_requirements(made, require)
     if not quiet:
+        if made.source.snapshot is not None:
+            _tell_streaming(made, ahead, keep_source)
         for name in made.source.left_behind:
             note(f"note: {name} stays behind: it holds other weights than this checkpoint's")
         for oddity in made.source.oddities:
             note(f"note: {oddity}")
     cap = None if max_ram is None else parse_size(max_ram, "--max-ram")
+    from tensorsurgeon.engines.advice import advise_all
+
+    advice = advise_all(made)
+    beside = what_goes_beside(made, target, command_elsewhere(context), advice)
     began = time.monotonic()
     # Where codes are chosen by calibration, that takes the time, and not the writing.
     bytes_shown = quiet or made.needs_codes
@@ -97,14 +106,13 @@ def apply(
                 made, target, calibration, note=None if quiet else say, advance=at, workers=workers, max_ram_bytes=cap,
                 resume=resume, overwrite=overwrite, stop=stop, ahead=ahead, keep_source=keep_source,
                 progress=lambda p: advance(p.nbytes), command=(transform, source, *words_given(context)),
+                beside=beside,
             )  # fmt: skip
         except SurgeonError as error:
             raise Stop(error, _how_to_go_on(error, target, "sources" in calibration)) from error
     seconds = time.monotonic() - began
-    from tensorsurgeon.engines.advice import advise_all
-
-    advice = advise_all(made)
-    put_beside(made, target, command_elsewhere(context), advice)
+    if result.was_complete:
+        beside.write()
     data = {
         "target": target,
         "tensors": len(made.specs),
@@ -120,6 +128,16 @@ def apply(
     }
     text = summary(made, target, seconds, calibrated, advice, source)
     emit(data, text + ("\n  (was complete already)" if result.was_complete else ""), as_json)
+
+
+def _tell_streaming(made: Plan, ahead: int, keep_source: bool) -> None:
+    from tensorsurgeon.planning.pace import streaming_of
+    from tensorsurgeon.planning.report import streaming_as_text
+
+    streaming = streaming_of(made, ahead)
+    if streaming is not None:
+        kept = "; they stay in the Hub's cache" if keep_source and streaming.shards else ""
+        note(f"source  {made.source}\n{streaming_as_text(streaming._asdict())}{kept}")
 
 
 def _how_to_go_on(error: SurgeonError, target: str, is_calibrated: bool) -> str:

@@ -66,6 +66,7 @@ def calibration_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     for option in reversed(_OPTIONS):
         collected = option(collected)
+    collected.calibration_names = frozenset(_NAMES) - {"device", "max_gpu_ram"}  # type: ignore[attr-defined]  # for --help
     return collected
 
 
@@ -119,7 +120,7 @@ def options_from(calibration: Mapping[str, Any]) -> Any:
     from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
 
     given = dict(calibration)
-    fields: dict[str, Any] = {"sources": tuple(DataSource.parse(text) for text in given.pop("sources", ()))}
+    fields: dict[str, Any] = {"sources": tuple(DataSource.parse(os.path.expanduser(text)) for text in given.pop("sources", ()))}
     fields["sequential"] = not given.pop("no_sequential", False)
     gptq = CalibrationOptions.default_gptq()
     if "damp_percent" in given:
@@ -130,7 +131,7 @@ def options_from(calibration: Mapping[str, Any]) -> Any:
         gptq = replace(gptq, polish=None)
     for name in ("write_statistics", "read_statistics"):
         if name in given:
-            fields[name] = Path(given.pop(name))
+            fields[name] = Path(given.pop(name)).expanduser()
     return CalibrationOptions(**fields, **given, gptq=gptq)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import click
 
 from tensorsurgeon.cli.calibrate import noting
-from tensorsurgeon.cli.terminal import emit, json_option, note, step_bar, stop_on_signals
+from tensorsurgeon.cli.terminal import Place, emit, json_option, note, step_bar, stop_on_signals
 
 
 @click.command(short_help="Measure KL and perplexity, layer by layer.")
-@click.argument("targets", nargs=-1, required=True, type=click.Path(), metavar="TARGET...")
+@click.argument("targets", nargs=-1, required=True, type=Place(), metavar="TARGET...")
 @click.option(
-    "--against", type=click.Path(), metavar="SOURCE", help="The checkpoint TARGET was made from; without it, perplexity alone."
+    "--against", type=Place(), metavar="SOURCE", help="The checkpoint TARGET was made from; without it, perplexity alone."
 )
 @click.option(
     "--text",

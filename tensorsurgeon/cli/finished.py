@@ -17,6 +17,7 @@ from tensorsurgeon.tensors.sizes import show_size
 if TYPE_CHECKING:
     from tensorsurgeon.engines.advice import EngineAdvice
     from tensorsurgeon.planning.plan import Plan
+    from tensorsurgeon.running.run import Beside
 
 # Decide nothing of the result, or say only what this machine is like.
 _OF_THIS_MACHINE: Final = frozenset({
@@ -49,26 +50,34 @@ def _by_name(text: str) -> str:
     return Path(text).resolve().name if Path(text).exists() else text
 
 
-def put_beside(plan: Plan, target: str, command: Sequence[str], advice: Sequence[EngineAdvice]) -> None:
+def what_goes_beside(plan: Plan, target: str, command: Sequence[str], advice: Sequence[EngineAdvice]) -> Beside:
     """How it was made, and a first card, where linears were quantized: after other surgery the original's card still holds.
 
     A card that cannot be made is told and stops nothing, for the weights are whole.
     """
+    from tensorsurgeon.running.run import NOTHING_BESIDE, Beside
+
     if not plan.written:
-        return
-    from tensorsurgeon.publish.card import first_card
+        return NOTHING_BESIDE
+    from tensorsurgeon.publish.card import BASE_CARD, first_card
     from tensorsurgeon.publish.made import FILE_NAME, made_bytes, made_of
 
-    try:
-        first_card(Path(target), {FILE_NAME: made_bytes(made_of(plan, command, advice))})
-    except (SurgeonError, OSError) as error:
-        note(f"note: no card was written: {error}")
+    def write() -> None:
+        try:
+            first_card(Path(target), {FILE_NAME: made_bytes(made_of(plan, command, advice))})
+        except (SurgeonError, OSError) as error:
+            note(f"note: no card was written: {error}")
+
+    # The card itself is in the record before it is written; by its name alone it could be a person's.
+    return Beside((FILE_NAME, BASE_CARD), write)
 
 
 def summary(
     plan: Plan, target: str, seconds: float, calibration: dict[str, Any] | None, advice: Sequence[EngineAdvice], source: str
 ) -> str:
     """Method, linears, sizes, time, ratio; what engines will say, silent garbage loudest; the next command."""
+    from tensorsurgeon.planning.report import document
+
     shards = len(plan.layout.shards)
     lines = [
         f"{target}: {len(plan.specs)} tensors, {show_size(plan.output_bytes)} in {shards} shard{'s' if shards != 1 else ''}"
@@ -78,7 +87,7 @@ def summary(
         lines.append(f"  codes    {codes_text(plan, None if calibration is None else calibration['methods'])}")
     lines += [f"  engines  {line}" for line in engine_lines(advice)]
     lines.append(f"  next     surgeon verify {target} --against {source}")
-    return "\n".join(lines)
+    return document(lines)
 
 
 def engine_lines(advice: Sequence[EngineAdvice]) -> list[str]:

@@ -13,7 +13,7 @@ from tensorsurgeon.cli.evaluate import evaluate
 from tensorsurgeon.cli.plan import plan, transforms
 from tensorsurgeon.cli.publish import card, page
 from tensorsurgeon.cli.push import push
-from tensorsurgeon.cli.read import diff, inspect, verify
+from tensorsurgeon.cli.read import diff, inspect, schema, verify
 from tensorsurgeon.cli.resume import resume
 from tensorsurgeon.cli.terminal import Stop, note, one_line, told
 from tensorsurgeon.errors import SurgeonError, did_you_mean, our_fault
@@ -73,7 +73,7 @@ def main(verbose: int) -> None:
     raise_open_files_limit()
 
 
-for _command in (inspect, plan, apply, resume, verify, diff, evaluate, card, page, push, transforms):
+for _command in (inspect, plan, apply, resume, verify, diff, evaluate, card, page, push, transforms, schema):
     main.add_command(_command)
 
 

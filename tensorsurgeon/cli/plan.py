@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+import shutil
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tensorsurgeon.cli.terminal import Stop, emit, json_option, note
+from tensorsurgeon.cli.calibrate import calibrates, calibration_options, noting, options_from
+from tensorsurgeon.cli.terminal import Place, Sectioned, Stop, emit, json_option, note
 from tensorsurgeon.errors import NoMatchError, RecipeError, did_you_mean
 from tensorsurgeon.tensors.sizes import parse_size
 
@@ -19,16 +22,16 @@ if TYPE_CHECKING:
 
 def transform_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that plan and apply share."""
-    for option in (
+    for option in reversed((
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a parameter of the transform."),
         click.option("--then", multiple=True, metavar="NAME",
                      help="Chain another transform; --set KEY=VALUE goes to those that have KEY."),
-        click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output shard."),
+        click.option("--max-shard-size", default="5GB", metavar="SIZE", show_default=True, help="Largest output shard."),
         click.option("--backend", type=click.Choice(["auto", "fast", "torch"]), default="auto", show_default=True,
                      help="Who computes: compiled CPU kernels or torch; the bits are the same."),
         click.option("--require", multiple=True, metavar="ENGINE[:tp=N]",
                      help="Stop if this engine would not serve the result, such as vllm:tp=4; give it as often as needed."),
-    ):  # fmt: skip
+    )):  # fmt: skip
         command = option(command)
     return command
 
@@ -90,11 +93,13 @@ def plan_named(
         gc.enable()
 
 
-@click.command()
+@click.command(cls=Sectioned, short_help="Show what a transform would do; write nothing.")
 @click.argument("transform")
-@click.argument("source", type=click.Path(readable=False))
+@click.argument("source", type=Place(readable=False))
 @transform_options
+@click.option("--workers", type=click.IntRange(1, 256), help="Threads that the dry run of calibration reckons with.")
 @json_option
+@calibration_options
 def plan(
     transform: str,
     source: str,
@@ -103,30 +108,54 @@ def plan(
     max_shard_size: str,
     backend: str,
     require: tuple[str, ...],
+    workers: int | None,
     as_json: bool,
+    calibration: Mapping[str, Any],
 ) -> None:
     """Show what TRANSFORM would do to SOURCE, from headers alone: nothing is read but headers, nothing written.
+
+    With --calibration also a dry run of that: text, tokens, model, memory, time. One layer is read for it.
 
     \b
     surgeon plan quark-w8a8-int8 Qwen3.6-35B-A3B
     surgeon plan ct-w4a16-g32 Qwen3.6-35B-A3B --require vllm:tp=4 --require sglang
+    surgeon plan gptq-int4-g128 Qwen3.6-35B-A3B --calibration chats.jsonl
     """
     from tensorsurgeon.engines.advice import advice_as_data, advice_as_text, advise_all, check_requirements
     from tensorsurgeon.planning.report import plan_as_data, plan_as_text
     from tensorsurgeon.running.target import free_bytes
 
-    made = plan_named(transform, then, settings, backend, source, max_shard_size)
+    made = plan_named(transform, then, settings, backend, source, max_shard_size, calibrated=calibrates(calibration, settings))
     check_requirements(made, require)
     advice = advise_all(made)
+    rehearsed = _rehearsed(made, calibration, workers)
     # Where the target will lie is not known yet; where the command runs is the best guess, and named as such.
     room = free_bytes(Path.cwd())
     if as_json:
-        emit(plan_as_data(made) | {"free_bytes": room, "engines": advice_as_data(advice)}, "", True)
-    else:
-        emit(None, f"{plan_as_text(made, room)}\n\n{advice_as_text(advice)}", False)
+        more = {} if rehearsed is None else {"calibration": rehearsed}
+        emit(plan_as_data(made) | {"free_bytes": room, "engines": advice_as_data(advice)} | more, "", True)
+        return
+    text = f"{plan_as_text(made, room)}\n\n{advice_as_text(advice)}"
+    if rehearsed is not None:
+        from tensorsurgeon.calibrate.rehearsal import rehearsal_text
+
+        text += f"\n\n{rehearsal_text(rehearsed)}"
+    emit(None, text, False)
 
 
-@click.command()
+def _rehearsed(made: Plan, calibration: Mapping[str, Any], workers: int | None) -> dict[str, Any] | None:
+    """A dry run of calibration; None without data for it."""
+    if "sources" not in calibration:
+        return None
+    with noting(None):
+        from tensorsurgeon.calibrate.rehearsal import rehearse
+        from tensorsurgeon.machine.limits import usable_cores
+
+        given = {key: value for key, value in calibration.items() if key not in ("device", "max_gpu_ram")}
+        return rehearse(made, options_from(given), workers=workers or usable_cores())
+
+
+@click.command(short_help="List transforms, or show one with its parameters.")
 @click.argument("name", required=False)
 @json_option
 def transforms(name: str | None, as_json: bool) -> None:
@@ -136,13 +165,15 @@ def transforms(name: str | None, as_json: bool) -> None:
     surgeon transforms
     surgeon transforms quark-w8a8-int8
     """
-    from tensorsurgeon.planning.report import table
     from tensorsurgeon.recipes.library import builtin_names, find_recipe
 
     if name is None:
         recipes = [find_recipe(n) for n in builtin_names()]
         data: Any = [{"name": r.name, "description": r.description} for r in recipes]
-        emit(data, "\n".join(f"{r.name}\n    {r.description}" for r in recipes), as_json)
+        width = min(100, click.get_current_context().terminal_width or shutil.get_terminal_size().columns)
+        wrap = textwrap.TextWrapper(width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+        wrapped = (wrap.fill(r.description) for r in recipes)
+        emit(data, "\n".join(f"{r.name}\n{text}" for r, text in zip(recipes, wrapped, strict=True)), as_json)
         return
     recipe = find_recipe(name)
     parameters = [
@@ -156,18 +187,38 @@ def transforms(name: str | None, as_json: bool) -> None:
         "parameters": parameters,
         "steps": recipe.steps,
     }
-    rows = [[f"  --set {p['name']}={_shown(p['default'])}", str(p["description"])] for p in parameters]
     text = (
-        f"{recipe.name}: {recipe.description}\n\n" + (f"parameters:\n{table(rows)}\n\n" if rows else "") + f"file: {recipe.where}"
+        f"{recipe.name}: {recipe.description}\n\n"
+        + ("parameters (--set KEY=VALUE; several values with commas):\n" if parameters else "")
+        + "".join(map(_parameter_text, parameters))
+        + f"{chr(10) if parameters else ''}file: {recipe.where}"
     )
     emit(data, text, as_json)
 
 
+def _parameter_text(parameter: Mapping[str, Any]) -> str:
+    """A parameter with its default and choices, whole: each value of a list on a line of its own."""
+    from tensorsurgeon.formats.registry import FORMATS
+
+    default, choices = parameter["default"], parameter["choices"]
+    if choices is None and parameter["name"] == "format":
+        choices = list(FORMATS)
+    lines = [f"  {parameter['name']}{f': {said}' if (said := parameter['description']) else ''}"]
+    if isinstance(default, list) and len(default) > 1:
+        lines += ["      default:", *(f"        {value}" for value in default)]
+    else:
+        lines.append(f"      default: {_shown(default)}")
+    if choices:
+        words = ", ".join("null" if choice is None else str(choice) for choice in choices)
+        lines += textwrap.wrap(words, 100, initial_indent="      choices: ", subsequent_indent="        ")
+    return "".join(f"{line}\n" for line in lines)
+
+
 def _shown(default: Any) -> str:
     if isinstance(default, list):
-        text = ",".join(map(str, default))
+        text = ",".join(map(str, default)) or "none"
     elif default is None or isinstance(default, bool):
         text = {None: "null", True: "true", False: "false"}[default]
     else:
         text = str(default)
-    return text if len(text) < 50 else text[:47] + "..."
+    return text

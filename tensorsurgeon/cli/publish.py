@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from tensorsurgeon.cli.terminal import emit, json_option, note
+from tensorsurgeon.cli.terminal import Place, emit, json_option, note
 from tensorsurgeon.errors import CheckpointError
 
 _against = click.option(
-    "--against", type=click.Path(), metavar="SOURCE",
+    "--against", type=Place(), metavar="SOURCE",
     help="Verify against the original first, and keep what was found in verification.json.",
 )  # fmt: skip
 _workers = click.option("--workers", type=click.IntRange(1, 256), help="Threads to verify with; the cores by default.")
@@ -37,7 +37,7 @@ def _verify(folder: Path, against: str | None, workers: int | None) -> None:
 
 
 @click.command(short_help="Write or refresh the model card (README.md).")
-@click.argument("target", type=click.Path())
+@click.argument("target", type=Place())
 @click.option("--base-model", metavar="OWNER/NAME", help="The original on the Hub, where the folder's name does not tell.")
 @click.option("--name", metavar="OWNER/NAME", help="What this checkpoint will be called there, for the lines that serve it.")
 @_against
@@ -71,8 +71,8 @@ def card(target: str, base_model: str | None, name: str | None, against: str | N
 
 
 @click.command(short_help="Draw one HTML page of what was done and lost.")
-@click.argument("target", type=click.Path())
-@click.option("--out", type=click.Path(), metavar="FILE", help="Where to write it.  [default: surgeon.html in TARGET]")
+@click.argument("target", type=Place())
+@click.option("--out", type=Place(), metavar="FILE", help="Where to write it.  [default: surgeon.html in TARGET]")
 @_against
 @_workers
 @json_option

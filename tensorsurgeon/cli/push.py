@@ -5,11 +5,11 @@ from __future__ import annotations
 import click
 
 from tensorsurgeon.cli.read import reading_bar
-from tensorsurgeon.cli.terminal import emit, json_option, note
+from tensorsurgeon.cli.terminal import Place, emit, json_option, note
 
 
-@click.command()
-@click.argument("target", type=click.Path(readable=False))
+@click.command(short_help="Upload a checkpoint to the Hub, verified first.")
+@click.argument("target", type=Place(readable=False))
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option("--public", is_flag=True, help="Everybody may see it; private otherwise.")
 @click.option("--anyway", is_flag=True, help="Push a checkpoint that verify finds faults in.")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import click
 
-from tensorsurgeon.cli.terminal import emit
+from tensorsurgeon.cli.terminal import Place, emit
 from tensorsurgeon.errors import VerifyError
 
 _workers = click.option("--workers", type=click.IntRange(1, 256), help="Threads; the cores of this machine by default.")
@@ -35,8 +35,8 @@ def reading_bar(total: Callable[[], int], quiet: bool) -> Iterator[Callable[[int
         yield advance
 
 
-@click.command()
-@click.argument("path", type=click.Path())
+@click.command(short_help="Show what a checkpoint holds.")
+@click.argument("path", type=Place())
 @_json
 def inspect(path: str, as_json: bool) -> None:
     """Show what the checkpoint PATH holds, from headers alone: tensors, types, shards, quantization, oddities.
@@ -50,14 +50,28 @@ def inspect(path: str, as_json: bool) -> None:
     emit(data, "" if as_json else inspection_as_text(data), as_json)
 
 
-@click.command()
-@click.argument("target", type=click.Path())
-@click.option("--against", type=click.Path(), help="The checkpoint TARGET was made from: account for every tensor of it.")
+@click.command(short_help="Judge a checkpoint, alone or against its source.")
+@click.argument("target", type=Place())
+@click.option("--against", type=Place(), help="The checkpoint TARGET was made from: account for every tensor of it.")
+@click.option(
+    "--require",
+    multiple=True,
+    metavar="ENGINE[:tp=N]",
+    help="Fail if this engine would not serve TARGET, such as vllm:tp=4; give it as often as needed.",
+)
 @_workers
 @_quiet
 @_json
 @click.pass_context
-def verify(ctx: click.Context, target: str, against: str | None, workers: int | None, quiet: bool, as_json: bool) -> None:
+def verify(
+    ctx: click.Context,
+    target: str,
+    against: str | None,
+    require: tuple[str, ...],
+    workers: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Judge whether TARGET is what its index, config and record say; exit code 60 if it is not.
 
     With --against SOURCE every source tensor is accounted for, byte for byte where it passed through, and as signal
@@ -65,7 +79,13 @@ def verify(ctx: click.Context, target: str, against: str | None, workers: int | 
 
     \b
     surgeon verify Qwen3.6-35B-A3B-INT8 --against Qwen3.6-35B-A3B
+    surgeon verify Qwen3.6-35B-A3B-INT8 --require vllm:tp=4
     """
+    if require:
+        from tensorsurgeon.engines.advice import parse_requirement
+
+        for text in require:
+            parse_requirement(text)  # a misspelt one is told before all bytes are read
     from tensorsurgeon import verifying
     from tensorsurgeon.verifying.judging import bytes_to_read
     from tensorsurgeon.verifying.reporting import verification_as_data, verification_as_text
@@ -75,11 +95,18 @@ def verify(ctx: click.Context, target: str, against: str | None, workers: int | 
     emit(verification_as_data(found) if as_json else None, "" if as_json else verification_as_text(found), as_json)
     if not found.is_sound:
         ctx.exit(VerifyError.exit_code)
+    if require:
+        from tensorsurgeon.checkpoint.folder import open_checkpoint
+        from tensorsurgeon.engines.advice import check_requirements
+        from tensorsurgeon.planning.plan import make_plan
+
+        # A plan without steps: the checkpoint as it is.
+        check_requirements(make_plan((), open_checkpoint(target)), require)
 
 
-@click.command()
-@click.argument("a", type=click.Path())
-@click.argument("b", type=click.Path())
+@click.command(short_help="Show how two checkpoints differ.")
+@click.argument("a", type=Place())
+@click.argument("b", type=Place())
 @click.option("--headers-only", is_flag=True, help="Compare names, types and shapes, and no bytes.")
 @_workers
 @_quiet
@@ -98,3 +125,15 @@ def diff(ctx: click.Context, a: str, b: str, headers_only: bool, workers: int | 
     emit(difference_as_data(found) if as_json else None, "" if as_json else difference_as_text(found), as_json)
     if not found.is_equal:
         ctx.exit(1)
+
+
+@click.command(short_help="Print the JSON Schema of what --json prints.")
+def schema() -> None:
+    """Print what scripts may rely on in the output of --json, command by command, as one JSON Schema document.
+
+    \b
+    surgeon schema > surgeon.schema.json
+    """
+    from tensorsurgeon.cli.schema import whole_schema
+
+    emit(whole_schema(), "", True)

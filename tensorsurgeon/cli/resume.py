@@ -15,7 +15,7 @@ from typing import Any, Final
 import click
 from click.core import ParameterSource
 
-from tensorsurgeon.cli.terminal import emit, json_option, note, one_line
+from tensorsurgeon.cli.terminal import Place, emit, json_option, note, one_line
 from tensorsurgeon.errors import JournalError, TargetError
 
 # How a run is begun and shown, which is said anew each time.
@@ -39,8 +39,8 @@ def _words(option: click.Parameter, context: click.Context) -> Iterator[str]:
         yield flag if option.is_flag else f"{flag}={item}"
 
 
-@click.command()
-@click.argument("target", type=click.Path(readable=False))
+@click.command(short_help="Go on with a run that was stopped.")
+@click.argument("target", type=Place(readable=False))
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; those of the stopped run by default.")
 @click.option("--max-ram", metavar="SIZE", help="Cap on the tensors in flight; that of the stopped run by default.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar and no messages.")

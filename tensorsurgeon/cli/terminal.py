@@ -3,17 +3,52 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from tensorsurgeon.errors import SurgeonError
+
+
+class Place(click.Path):
+    """A path as a person writes it: ``~`` is the home folder also where no shell has seen it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value) if isinstance(value, str) else value, param, ctx)
+
+
+class Sectioned(click.Command):
+    """A command whose ``--help`` puts its options under headings; ``SECTIONS`` says which goes where, the rest comes first."""
+
+    SECTIONS: Final = {
+        "Running": frozenset({"workers", "max_ram", "resume", "overwrite", "ahead", "keep_source", "device", "max_gpu_ram"}),
+        "Output": frozenset({"quiet", "as_json"}),
+    }
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows: dict[str, list[tuple[str, str]]] = {"What to make": [], "Calibration": [], **{name: [] for name in self.SECTIONS}}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                rows[self._section(parameter)].append(record)
+        for title, listed in rows.items():
+            if listed:
+                with formatter.section(title):
+                    formatter.write_dl(listed)
+
+    def _section(self, parameter: click.Parameter) -> str:
+        if parameter.name in getattr(self.callback, "calibration_names", ()):
+            return "Calibration"
+        if "--help" in parameter.opts:
+            return "Output"
+        return next((title for title, names in self.SECTIONS.items() if parameter.name in names), "What to make")
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from tensorsurgeon.engines.facts import Facts, facts_of
 from tensorsurgeon.engines.registry import ENGINES, engine_named
 from tensorsurgeon.errors import EngineError, RecipeError, did_you_mean
 from tensorsurgeon.planning.plan import Plan
+from tensorsurgeon.planning.report import document
 
 KEYS: Final = ("tp", "version", "device")
 _NUMBER: Final = re.compile(r"\d+")
@@ -123,15 +124,16 @@ def advice_as_text(everything: Sequence[EngineAdvice]) -> str:
             first = same[0]
             at = "" if len(same) == len(one.asked_tp) else f" at tp {_listed([a.tp for a in same])}"
             lines.append(f"    {first.severity}{at}: {first.subject}: {first.reason} [{first.source}]")
-    return "\n".join(lines)
+    return document(lines)
 
 
 def _summary(one: EngineAdvice) -> str:
     only = one.asked_tp == (1,)
     if one.loads_at_tp:
-        sources = {a.source for a in one.advice if a.severity == "loads" and a.tp == one.loads_at_tp[0]}
+        source = next(a.source for a in one.advice if a.severity == "loads" and a.tp == one.loads_at_tp[0])
         where = "" if only else f" at tp {_listed(one.loads_at_tp)}"
-        return f"loads{where} [{'tested' if 'tested' in sources else 'read'}]"
+        words = "no rule speaks against it" if source == "not known" else "loads"
+        return f"{words}{where} [{source}]"
     if not any(a.severity in ("refuses", "silent-garbage") for a in one.advice):
         return "not judged"
     worst = "loads, but answers nonsense" if any(a.severity == "silent-garbage" for a in one.advice) else "refuses"

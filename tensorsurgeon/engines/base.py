@@ -6,6 +6,7 @@ refuse is known before an hour is spent on writing it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
@@ -13,7 +14,7 @@ from typing import Final, Literal, NamedTuple
 from tensorsurgeon.engines.facts import Facts
 
 Severity = Literal["loads", "warns", "refuses", "silent-garbage"]
-Source = Literal["tested", "read"]
+Source = Literal["tested", "read", "not known"]
 Device = Literal["gpu", "cpu"]
 
 SEVERITIES: Final[tuple[Severity, ...]] = ("loads", "warns", "refuses", "silent-garbage")
@@ -25,7 +26,7 @@ class Advice:
     """What an engine will do with (a part of) the checkpoint, and why.
 
     ``subject``: the modules in question, their numbers masked, or ``checkpoint``. ``source``: ``tested`` if the engine was
-    seen to do so, ``read`` if its source says so.
+    seen to do so, ``read`` if its source says so; ``not known`` where rules found nothing against a class that nobody asked.
     """
 
     engine: str
@@ -84,11 +85,19 @@ class Engine:
     verdict: Callable[[Facts, Target], Finding]
 
     def judge(self, facts: Facts, target: Target) -> list[Advice]:
-        """All advice for one target, the worst first; a single ``loads`` if nothing stands against it."""
-        findings = list(dict.fromkeys(finding for rule in self.rules for finding in rule(facts, target)))
-        if facts.format is not None and facts.format.quant_method not in METHODS:
-            reason = f"quant_method {facts.format.quant_method!r} ({facts.layout}) is none that {self.name} is known to read"
-            findings.append(Finding("refuses", "checkpoint", reason))
+        """All advice for one target, the worst first; a single ``loads`` if nothing stands against it.
+
+        Of several layouts in one checkpoint each is judged, and experts must not be cut between them.
+        """
+        judged = facts.parts or (facts,)
+        findings = list(dict.fromkeys(f for part in judged for rule in self.rules for f in rule(part, target)))
+        for part in judged:
+            if part.format is not None and part.format.quant_method not in METHODS:
+                reason = f"quant_method {part.format.quant_method!r} ({part.layout}) is none that {self.name} is known to read"
+                findings.append(Finding("refuses", "checkpoint", reason))
+        for name, count in Counter(name for part in facts.parts for name in part.quantized_experts).items():
+            if count > 1:
+                findings.append(Finding("refuses", name, "in several layouts, but all experts of a layer are one kernel"))
         if facts.unreadable is None and not any(f.severity in ("refuses", "silent-garbage") for f in findings):
             findings.append(self.verdict(facts, target))
         findings.sort(key=lambda f: -SEVERITIES.index(f.severity))

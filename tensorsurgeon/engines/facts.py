@@ -7,14 +7,14 @@ shape, same scheme. Modules are put together here once, and every rule judges fo
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from tensorsurgeon.engines.sharding import Experts, Heads, Linear
 from tensorsurgeon.errors import ConfigError
 from tensorsurgeon.formats.base import Format
-from tensorsurgeon.formats.registry import detect, quantization_config
+from tensorsurgeon.formats.registry import formats_of, quantization_config
 from tensorsurgeon.models.describe import Model, describe_model, masked
 from tensorsurgeon.models.experts import GATED, is_expert_list, numbered
 from tensorsurgeon.models.fused import FUSED, describe
@@ -33,7 +33,8 @@ class Facts:
     ``settings``: its ``quantization_config``. ``quantized``: every quantized linear and expert list by name.
     ``float_experts``: expert lists left unquantized, ``stacked`` and ``split`` those of them stored as one tensor or
     one by one (a list may be both); ``stacked_quantized``: stacked experts in another dtype than a float.
-    ``float_mtp``: the unquantized modules of the multi-token-prediction head. ``model``: what tensors are for.
+    ``float_mtp``: the unquantized modules of the multi-token-prediction head. ``model``: what tensors are for. ``parts``: where
+    several layouts lie in one checkpoint, the facts of each; ``format`` is None then.
     """
 
     config: Mapping[str, Any]
@@ -49,6 +50,7 @@ class Facts:
     float_mtp: tuple[str, ...]
     heads: Heads
     model: Model
+    parts: tuple[Facts, ...] = ()
 
     @property
     def layout(self) -> str:
@@ -93,6 +95,8 @@ class Facts:
 
     def described(self) -> str:
         """The layout and its schemes in a few words."""
+        if self.parts:
+            return " + ".join(part.described() for part in self.parts)
         if not self.layout:
             return "not judged" if self.unreadable else "unquantized"
         kinds = dict.fromkeys(describe(form.scheme) for form in self.forms)
@@ -112,22 +116,43 @@ def facts_of(plan: Plan) -> Facts:
     config = json.loads(plan.files.contents.get("config.json", b"{}"))
     specs = plan.specs
     settings = quantization_config(config)
-    format_, unreadable, modules = None, None, plan.quantized
-    stored: tuple[_Stored, ...] = ()
+    unreadable = None
+    of_formats: dict[Format, Mapping[str, Scheme]] = {}
+    modules = plan.quantized
+    stored: list[tuple[_Stored, ...]] = []
     if settings is not None:
         try:
-            format_ = detect(config, specs)
-            if format_ is not None:
-                modules = modules or format_.read_config(settings, specs)
-                stored = tuple(_forms(modules, specs, format_))
+            formats = formats_of(config, specs)
+            if modules and len(formats) == 1:
+                of_formats = {formats[0]: modules}
+            else:
+                of_formats = {layout: layout.read_config(settings, specs) for layout in formats}
+                modules = modules or {name: scheme for part in of_formats.values() for name, scheme in part.items()}
+            stored = [tuple(_forms(part, specs, layout)) for layout, part in of_formats.items()]
         except ConfigError as error:
-            format_, unreadable = None, str(error)
+            of_formats, stored, unreadable = {}, [], str(error)
+    left = _unquantized(specs, modules, describe_model(specs))
+    if len(of_formats) < 2:
+        return _facts(config, specs, next(iter(of_formats), None), unreadable, stored[0] if stored else (), left)
+    parts = tuple(_facts(config, specs, layout, None, forms, left) for layout, forms in zip(of_formats, stored, strict=True))
+    whole = _facts(config, specs, None, None, tuple(form for forms in stored for form in forms), left)
+    return replace(whole, parts=parts)
+
+
+def _facts(
+    config: Mapping[str, Any],
+    specs: SpecMap,
+    format_: Format | None,
+    unreadable: str | None,
+    stored: Sequence[_Stored],
+    left: tuple[tuple[str, ...], ...],
+) -> Facts:
     model = describe_model(specs)
-    stacked, split, stacked_quantized, float_mtp = _unquantized(specs, modules, model)
+    stacked, split, stacked_quantized, float_mtp = left
     singles, experts = [s for s in stored if not s.leaf], [s for s in stored if s.leaf]
     return Facts(
         config=config,
-        settings=settings or {},
+        settings=quantization_config(config) or {},
         format=format_,
         unreadable=unreadable,
         linears=tuple(_linears(singles, model)),

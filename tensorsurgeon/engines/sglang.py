@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from tensorsurgeon.engines.base import Engine, Finding, Target
+from tensorsurgeon.engines.evidence import evidence
 from tensorsurgeon.engines.facts import Facts
 from tensorsurgeon.engines.parallel import MARLIN_GROUPS, RULES, WORDS
 from tensorsurgeon.engines.vllm import TILE_INPUTS, TILE_OUTPUTS
@@ -139,7 +140,7 @@ def quark_mtp(facts: Facts, target: Target) -> Iterator[Finding]:
 
 def verdict(facts: Facts, target: Target) -> Finding:
     """It loads, as far as reading tells."""
-    return Finding("loads", "checkpoint", facts.described())
+    return Finding("loads", "checkpoint", facts.described(), evidence("sglang", facts))
 
 
 SGLANG: Final = Engine(

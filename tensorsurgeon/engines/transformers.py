@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from tensorsurgeon.engines.base import Engine, Finding, Target
+from tensorsurgeon.engines.evidence import evidence
 from tensorsurgeon.engines.facts import Facts
 from tensorsurgeon.engines.parallel import experts_of_one_kind, stacked_experts, unreadable_config
 
@@ -77,9 +78,8 @@ def single_process(facts: Facts, target: Target) -> Iterator[Finding]:
 
 
 def verdict(facts: Facts, target: Target) -> Finding:
-    """It loads: seen for mixtures of experts, read for the rest."""
-    tested = not facts.layout or (bool(facts.experts) and facts.layout in _SEEN)
-    return Finding("loads", "checkpoint", facts.described(), "tested" if tested else "read")
+    """It loads, as far as that is known."""
+    return Finding("loads", "checkpoint", facts.described(), evidence("transformers", facts))
 
 
 TRANSFORMERS: Final = Engine(

@@ -12,6 +12,7 @@ from math import gcd
 from typing import Final
 
 from tensorsurgeon.engines.base import Engine, Finding, Target
+from tensorsurgeon.engines.evidence import evidence
 from tensorsurgeon.engines.facts import Facts
 from tensorsurgeon.engines.mtp import mtp_left_alone
 from tensorsurgeon.engines.parallel import MARLIN_GROUPS, RULES, WORDS, ranks_of
@@ -23,8 +24,6 @@ TILE_OUTPUTS, TILE_INPUTS = 64, 128
 SMALLEST_GROUP: Final = 32
 PADS_SINCE: Final = (0, 32)
 PACKINGS: Final = ("auto_round:auto_gptq", "auto_round:auto_awq")
-# Served on the CPU with the tiny model: tests/engines/vllm_score.py and engines.md.
-SERVED: Final = {"quark-int8", "ct-int", "gptq"}
 
 
 def activation_order(facts: Facts, target: Target) -> Iterator[Finding]:
@@ -214,10 +213,12 @@ def mtp_head(facts: Facts, target: Target) -> Iterator[Finding]:
 
 
 def verdict(facts: Facts, target: Target) -> Finding:
-    """It loads: seen on the CPU for the layouts in SERVED, read otherwise."""
-    int4 = facts.layout == "ct-packed" and all(f.scheme.num_bits == 4 and f.scheme.symmetric for f in facts.linears)
-    tested = target.tp == 1 and (not facts.layout or facts.layout in SERVED or int4)
-    return Finding("loads", "checkpoint", facts.described(), "tested" if tested else "read")
+    """It loads; seen on one rank and with symmetric int4 only, of packed integers."""
+    source = evidence("vllm", facts)
+    int4 = all(f.scheme.num_bits == 4 and f.scheme.symmetric for f in facts.forms)
+    if source == "tested" and (target.tp > 1 or (facts.layout == "ct-packed" and not int4)):
+        source = "read"
+    return Finding("loads", "checkpoint", facts.described(), source)
 
 
 VLLM: Final = Engine(

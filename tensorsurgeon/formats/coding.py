@@ -31,7 +31,8 @@ class Written:
 
     ``scheme`` is resolved: how its scales are stored is known. ``activations`` is what the config tells engines to do with
     inputs, None for the format's default. ``method`` chooses the codes: ``rtn`` from the weight alone, any other in
-    calibration. ``where`` and ``exclude`` are the patterns that the step chose its weights by.
+    calibration; ``kept`` chooses none, they were there. ``where`` and ``exclude`` are the patterns that the step chose its
+    weights by.
     """
 
     format: Format
@@ -40,6 +41,11 @@ class Written:
     method: str = "rtn"
     where: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether calibration chooses the codes."""
+        return self.method not in ("rtn", "kept")
 
 
 @dataclass(frozen=True, slots=True)

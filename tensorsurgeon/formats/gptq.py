@@ -154,7 +154,8 @@ class Gptq(Format):
             symmetric=boolean(config, "sym", default=True),
             rule="gptq",
         )
-        static = config.get("static_groups") or (config.get("meta") or {}).get("static_groups")
+        meta = config.get("meta")
+        static = config.get("static_groups") or (meta.get("static_groups") if isinstance(meta, Mapping) else None)
         if boolean(config, "desc_act", default=False) and base.group_size != -1 and not static:
             raise ConfigError(f"{TOP}.desc_act: found true; weights in activation order cannot be read")
         one_of(config, "pack_dtype", ("int32",), default="int32")

@@ -14,7 +14,7 @@ import numpy as np
 from tensorsurgeon.checkpoint.folder import Checkpoint, open_checkpoint
 from tensorsurgeon.checkpoint.tensor_reader import CHUNK_BYTES, TensorReader
 from tensorsurgeon.machine.limits import usable_cores
-from tensorsurgeon.planning.report import group_specs, grouped_name, table
+from tensorsurgeon.planning.report import document, group_specs, grouped_name, table
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.tensors.spec import TensorSpec
 
@@ -192,7 +192,7 @@ def difference_as_text(found: Difference) -> str:
         lines.append(f"~ config.json {value.key}: {left} -> {right}")
     for sign, names in (("-", found.files_only_a), ("+", found.files_only_b), ("~", found.other_files)):
         lines += [f"{sign} file {name}" for name in names]
-    return "\n".join(lines)
+    return document(lines)
 
 
 def _bytes_as_text(found: Difference) -> list[str]:

@@ -11,7 +11,7 @@ from tensorsurgeon.checkpoint.folder import STATE_FOLDER, Checkpoint, open_check
 from tensorsurgeon.errors import SurgeonError
 from tensorsurgeon.models.describe import describe_model
 from tensorsurgeon.models.floats import unquantized_linears
-from tensorsurgeon.planning.report import group_specs, grouped_name, table
+from tensorsurgeon.planning.report import document, group_specs, grouped_name, table
 from tensorsurgeon.running.record import read_record
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.tensors.spec import SpecMap
@@ -146,7 +146,7 @@ def inspection_as_text(data: dict[str, Any]) -> str:
         lines.append(f"made by tensorsurgeon {data['made_by']['version']}")
     lines.append(f"files   {', '.join(data['side_files']) or 'none besides'}")
     if data["unfinished"]:
-        lines.append(f"note    an unfinished run of surgeon lies in {STATE_FOLDER}/; finish it with surgeon apply ... --resume")
+        lines.append(f"note    an unfinished run of surgeon lies in {STATE_FOLDER}/; finish it with surgeon resume")
     lines += [f"note    {name} holds weights that are no part of this checkpoint" for name in data["left_behind"]]
     lines += [f"note    {oddity}" for oddity in data["oddities"]]
-    return "\n".join(lines).rstrip()
+    return document(lines).rstrip()

@@ -16,8 +16,9 @@ from tensorsurgeon.models.asked.answers import Answer, answer_for
 from tensorsurgeon.models.experts import EXPERTS, numbered
 from tensorsurgeon.models.families import Family, family_of
 from tensorsurgeon.models.fused import Fusions
+from tensorsurgeon.models.layer_lists import lists_of_other_models
 from tensorsurgeon.models.roles import LINEARS, NO_LINEARS, PARTS, WITHOUT_CONFIG, Role, Use
-from tensorsurgeon.models.rules import LAYERS, Known, part_of, role_inside, role_outside
+from tensorsurgeon.models.rules import LAYERS, Known, is_indexer, part_of, role_inside, role_outside
 from tensorsurgeon.models.sizes import Sizes
 from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
 from tensorsurgeon.tensors.spec import SpecMap
@@ -29,9 +30,6 @@ ROLES: Final[dict[str, frozenset[Role]]] = {role.value: frozenset((role,)) for r
 }
 """What may stand behind ``role:``. ``linear`` is every linear of the decoder layers that engines build with a config,
 ``expert-else-linear`` the experts, or all of these in a model that has no experts."""
-
-
-_LANGUAGE_MODEL: Final = re.compile(r"(?:^|\.)(?:language_model|text_model|llm)\.")
 
 
 class _Place(NamedTuple):
@@ -203,9 +201,9 @@ class Model:
         return tuple(found)
 
     @cached_property
-    def _has_language_model(self) -> bool:
-        """Whether the text model is one part of several, under a name of its own."""
-        return "text_config" in self._specs.config and any(_LANGUAGE_MODEL.search(name) for name in self._specs)
+    def _other_layers(self) -> frozenset[str]:
+        """What stands before the numbers of lists of layers that are not the text model's."""
+        return lists_of_other_models(self._specs, (self.sizes.vocabulary, self.sizes.hidden))
 
     @cached_property
     def _known(self) -> Known:
@@ -241,8 +239,8 @@ class Model:
         if found is None and is_layer:
             found = role_inside(f"{head}*", path, leaf, shape, self._known)
         elif found is None:
-            found = role_outside([*outer, *path], leaf, shape, self.sizes.hidden)
-        if part is None and is_layer and self._has_language_model and _LANGUAGE_MODEL.search(head) is None:
+            found = role_outside([*outer, *path], leaf, shape, self.sizes.hidden, self.sizes.vocabulary)
+        if part is None and is_layer and head in self._other_layers:
             return Use(Role.OTHER, None, "layers outside the language model")
         if part is not None:
             return Use(part[0], Role.OTHER if found is None else found[0], part[1])
@@ -261,12 +259,12 @@ class Model:
         if role is not Role.EXPERT and answer.builds_without_config(path):
             return f"{answer.engine} builds it without a quantization config ({answer.how})"
         parent, leaf = module.rpartition(".")[::2]
-        for fused, parts in answer.fused.items():
+        for fused, parts in (*answer.fused.items(), *answer.stacked.items()):
             # The indexer stays as it is, so what is fused with it cannot be quantized either.
-            if leaf in parts:
-                others = [f"{parent}.{part}.weight" for part in parts if "." in part]
-                if others and any(masked(name) in others for name in self._specs if name.endswith(others[0].rpartition(".*")[2])):
-                    return f"{answer.engine} fuses it into {fused} with {others[0].rpartition('.*.')[2]}, which stays"
+            for part in parts if leaf in parts else ():
+                ending = f".{part}.weight"
+                if is_indexer(part) and any(masked(n) == parent + ending for n in self._specs if n.endswith(ending)):
+                    return f"{answer.engine} fuses it into {fused} with {part}, which stays"
         return None
 
     def _of_family(self, module: str, name: str) -> tuple[Role, str] | None:

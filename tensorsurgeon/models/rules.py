@@ -31,7 +31,8 @@ _RESIDUAL = _words(r"hyper_connection|(^|_)hc(_|$)|altup|laurel|(^|_)res_proj$|^
 _INDEXER = _words(r"^(indexer|compressor)$|^index_")
 # A linear may be called after the embedding that it projects (Gemma: `embedding_projection`).
 _EMBEDDING = _words(r"embed(?!.*proj)|^w[tp]e$|relative_attention_bias")
-_HEAD = _words(r"^(lm_head|head|output|embed_out)$")
+_HEAD = _words(r"^(lm_head|head|output|output_layer|embed_out|score)$")
+_POOLED = _words(r"^(pooler|classifier|cls)$")
 _SHARED_GATE: Final = "shared_expert_gate"
 _SHARED = _words(r"^shared?_(experts?|mlp)$")
 _EXPERTS: Final = "experts"
@@ -42,12 +43,17 @@ _GATES_OF_LINEAR_ATTENTION: Final = frozenset(("in_proj_a", "in_proj_b", "in_pro
 _STATE: Final = frozenset(("A_log", "A", "D", "dt_bias"))
 _MIXER = _words(r"(^|\.)mixer\.(in_proj|out_proj|x_proj|dt_proj)$")
 _LINEAR_ATTENTION = _words(r"^(linear_attn|linear_attention|mamba\d?|mamba_\w+|ssm|short_conv|conv|recurrent|lightning_\w+)$")
-_ATTENTION = _words(r"attn|attention|^self$")
+_ATTENTION = _words(r"attn|attention|^att_|^self$")
 _ATTENTION_LEAF = _words(r"^(([qkvo]|out|qkv|wqkv)_proj|query_key_value|wqkv|c_attn|w[qkvo](_[ab])?)$")
 _MLP = _words(
     r"^(mlp|ffn|ff|feed_forward|intermediate|output|fc\d|fc_in|fc_out|c_fc|w[123]|(gate|up|down|gate_up)_proj|"
-    r"dense_h_to_4h|dense_4h_to_h|DenseReluDense)$"
+    r"ff_(proj|out)|dense_h_to_4h|dense_4h_to_h|DenseReluDense)$"
 )
+
+
+def is_indexer(path: str) -> bool:
+    """Whether a path names a part of what chooses for sparse attention."""
+    return any(_INDEXER.match(word) for word in path.split("."))
 
 
 class Known(NamedTuple):
@@ -78,16 +84,17 @@ def part_of(head: str, is_main: bool, is_beyond: bool, path: list[str]) -> tuple
     return None
 
 
-def role_outside(path: list[str], leaf: str, shape: tuple[int, ...], hidden: int) -> tuple[Role, str] | None:
+def role_outside(path: list[str], leaf: str, shape: tuple[int, ...], hidden: int, vocabulary: int = 0) -> tuple[Role, str] | None:
     """The role of a tensor that lies in no layer; None if no rule knows it.
 
     ``hidden``: features that layers pass on, 0 if unknown. A matrix with another width both ways neither reads nor writes them.
+    ``vocabulary``: words, 0 if unknown. One row of ``hidden`` for each is an embedding, or a head of the same shape.
     """
     words = path or [leaf]
     last = words[-1]
     if _RESIDUAL.search(last) or any(_RESIDUAL.search(word) for word in words):
         return Role.RESIDUAL, "by its name"
-    if _HEAD.search(last):
+    if _HEAD.search(last) or any(_POOLED.match(word) for word in words):
         return Role.HEAD, "by its name"
     if _NORM.search(last) and len(shape) < 2:
         return Role.NORM, "by its name"
@@ -95,6 +102,8 @@ def role_outside(path: list[str], leaf: str, shape: tuple[int, ...], hidden: int
         return Role.EMBEDDING, "by its name"
     if _NORM.search(last):
         return Role.NORM, "by its name"
+    if vocabulary and hidden and shape == (vocabulary, hidden):
+        return Role.EMBEDDING, "one row per word, outside the layers"
     if len(shape) == 2 and hidden and hidden not in shape:
         return Role.OTHER, "outside the layers, with no axis of hidden_size"
     return None
@@ -149,4 +158,8 @@ def role_inside(prefix: str, path: list[str], leaf: str, shape: tuple[int, ...],
         return Role.ATTENTION, by_name
     if any(_MLP.match(word) for word in path):
         return Role.MLP, by_name
+    if "mixer" in path:
+        return Role.LINEAR_ATTENTION, by_name
+    if len(shape) == 2 and shape[0] == 1:
+        return Role.OTHER, "one row: a factor, and no linear"
     return None

@@ -41,6 +41,11 @@ class Sizes:
         return max(self._numbers(_HIDDEN), default=0)
 
     @cached_property
+    def vocabulary(self) -> int:
+        """Words of the text model."""
+        return max(self._numbers(("vocab_size", "padded_vocab_size")), default=0)
+
+    @cached_property
     def expert_width(self) -> int:
         """Features between the stages of an expert."""
         return next((max(found) for key in _EXPERT_WIDTHS if (found := self._numbers((key,)))), 0)
@@ -48,5 +53,6 @@ class Sizes:
     def _numbers(self, keys: Iterable[str]) -> frozenset[int]:
         config = self._config
         inner = [found for key in _TEXT_CONFIGS if isinstance(found := config.get(key), Mapping)]
+        inner += [found for part in inner if isinstance(found := part.get("text_config"), Mapping)]
         parts: list[Mapping[str, Any]] = inner if any(key in part for part in inner for key in keys) else [config]
         return frozenset(value for part in parts for key in keys if type(value := part.get(key)) is int and value > 0)

@@ -50,7 +50,7 @@ class Repack:
             weight = TensorSpec(f"{module.name}.weight", dtype, module.shape)
             key = module.stored, weight.dtype
             if key not in ways:
-                written = Written(self.layout, self._target_scheme(module.scheme, weight), self.activations)
+                written = Written(self.layout, self._target_scheme(module.scheme, weight), self.activations, method="kept")
                 ways[key] = Repacked(module.stored, written)
             repacked = ways[key]
             _refuse_other_kind(weight, module.scheme, self.layout, self.to)
@@ -100,8 +100,12 @@ class Repack:
         try:
             return written.format.pack(self._converted(unpack(stored, inputs), written.scheme), written.scheme)
         except SurgeonError as error:
-            hint = "; --set inexact_scales=keep stores it as it is, =round goes on" if "would be stored" in error.message else ""
-            raise NumericError(f"{rewrite.outputs[0].spec.module}: {error.message}{hint}") from error
+            remedy = error.remedy
+            if "would be stored" in error.message:
+                # Asked for and not done: the layout has no room for the dtype that the scales have.
+                keep = "" if self.inexact_scales == "keep" else "{inexact_scales}=keep stores it as it is where the layout can, "
+                remedy = f"; {keep}{{inexact_scales}}=round goes on with the nearest"
+            raise NumericError(f"{rewrite.outputs[0].spec.module}: {error.message}", remedy=remedy) from error
 
     def _converted(self, quantized: Quantized, scheme: Scheme) -> Quantized:
         scale, zero_point = quantized.scale, quantized.zero_point

@@ -9,7 +9,12 @@ from typing import Final
 from tensorsurgeon.formats.registry import name_of
 from tensorsurgeon.planning.plan import Plan
 
-METHODS: Final = {"rtn": "rounded to nearest (RTN)", "gptq": "chosen by GPTQ", "imatrix": "chosen by importance matrix"}
+METHODS: Final = {
+    "rtn": "rounded to nearest (RTN)",
+    "gptq": "chosen by GPTQ",
+    "imatrix": "chosen by importance matrix",
+    "kept": "with the codes they had",
+}
 NAMED_AS_ALGORITHMS: Final = {
     "gptq": "GPTQ",
     "gptq-v2": "GPTQ",

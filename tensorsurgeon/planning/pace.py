@@ -146,7 +146,7 @@ def _walk_by_names(plan: Plan) -> LayerPace:
     walked = {
         number
         for number, unit in enumerate(plan.units)
-        if any((how := written_by(task.rewrite.detail)) is not None and how.method != "rtn" for task in unit.tasks)
+        if any((how := written_by(task.rewrite.detail)) is not None and how.is_calibrated for task in unit.tasks)
     }
     before = shards_before_layers(plan.source, embeddings)
     return LayerPace(plan, [before, *(shards for _, shards in sorted(decoder.items()))], walked)

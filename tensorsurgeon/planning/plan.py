@@ -65,7 +65,7 @@ class Plan:
     @cached_property
     def needs_codes(self) -> bool:
         """Whether a step asks for codes that calibration chooses."""
-        return any(written.method != "rtn" for written in self.written.values())
+        return any(written.is_calibrated for written in self.written.values())
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

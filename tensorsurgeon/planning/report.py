@@ -24,6 +24,8 @@ from tensorsurgeon.planning.rewriting import Rewrite, details_of, is_reversible,
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.tensors.spec import TensorSpec
 
+# A cell longer than that stands over its column, instead of making all others as wide.
+_WIDEST = 120
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -61,18 +63,32 @@ def group_specs(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
     ]
 
 
-def table(rows: list[list[str]], right: set[int] = frozenset()) -> str:  # type: ignore[assignment]
+class Table(str):
+    """Text of several lines, in which each cell is one line whatever is in it."""
+
+    __slots__ = ()
+
+
+def document(parts: Iterable[str]) -> str:
+    """Parts below each other: tables, and lines that stay one line each, for a name may hold what would begin another."""
+    return "\n".join(part if isinstance(part, Table) else _in_one_line(part) for part in parts)
+
+
+def _in_one_line(text: str) -> str:
+    return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+
+
+def table(rows: list[list[str]], right: set[int] = frozenset()) -> Table:  # type: ignore[assignment]
     """Rows in aligned columns; the columns numbered in ``right`` are aligned to the right."""
     if not rows:
-        return ""
-    # A name may hold what would begin another line.
-    rows = [[cell.replace("\n", "\\n").replace("\t", "\\t") for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return Table()
+    rows = [[_in_one_line(cell) for cell in row] for row in rows]
+    widths = [max(min(len(row[i]), _WIDEST) for row in rows) for i in range(len(rows[0]))]
     lines = (
         "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     )
-    return "\n".join(line.rstrip() for line in lines)
+    return Table("\n".join(line.rstrip() for line in lines))
 
 
 def plan_as_data(plan: Plan) -> dict[str, Any]:
@@ -182,7 +198,8 @@ def one_way_steps(plan: Plan) -> list[str]:
     ]
 
 
-def _streaming_as_text(stream: dict[str, Any]) -> str:
+def streaming_as_text(stream: dict[str, Any]) -> str:
+    """What is fetched of a source on the Hub, in a line."""
     if not stream["shards"]:
         return "fetch   nothing: every shard of the source is in the Hub's cache"
     return (
@@ -229,7 +246,7 @@ def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
         f"output  {data['output']['tensors']} tensors, {show_size(data['output']['bytes'])} in {len(shards)} shards, "
         f"{show_size(data['copied_bytes'])} of it copied unchanged ({data['passed_through']} tensors)",
         f"disk    {show_size(data['disk_bytes'])} needed{room}",
-        *([] if stream is None else [_streaming_as_text(stream)]),
+        *([] if stream is None else [streaming_as_text(stream)]),
         f"memory  {show_size(data['peak_unit_bytes'])} per worker at most, for the largest piece of work",
         f"files   written: {', '.join(data['files_written']) or 'none'}; copied: {len(data['files_copied'])}",
     ]
@@ -239,4 +256,4 @@ def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
         lines.append(f"note    {name} stays behind: it holds other weights than this checkpoint's")
     for oddity in data["oddities"]:
         lines.append(f"note    {oddity}")
-    return "\n".join(lines)
+    return document(lines)

@@ -79,8 +79,9 @@ def first_card(folder: Path, made: Mapping[str, bytes]) -> Path | None:
         publish_bytes(folder / BASE_CARD, content)
         files[BASE_CARD] = content
     card = refreshed(None, folder).encode()
-    publish_bytes(path, card)
+    # Known before it lies there: whoever finds it half way must not take it for a person's.
     add_files(folder, {**files, CARD: card})
+    publish_bytes(path, card)
     return path
 
 

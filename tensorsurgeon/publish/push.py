@@ -114,10 +114,7 @@ def _upload(api: Any, name: str, folder: Path, names: list[str]) -> str:
     message = f"Upload {len(names)} files with tensorsurgeon {__version__}"
 
     def upload() -> Any:
-        if hasattr(api, "upload_large_folder"):
-            # Older versions of the library; newer ones upload every folder so that it can go on.
-            api.upload_large_folder(repo_id=name, repo_type="model", folder_path=folder, allow_patterns=wanted)
-            return api.model_info(name).sha
+        # Since 1.31 what was ``upload_large_folder``: in parts, and going on where it was stopped.
         return api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=wanted, commit_message=message).oid
 
     try:

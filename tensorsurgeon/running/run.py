@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import xxhash
 
@@ -43,6 +43,17 @@ class RunResult(NamedTuple):
     was_complete: bool
 
 
+class Beside(NamedTuple):
+    """What is put beside a checkpoint once it can be read: ``write`` does it, before the run counts as finished, and
+    ``files`` are all that it may write, so that a run that dies there is known to have written them."""
+
+    files: tuple[str, ...] = ()
+    write: Callable[[], None] = lambda: None
+
+
+NOTHING_BESIDE: Final = Beside()
+
+
 def default_max_ram_bytes() -> int:
     """Half of what machine and container can give."""
     return available_bytes() // 2
@@ -62,6 +73,7 @@ def run_plan(
     command: Sequence[str] = (),
     ahead: int = DEFAULT_AHEAD,
     keep_source: bool = False,
+    beside: Beside = NOTHING_BESIDE,
 ) -> RunResult:
     """Write the planned checkpoint into the folder ``target``; ``execute`` decides in which order units run.
 
@@ -91,6 +103,7 @@ def run_plan(
         overwrite=overwrite,
         workers=threads,
         command=command,
+        beside=beside.files,
         spool_bytes=0 if streaming is None else streaming.spool_bytes,
     )
     if prepared is None:
@@ -119,6 +132,7 @@ def run_plan(
         finally:
             sink.close()
         source.discard()
+        beside.write()
         journal.remove()
     return RunResult(target, len(plan.units), len(done), False)
 

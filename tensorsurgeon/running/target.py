@@ -33,16 +33,18 @@ def prepare_target(
     overwrite: bool,
     workers: int = 1,
     command: Sequence[str] = (),
+    beside: Sequence[str] = (),
     spool_bytes: int = 0,
 ) -> tuple[Journal, dict[int, list[str]]] | None:
     """Make ``target`` ready for this plan: the open journal and the units that a stopped run says are done.
 
     None if ``resume`` finds that this very run is already complete. Raises TargetError without touching anything
     if the folder holds something that nobody allowed to replace, is the source, or has too little room. ``command`` is
-    kept while the run lasts, so that it can be given again; ``spool_bytes`` of the source lie beside the output meanwhile.
+    kept while the run lasts, so that it can be given again; ``beside`` are files that come with the run's last step;
+    ``spool_bytes`` of the source lie beside the output meanwhile.
     """
     refuse_overlap(plan.source, target)
-    identity = identity_of(plan) | {"files": files_of(plan), "command": list(command), "folder": os.getcwd()}
+    identity = identity_of(plan) | {"files": [*files_of(plan), *beside], "command": list(command), "folder": os.getcwd()}
     try:
         if target.exists() and not target.is_dir():
             raise TargetError("is a file; name a folder", where=str(target))

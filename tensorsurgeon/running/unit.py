@@ -84,7 +84,7 @@ def _apply(
 def _from_codes(rewrite: Rewrite, codes: CodesProvider) -> Sequence[Array] | None:
     """The outputs of a rewrite whose codes calibration chose; None if they are to be rounded to nearest."""
     written = written_by(rewrite.detail)
-    if written is None or written.method == "rtn":
+    if written is None or not written.is_calibrated:
         return None
     chosen = [codes.quantized(region.spec.module, *_rows(region)) for region in rewrite.inputs]
     arrays: list[Array] = []

@@ -54,6 +54,7 @@ _SCATTER, _SCATTER_CELLS = 3.0, 64
 # Errors beyond six times the median one: none where errors are rounding's, one in some thousands where they are normal.
 # Of groups of a few inputs half the codes are at the end of the grid and have the error that their scale was rounded with.
 _TAIL, _TAIL_SHARE, _TAIL_SIZE = 6.0, 0.01, 8
+_ONE_STEP: Final = 1.0
 _SAMPLE_ROWS: Final = 32
 
 
@@ -260,11 +261,15 @@ class CellJudge:
         return self._is_integer and float((self._errors() > _HALF_STEP).mean()) < _NOT_NEAREST
 
     def _tail(self) -> float:
-        """The share of codes whose error is far beyond the usual one, over some rows of the whole weight."""
+        """The share of codes whose error is far beyond the usual one, and more than a step, over some rows of the whole weight.
+
+        Weights that were in MXFP4 lie on codes or beside them: most errors of calibrated codes are then small ones, and those
+        that calibration moved by one stand out.
+        """
         if self.size < _TAIL_SIZE:
             return 0.0
         errors = self._errors()
-        return float((errors > _TAIL * max(float(np.median(errors)), 0.1)).mean())
+        return float((errors > max(_TAIL * float(np.median(errors)), _ONE_STEP)).mean())
 
 
 def _median(values: np.ndarray, known: np.ndarray) -> float:

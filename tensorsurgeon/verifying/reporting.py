@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, Final
 
-from tensorsurgeon.planning.report import grouped_name, table
+from tensorsurgeon.planning.report import document, grouped_name, table
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.verifying.fidelity import Fidelity
 from tensorsurgeon.verifying.findings import Fault, Note
@@ -102,7 +102,7 @@ def verification_as_text(found: Verification) -> str:
             lines += ["", f"worst {len(furthest)}:", table([["  " + f.name, _decibels(f.snr_db)] for f in furthest], right={1})]
     if found.notes:
         lines += ["", *_findings_as_text(found.notes, "note   ")]
-    return "\n".join(lines)
+    return document(lines)
 
 
 def _decibels(value: float) -> str:

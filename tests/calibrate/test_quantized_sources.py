@@ -138,6 +138,21 @@ def test_codes_equal_those_of_calibrating_the_weights_in_f32(name: str, plain: P
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_experts_stacked_in_mxfp4_are_calibrated_one_by_one(tmp_path: Path) -> None:
+    build.write("gpt_oss_mxfp4", tmp_path)
+    source = tmp_path / "source"
+    options = options_of(write_ids(tmp_path / "ids.npy", rows=12, vocabulary=400), samples=12)
+    run_calibrated(gptq_plan(source), tmp_path / "direct", options, workers=2)
+    apply(Dequantize(dtype="F32"), source, tmp_path / "f32", workers=1)
+    run_calibrated(gptq_plan(tmp_path / "f32"), tmp_path / "by-way", options, workers=2)
+    direct, other = read_all(tmp_path / "direct"), read_all(tmp_path / "by-way")
+    packed = [key for key in direct if key.endswith((".weight_packed", ".weight_scale"))]
+    assert len(packed) == 2 * (2 * 4 + 2 * 8 * 3)
+    assert all(direct[key].tobytes() == other[key].tobytes() for key in packed)
+    assert {row.method for row in read_log(tmp_path / "direct" / LOG_NAME)} == {"gptq"}
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_statistics_equal_those_of_a_bf16_copy(plain: Path, tmp_path: Path) -> None:
     """The walk computes in the model's dtype, whatever it is filled from."""
     source = by_layout("hf-fp8")(plain, tmp_path / "source")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tensorsurgeon.calibrate.data.data import load_data
 from tensorsurgeon.calibrate.run import run_calibrated
 from tensorsurgeon.calibrate.state import CalibrationState, Reached
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
@@ -19,8 +20,10 @@ from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import PlanError
+from tensorsurgeon.ops.dequantize import Dequantize
 from tensorsurgeon.quant.threads import one_torch_thread
 from tests.calibrate.models import comparable, options_of, plan_of, write_ids
+from tests.checkpoints import apply
 from tests.families import build
 from tests.families.table import FAMILIES
 
@@ -48,7 +51,9 @@ def walked(folder: Path, work: Path) -> tuple[StreamedModel, Walk, list[torch.Te
     return model, walk, states
 
 
-def own(folder: Path, name: str, layers: list[str], axis: int) -> list[torch.Tensor]:
+def own(
+    folder: Path, name: str, layers: list[str], axis: int, tokens: np.ndarray = TOKENS, samples: int = SAMPLES
+) -> list[torch.Tensor]:
     """The same from the class of transformers with all its weights; a layer that is not called hands states on."""
     cls: Any = build.class_of(FAMILIES[name])
     model = cls.from_pretrained(folder, dtype=torch.bfloat16, experts_implementation="eager").eval()
@@ -63,8 +68,8 @@ def own(folder: Path, name: str, layers: list[str], axis: int) -> list[torch.Ten
             lambda _, args, out, number=number: seen.setdefault(number, []).append(out[0] if isinstance(out, tuple) else out)
         )
     with one_torch_thread(), torch.no_grad():
-        for start in range(0, len(TOKENS), SAMPLES):
-            model(input_ids=torch.from_numpy(TOKENS[start : start + SAMPLES]), use_cache=False)
+        for start in range(0, len(tokens), samples):
+            model(input_ids=torch.from_numpy(tokens[start : start + samples]), use_cache=False)
     states: list[torch.Tensor] = []
     for number in range(-1, len(layers)):
         states.append(torch.cat([part.movedim(axis, 0) for part in seen[number]]) if number in seen else states[-1])
@@ -116,6 +121,35 @@ def test_layers_that_reuse_the_choice_of_an_earlier_one_get_that_of_their_batch(
     model, walk, found = walked(tmp_path / "source", tmp_path)
     assert walk.passes_on
     assert all(map(torch.equal, found, own(tmp_path / "source", "glm_moe_dsa", model.layer_names, 0)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["zamba2", "gemma3n_text", "mamba2", "glm_moe_dsa"])
+def test_the_last_layer_is_fed_what_the_quantized_model_feeds_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "zamba2":
+        # A layer behind the second one that has the shared block: fed what its quantized weights make.
+        more = {"num_hidden_layers": 5, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"]}
+        monkeypatch.setitem(FAMILIES, name, FAMILIES[name]._replace(config={**FAMILIES[name].config, **more}))
+    build.write(name, tmp_path)
+    np.save(tmp_path / "ids.npy", TOKENS)
+    plan = plan_of(tmp_path / "source")
+    seen: dict[int, torch.Tensor] = {}
+    run_layer = Walk.run_layer
+
+    def noting(self: Walk, number: int, layer: Any, inputs: HiddenStates, *rest: Any, **more: Any) -> None:
+        seen[number] = inputs.read(0, len(TOKENS))
+        run_layer(self, number, layer, inputs, *rest, **more)
+
+    monkeypatch.setattr(Walk, "run_layer", noting)
+    options = options_of(tmp_path / "ids.npy", samples=len(TOKENS), sequence_length=40)
+    run_calibrated(plan, tmp_path / "out", options, workers=2)
+    apply(Dequantize(), tmp_path / "out", tmp_path / "back", workers=1)
+    layers = StreamedModel(plan.source).layer_names
+    order = load_data(options, plan.source.root, 512).tokens
+    expected = own(tmp_path / "back", name, layers, 1 if name == "gemma3n_text" else 0, order, len(TOKENS))[-2]
+    assert torch.equal(seen[len(layers) - 1], expected)
 
 
 class Stopped(Exception):

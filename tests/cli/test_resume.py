@@ -63,7 +63,7 @@ def test_a_stopped_run_goes_on_from_anywhere_with_the_words_it_was_begun_with(
     done = json.loads(result.stdout)
     assert done["resumed_units"] == done["units"] > 1
     assert folder_bytes(tmp_path / "moved") == folder_bytes(work / "whole")
-    assert "going on with: surgeon apply quark-w8a8-int8 source moved --max-shard-size=3KB" in result.stderr
+    assert "going on with: surgeon apply quark-w8a8-int8 source moved --set=" in result.stderr
 
 
 def test_a_calibrated_run_goes_on_at_its_layer_with_its_data_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,38 @@ def test_a_name_of_two_lines_begins_no_line_of_a_table(command: tuple[str, ...],
     assert "two\nlines" not in surgeon(*command, hostile).output
 
 
+def test_no_name_begins_a_line_of_its_own(tmp_path: Path) -> None:
+    """A tensor that is called like a verdict must not be read as one."""
+    forged = "x\nsound\nfault  y\tz"
+    config = {
+        "model_type": forged, "architectures": [forged],
+        "quantization_config": {"quant_method": "fp8", "modules_to_not_convert": [forged]}, forged: forged,
+    }  # fmt: skip
+    tensors = {
+        f"model.layers.0.mlp.{forged}.weight": np.full((4, 4), np.nan, np.float32),
+        "model.layers.0.mlp.up_proj.weight": np.zeros((4, 4), np.float32),
+        f"{forged}.experts.0.up_proj.weight": np.zeros((4, 4), np.float32),
+    }
+    here = write_checkpoint(tmp_path / "here", tensors, config=config)
+    (here / f"{forged.replace('/', '')}.gguf").write_text("x")
+    there = write_checkpoint(tmp_path / "there", tiny_moe(), config=moe_config())
+    for arguments in (
+        ("verify", here),
+        ("verify", here, "--against", there),
+        ("verify", there, "--against", here),
+        ("inspect", here),
+        ("diff", here, there),
+        ("diff", there, here),
+        ("plan", "dequantize", here),
+        ("plan", "split-experts", here),
+        ("plan", "quantize-linears", here, "--set", "format=ct-int"),
+        ("apply", "split-experts", here, tmp_path / "out"),
+        ("card", here),
+    ):
+        lines = surgeon(*arguments).output.splitlines()
+        assert not [line for line in lines if line.strip() == "sound" or line.startswith("fault  y")], arguments
+
+
 @pytest.mark.parametrize("text", ["plain ü 日本 😀\n\tas it is", ""])
 def test_what_only_shows_is_printed_as_it_is(text: str) -> None:
     assert printable(text) == text

@@ -29,6 +29,18 @@ def test_a_good_checkpoint() -> None:
     assert "worst 10:" in lines
 
 
+def test_an_engine_that_is_required_is_asked_of_the_finished_checkpoint() -> None:
+    served = run(subject("ct-packed"), "--require", "vllm:tp=2")
+    assert served.exit_code == 0, served.output
+    refused = run(subject("quark-int8"), "--require", "sglang")
+    assert refused.exit_code == 37
+    assert refused.stdout.startswith("sound")
+    assert "sglang: refuses: " in refused.stderr
+    unread = run(subject("quark-int8"), "--require", "vllm:tq=2")
+    assert unread.exit_code == 20 or "'tq' is none of its keys" in unread.stderr
+    assert not unread.stdout
+
+
 def test_json_has_every_weight() -> None:
     result = run(subject("quark-int8"), "--against", MOE, "--json")
     data = json.loads(result.stdout)

@@ -12,10 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from fixtures.make_skeleton import read_skeleton, write_skeleton
@@ -34,6 +36,7 @@ from tensorsurgeon.engines.facts import facts_of
 from tensorsurgeon.engines.registry import ENGINES, engine_named
 from tensorsurgeon.engines.sharding import Experts, Heads, Linear
 from tensorsurgeon.errors import EngineError, RecipeError
+from tensorsurgeon.formats.registry import FORMATS
 from tensorsurgeon.planning.output_files import OutputFiles
 from tensorsurgeon.planning.plan import Plan, make_plan
 from tensorsurgeon.quant.scheme import Scheme
@@ -553,6 +556,66 @@ def test_a_quantized_checkpoint_that_is_only_copied_is_judged_by_its_config(plan
     assert not again.quantized
     for tp in (1, 8):
         assert advise(again, "vllm", tp) == advise(first, "vllm", tp)
+
+
+def test_a_verdict_says_what_stands_behind_it(planned: Maker) -> None:
+    def sources(plan: Plan, tp: int = 1) -> dict[str, str]:
+        return {engine: found(advise(plan, engine, tp), "loads", "checkpoint")[0].source for engine in ENGINES}
+
+    served = planned("ct-w4a16-g32")
+    assert sources(served) == {"vllm": "tested", "sglang": "read", "transformers": "tested"}
+    assert sources(served, 2)["vllm"] == "read"
+    asked = planned("ct-w4a16-g32", config=CONFIG | {"architectures": ["AfmoeForCausalLM"]})
+    assert sources(asked) == {"vllm": "read", "sglang": "not known", "transformers": "not known"}
+    strange = {**CONFIG, "architectures": ["NextYearForCausalLM"], "model_type": "next_year"}
+    nobody = planned("ct-w4a16-g32", config=strange)
+    assert set(sources(nobody).values()) == {"not known"}
+    assert "vllm 0.32: no rule speaks against it at tp 1, 2, 4, 8 [not known]" in advice_as_text(advise_all(nobody))
+    check_requirements(nobody, ["vllm:tp=2"])
+
+
+def test_every_layout_that_is_said_to_be_served_is_one() -> None:
+    table = yaml.safe_load(resources.files("tensorsurgeon.engines").joinpath("served.yaml").read_text())
+    assert table.keys() == set(ENGINES)
+    layouts = {part for one in table.values() for names in one["served"].values() for name in names for part in name.split("+")}
+    assert layouts - {""} <= {name.rpartition("-v2")[0] or name for name in FORMATS}
+
+
+def test_each_part_of_a_mixed_checkpoint_is_judged(planned: Maker) -> None:
+    plan = planned("mixed", {"experts": "nvfp4", "attention": "fp8", "mlp": "keep"})
+    (good,) = found(advise(plan, "vllm", 1), "loads", "checkpoint")
+    assert "ct-nvfp4" in good.reason
+    assert "ct-float" in good.reason
+    assert good.source == "read"
+    assert found(advise(plan, "transformers", 1), "silent-garbage", "experts", "global scales")
+    narrow = planned("mixed", {"experts": "w4a16", "attention": "fp8", "mlp": "keep"}, inner=96)
+    assert found(advise(narrow, "vllm", 1), "loads", "checkpoint")
+    assert found(advise(narrow, "vllm", 8), "refuses", "experts")
+    assert not found(advise(narrow, "vllm", 8), "loads", "checkpoint")
+    assert "not judged" not in advice_as_text(advise_all(plan))
+
+
+def test_experts_in_several_layouts_are_refused(planned: Maker) -> None:
+    experts = {"where": ["{path*}.experts.{e}.{leaf}.weight"]}
+    one = planned(*linears("ct-int", **experts))
+    settings = json.loads(one.files.contents["config.json"])["quantization_config"]
+    assert found(advise(one, "vllm", 1), "loads", "checkpoint")
+    group = settings["config_groups"]["group_0"]
+    eight = {**group, "format": "pack-quantized", "input_activations": None, "targets": ["re:.*down_proj$"]}
+    config = json.loads(one.files.contents["config.json"])
+    config["quantization_config"] = {
+        **settings, "format": "mixed-precision",
+        "config_groups": {"group_0": {**group, "format": "int-quantized", "targets": ["re:.*(gate|up)_proj$"]}, "group_1": eight},
+    }  # fmt: skip
+    tensors = {}
+    for name, spec in one.specs.items():
+        if name.endswith("experts.0.down_proj.weight") or (".experts." in name and name.endswith("down_proj.weight")):
+            tensors[f"{name}_packed"] = ["I32", [spec.shape[0], spec.shape[1] // 4]]
+            tensors[f"{name}_shape"] = ["I64", [2]]
+        else:
+            tensors[name] = [spec.dtype.name, list(spec.shape)]
+    both = planned(None, tensors=tensors, config=config)
+    assert found(advise(both, "vllm", 1), "refuses", "experts", "in several layouts")
 
 
 def test_requirements_list_every_reason_and_name_the_requirement(planned: Maker) -> None:

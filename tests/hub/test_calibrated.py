@@ -12,6 +12,7 @@ import pytest
 from tensorsurgeon import api
 from tensorsurgeon.calibrate.log import LOG_NAME, read_log
 from tensorsurgeon.errors import SourceError
+from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.planning.plan import Plan
 from tests.calibrate.models import options_of, plan_of, save_random, write_ids
 from tests.checkpoints import FIXTURE, read_all, write_checkpoint
@@ -116,3 +117,21 @@ def test_layers_that_lie_in_shards_anyhow(hub: Hub, tmp_path: Path, monkeypatch:
     again = {name for name, count in hub.fetched().items() if count > 1}
     assert again
     assert all(name in said for name in again)
+
+
+def test_a_quantized_model_gives_the_bytes_of_a_folder(hub: Hub, model: Path, tmp_path: Path) -> None:
+    """Layers are read from codes and scales, whose names the model's weights do not have."""
+    api.apply(api.plan("ct-w4a16-g32", model, max_shard_size="150KB"), tmp_path / "coded")
+    assert len(shard_names(tmp_path / "coded")) > 4
+    hub.storage.add_model("owner/coded", tmp_path / "coded")
+    for name, source in (("local", str(tmp_path / "coded")), ("out", "owner/coded")):
+        step = Quantize(
+            where=("{path*}.layers.{n}.{module*}_proj.weight",),
+            format="ct-packed",
+            group_size=64,
+            exclude=("mtp.{rest*}",),
+            method="gptq",
+        )
+        calibrate(api.plan(step, source), tmp_path / name)
+    assert result(tmp_path / "out") == result(tmp_path / "local")
+    assert max(hub.fetched().values()) <= 2

@@ -8,11 +8,13 @@ import threading
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from huggingface_hub import constants, snapshot_download
 
 import tensorsurgeon as ts
 from tensorsurgeon import api
 from tensorsurgeon.checkpoint.hub.stays import Stays
+from tensorsurgeon.cli import main
 from tensorsurgeon.errors import Interrupted, JournalError, SourceError, TargetError
 from tests.checkpoints import FIXTURE, tiny_moe, write_checkpoint
 from tests.hub.conftest import use
@@ -274,3 +276,27 @@ def test_stays() -> None:
     assert layers.peak_bytes([1, 1, 1], ahead=2) == 3
     assert layers.peak_bytes([1, 1, 1], ahead=1) == 3
     assert Stays([{0}, {0}, {1}, {1}, {2}]).peak_bytes([1, 1, 1], ahead=1) == 2
+
+
+def test_the_command_says_what_it_fetches(hub: Hub, tmp_path: Path) -> None:
+    repository = hub.storage.add_model("owner/tiny", FIXTURE)
+    options = ["--ahead", "3", "--keep-source"]
+    done = CliRunner().invoke(main, ["apply", "split-experts", "owner/tiny", str(tmp_path / "out"), *options])
+    assert done.exit_code == 0, done.output
+    assert f"source  owner/tiny@{repository.refs['main']}\nfetch   4 shards, " in done.stderr
+    assert "(--ahead 3); they stay in the Hub's cache" in done.stderr
+    done = CliRunner().invoke(main, ["apply", "split-experts", "owner/tiny", str(tmp_path / "again"), "--quiet"])
+    assert done.exit_code == 0
+    assert not done.stderr
+    fetched_once(hub, shard_names(FIXTURE))
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def test_offline_a_whole_snapshot_is_converted(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.storage.add_model("owner/tiny", FIXTURE)
+    snapshot_download("owner/tiny")
+    hub.close()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    convert("split-experts", "owner/tiny", tmp_path / "out")
+    convert("split-experts", FIXTURE, tmp_path / "local")
+    assert contents(tmp_path / "out") == contents(tmp_path / "local")

@@ -102,6 +102,7 @@ class CardLayers:
             if original is not None and stage.original is not None and not parts:
                 self._run(stage.layer, module, stage.original, original)
             if outputs is not None and (self.options.sequential or not parts):
+                self.model.keep_shared(stage.layer)
                 self._run(stage.layer, module, inputs, outputs)
             return layer_of(linears, made, without, following)
 

@@ -68,7 +68,7 @@ def find_linears(plan: Plan, model: StreamedModel | None) -> list[Linear]:
     for number, unit in enumerate(plan.units):
         for task in unit.tasks:
             written = written_by(task.rewrite.detail)
-            if written is None or written.method == "rtn":
+            if written is None or not written.is_calibrated:
                 continue
             scheme = written.scheme
             if scheme.type != "int":

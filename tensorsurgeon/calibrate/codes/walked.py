@@ -97,6 +97,7 @@ class WalkedLayers:
             if outputs is not None and (self.options.sequential or not parts):
                 announce(None, None, f"layer {stage.layer}: its outputs")
                 self._put_back(parts, made.quantized())
+                self.model.keep_shared(stage.layer)
                 self._run(stage.layer, module, inputs, outputs)
             return layer_of(linears, made, without, following)
 

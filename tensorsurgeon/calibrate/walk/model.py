@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from tensorsurgeon.calibrate.walk.buffers import Buffers
 from tensorsurgeon.calibrate.walk.building import model_builder
+from tensorsurgeon.calibrate.walk.layer_list import decoder_layers
 from tensorsurgeon.calibrate.walk.lines import Traced
 from tensorsurgeon.calibrate.walk.naming import Loading, NameMap, map_names, trace_lines
 from tensorsurgeon.calibrate.walk.weights import FloatWeights, WeightReader
 from tensorsurgeon.checkpoint.folder import Checkpoint
-from tensorsurgeon.errors import CheckpointError, PlanError
+from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.quant.rtn.plain_torch import tensor_of
 from tensorsurgeon.tensors.spec import TensorSpec
 
@@ -47,7 +48,7 @@ class StreamedModel:
         self.model = _on_meta(build)
         self._buffers = Buffers(self.model, build, device)
         self.dtype: torch.dtype = self.model.dtype
-        self.layer_names, self.layers = _decoder_layers(self.model)
+        self.layer_names, self.layers = decoder_layers(self.model)
         self.names: NameMap = map_names(self.model, list(self.weights.specs))
         state = self.model.state_dict()
         self._shapes = {name: value.shape for name, value in state.items()}
@@ -57,6 +58,8 @@ class StreamedModel:
         for loading in self.names.loadings:
             number = self.layer_of(loading.target)
             (self._rest if number is None else self._by_layer[number]).append(loading)
+        self._tied = self._tied_blocks()
+        self._replaced: dict[str, Tensor] = {}
 
     @property
     def outside(self) -> list[str]:
@@ -81,8 +84,35 @@ class StreamedModel:
         return None
 
     def source_names(self, number: int) -> list[str]:
-        """The checkpoint tensors that make a layer."""
+        """The float weights that make a layer, but for those that it shares with an earlier one."""
         return [name for loading in self._by_layer[number] for name in loading.names]
+
+    def stored_names(self, number: int) -> set[str]:
+        """The checkpoint's tensors that a layer is read from."""
+        loadings = (*self._by_layer[number], *(loading for _, loading in self._tied[number]))
+        return {stored for loading in loadings for name in loading.names for stored in self.weights.stored(name)}
+
+    def _tied_blocks(self) -> list[list[tuple[str, Loading]]]:
+        """By layer: parameters that the checkpoint does not hold, for they are those of another layer, and what loads these."""
+        held = {loading.target: loading for loading in self.names.loadings}
+        tied: list[list[tuple[str, Loading]]] = [[] for _ in self.layers]
+        for target, origin in getattr(self.model, "all_tied_weights_keys", {}).items():
+            number = self.layer_of(target)
+            if number is not None and target not in held and origin in held:
+                tied[number].append((target, held[origin]))
+        return tied
+
+    @property
+    def shares_blocks(self) -> bool:
+        """Whether layers have weights in common (Zamba 2)."""
+        return any(self._tied)
+
+    def keep_shared(self, number: int) -> None:
+        """What lies in a layer now is what later layers that share it are filled with: its quantized weights."""
+        shared = {loading.target for layer in self._tied[number + 1 :] for _, loading in layer}
+        for target in shared:
+            if self.layer_of(target) == number:
+                self._replaced[target] = self.model.get_parameter(target).detach().clone()
 
     def layer_bytes(self, number: int) -> int:
         """What the weights of a layer take in memory: those that are unpacked in the model's dtype, others as they are stored."""
@@ -99,7 +129,7 @@ class StreamedModel:
         """One decoder layer with its weights; they are let go afterwards."""
         module = self.layers[number]
         try:
-            self._fill(self.layer_names[number], module, self._by_layer[number], read)
+            self._fill(self.layer_names[number], module, self._by_layer[number], read, self._tied[number])
             yield module
         finally:
             module.to("meta")
@@ -132,8 +162,10 @@ class StreamedModel:
         return [loading for loading in loadings if not _is_head(self.model, loading.target)]
 
     def surrounding_names(self) -> list[str]:
-        """The checkpoint tensors that ``surroundings`` reads."""
-        return [name for loading in self._surrounding() for name in loading.names]
+        """The checkpoint's tensors that ``surroundings`` reads."""
+        return sorted(
+            {stored for loading in self._surrounding() for name in loading.names for stored in self.weights.stored(name)}
+        )
 
     @contextmanager
     def surroundings(self, read: ReadWeight, *, embeds: bool = True) -> Iterator[Any]:
@@ -144,7 +176,7 @@ class StreamedModel:
         if not embeds:
             needed = [loading for loading in needed if self._owner(loading.target) is not embedding]
         try:
-            self._fill(self._decoder_name, module, needed, read, complete=False)
+            self._fill(self._decoder_name, module, needed, read, None)
             if embeds and embedding.weight.is_meta:
                 raise CheckpointError("no tensor of the checkpoint is the model's embedding", where=str(self.checkpoint))
             yield self.model
@@ -156,17 +188,23 @@ class StreamedModel:
                             child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def _fill(
-        self, prefix: str, module: nn.Module, loadings: Sequence[Loading], read: ReadWeight, *, complete: bool = True
+        self,
+        prefix: str,
+        module: nn.Module,
+        loadings: Sequence[Loading],
+        read: ReadWeight,
+        tied: Sequence[tuple[str, Loading]] | None,
     ) -> None:
+        """Weights and buffers of a layer with those it shares, or of what is around the layers (``tied`` None)."""
         # First, while parameters are on the meta device: transformers initialises a module's weights along with its buffers.
-        self._buffers.make(prefix, module, self.layers if not complete else ())
+        self._buffers.make(prefix, module, self.layers if tied is None else ())
         for loading in loadings:
-            # What was unpacked is twice as wide as the model's weights: no layer is held like that.
-            width = self._dtypes[loading.target]
-            tensors = {name: read(name).to(width) if name in self.weights.unpacked else read(name) for name in loading.names}
-            for target, value in self.names.convert(loading, tensors).items():
+            for target, value in self._made(loading, read).items():
                 self._set(target, value)
-        if complete:
+        for target, loading in tied or ():
+            known = self._replaced.get(loading.target)
+            self._set(target, self._made(loading, read)[loading.target] if known is None else known)
+        if tied is not None:
             missing = [name for name, value in _tensors_of(module) if value.is_meta]
             if missing:
                 raise CheckpointError(
@@ -174,6 +212,12 @@ class StreamedModel:
                     + (f" and {len(missing) - 4} more" if len(missing) > 4 else ""),
                     where=str(self.checkpoint),
                 )
+
+    def _made(self, loading: Loading, read: ReadWeight) -> dict[str, Tensor]:
+        # What was unpacked is twice as wide as the model's weights: no layer is held like that.
+        width = self._dtypes[loading.target]
+        tensors = {name: read(name).to(width) if name in self.weights.unpacked else read(name) for name in loading.names}
+        return self.names.convert(loading, tensors)
 
     def _owner(self, target: str) -> nn.Module:
         module: nn.Module = self.model.get_submodule(target.rpartition(".")[0])
@@ -229,31 +273,6 @@ def _on_meta(build: Callable[[], Any]) -> Any:
             owner = model.get_submodule(name.rpartition(".")[0])
             owner._parameters[name.rpartition(".")[2]] = nn.Parameter(parameter.float(), requires_grad=False)
     return model.requires_grad_(False)
-
-
-def _decoder_layers(model: Any) -> tuple[list[str], list[nn.Module]]:
-    """The one list of decoder layers: of the classes that the model calls its layers, else as long as the config says.
-
-    Its length may be another than ``num_hidden_layers``, which counts attentions in LongCat's double layers.
-    """
-    decoder, count = model.get_decoder(), model.config.get_text_config().num_hidden_layers
-    inside = {id(module) for module in decoder.modules()}
-    found = [
-        (name, module) for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and id(module) in inside
-    ]  # fmt: skip
-    # A layer may have lists of its own.
-    outer = [(name, module) for name, module in found if not any(name.startswith(other + ".") for other, _ in found)]
-    kinds = set(getattr(model, "_no_split_modules", None) or ())
-    by_class = [pair for pair in outer if all(type(layer).__name__ in kinds for layer in pair[1])]
-    chosen = by_class if len(by_class) == 1 else [pair for pair in outer if len(pair[1]) == count]
-    if len(chosen) != 1:
-        raise PlanError(
-            f"{type(model).__name__}: {len(chosen)} lists of {count} layers in its decoder, one is needed; this model cannot "
-            "be walked layer by layer. --set method=rtn rounds to nearest, which needs no forward"
-        )
-    name, layers = chosen[0]
-    return [f"{name}.{number}" for number in range(len(layers))], list(layers)
 
 
 def _is_head(model: Any, target: str) -> bool:

@@ -76,9 +76,16 @@ class Walk:
 
     @property
     def passes_on(self) -> bool:
-        """Whether layers hand more than hidden states to later ones, for which no digest is kept; known once embedded."""
-        made = (key for key, slot in self._slots.items() if slot.empty is None and not key.startswith("text"))
-        return any(made) or any(slot.empty is not None and self._carried.holds(key) for key, slot in self._slots.items())
+        """Whether layers hand more than hidden states to later ones, for which no digest is kept; known once embedded.
+
+        Blocks that layers share are among it: what is quantized in one layer is what the next has.
+        """
+        if self.model.shares_blocks:
+            return True
+        slots = self._slots.items()
+        if any(slot.empty is None and not key.startswith("text") for key, slot in slots):
+            return True
+        return any(slot.empty is not None and self._carried.holds(key) for key, slot in slots)
 
     def embed(self, write: Callable[[int, Tensor], None] | None) -> None:
         """Run what comes before the layers; ``write`` takes the first sample's number and the first layer's inputs.

@@ -37,6 +37,7 @@ class FloatWeights:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        self._names = list(checkpoint.specs)
         self._steps = (Dequantize(dtype="F32"),) if quantization_config(checkpoint.config) is not None else ()
         self._resolved = resolve(self._steps, checkpoint.specs)
         self.specs: SpecMap = self._resolved.specs
@@ -47,6 +48,18 @@ class FloatWeights:
         """Reads them from the shards that ``source`` has open."""
         reader = TensorReader(self.checkpoint, source)
         return UnpackingReader(self, reader, lambda spec: self._made(spec, source)) if self.unpacked else reader
+
+    def stored(self, name: str) -> set[str]:
+        """The checkpoint's tensors that a weight is read from."""
+        waiting, found = [*self._resolved.contents[name]], set()
+        while waiting:
+            piece = waiting.pop()
+            if piece.origin >= 0:
+                found.add(self._names[piece.origin])
+            else:
+                task = self._resolved.tasks[self._resolved.made[-1 - piece.origin][0]]
+                waiting += [piece for pieces in task.inputs for piece in pieces]
+        return found
 
     def _made(self, spec: TensorSpec, source: Source) -> np.ndarray:
         return made_region(Region(spec), self._resolved.contents[spec.name], self._resolved, self._steps, source)

@@ -80,7 +80,7 @@ def fault_of(error: BaseException) -> Fault | None:
         return inner
     if isinstance(error, errors.LocalEntryNotFoundError | errors.FileMetadataError) or "Consistency check failed" in str(error):
         return Fault(_first_line(error), True)
-    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.partition(".")[0] == "hf_xet":
+    if isinstance(error, ConnectionError | TimeoutError) or "xet" in type(error).__name__.lower():
         return Fault(f"the transfer broke off ({_first_line(error)})", True)
     return None
 

@@ -41,6 +41,7 @@ def cached_snapshot(address: HubAddress) -> tuple[Snapshot, Path, bool] | None:
     Where the cache has no list (it is kept by downloads of whole snapshots), the files are those that lie there.
     """
     import huggingface_hub
+    from huggingface_hub import errors
 
     config = huggingface_hub.try_to_load_from_cache(address.repository, "config.json", revision=address.revision)
     if not isinstance(config, str):
@@ -49,14 +50,13 @@ def cached_snapshot(address: HubAddress) -> tuple[Snapshot, Path, bool] | None:
     commit = folder.name
     if not is_commit(commit):
         return None
-    listed = getattr(huggingface_hub, "get_cached_repo_tree", None)
+    try:
+        listed = huggingface_hub.get_cached_repo_tree(address.repository, revision=commit)
+    except errors.CachedRepoTreeNotFoundError:
+        listed = None
     if listed is not None:
-        with suppress(Exception):  # whatever it says, there is no list
-            files = {
-                file.path: HubFile(file.size, file.blob_id, None if file.lfs is None else file.lfs.sha256)
-                for file in listed(address.repository, revision=commit)
-            }
-            return Snapshot(address.repository, address.revision or _MAIN, commit, files), folder, True
+        files = {f.path: HubFile(f.size, f.blob_id, None if f.lfs is None else f.lfs.sha256) for f in listed}
+        return Snapshot(address.repository, address.revision or _MAIN, commit, files), folder, True
     return Snapshot(address.repository, address.revision or _MAIN, commit, dict(_files_in(folder))), folder, False
 
 
