@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from tensorsurgeon.checkpoint.small_files import read_small
+from tensorsurgeon.errors import CheckpointError
+
 LOG_NAME: Final = "quant_log.csv"
+# A million rows: more modules than any model has.
+_MAX_BYTES: Final = 256 << 20
 _COLUMNS: Final = ("layer", "module", "expert", "method", "tokens", "damp_percent", "loss", "relative_loss", "seconds", "note")
 
 
@@ -71,10 +76,12 @@ def log_bytes(rows: Sequence[LogRow]) -> bytes:
 
 
 def read_log(path: Path) -> list[LogRow]:
-    """The rows of a quant_log.csv."""
-    with open(path, newline="") as file:
-        lines = list(csv.reader(file))
-    return [LogRow.parse(cells) for cells in lines[1:]]
+    """The rows of a quant_log.csv; CheckpointError for a file that is none."""
+    try:
+        lines = list(csv.reader(io.StringIO(read_small(path, _MAX_BYTES)[0].decode(), newline="")))
+        return [LogRow.parse(cells) for cells in lines[1:]]
+    except (OSError, ValueError, csv.Error) as error:
+        raise CheckpointError(f"is no log as surgeon writes it ({error}); remove it", where=str(path)) from error
 
 
 def summarize(rows: Sequence[LogRow], *, worst: int = 5) -> dict[str, Any]:

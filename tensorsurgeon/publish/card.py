@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tensorsurgeon.calibrate.log import LOG_NAME, read_log, summarize
+from tensorsurgeon.checkpoint.config_file import read_config
 from tensorsurgeon.checkpoint.sink import publish_bytes
 from tensorsurgeon.checkpoint.small_files import MAX_CONFIG_BYTES, read_small
-from tensorsurgeon.errors import CheckpointError
+from tensorsurgeon.errors import CheckpointError, SurgeonError
 from tensorsurgeon.evaluate.kept import read_evaluation
 from tensorsurgeon.publish.card_text import Known, card_text
 from tensorsurgeon.publish.made import read_made
@@ -98,10 +99,10 @@ def refreshed(before: str | None, folder: Path, base_model: str | None = None, n
     front: dict[str, Any] = {"base_model": base_name, "base_model_relation": "quantized", "library_name": _library(folder)}
     inherited = _front_matter(base_card, folder / BASE_CARD) if base_card is not None else {}
     front |= {key: inherited[key] for key in _INHERITED if key in inherited}
-    tags = [*_tags(known, folder), *(t for t in inherited.get("tags") or [] if isinstance(t, str))]
+    tags = [*_tags(known, folder), *_texts(inherited.get("tags"))]
     # What is there was put there by a person, or is what would be put there again.
     front = {**front, **own} | ({"base_model": base_model} if base_model else {})
-    front["tags"] = list(dict.fromkeys([*(own.get("tags") or []), *tags]))
+    front["tags"] = list(dict.fromkeys([*_texts(own.get("tags")), *tags]))
     data: ModelCardData = ModelCardData(**{key: value for key, value in front.items() if value is not None})
     generated = f"{BEGIN}\n\n{card_text(known, base_name)}\n\n{END}\n"
     above, below = _around(before, folder / CARD)
@@ -135,10 +136,10 @@ def _library(folder: Path) -> str:
 def _tags(known: Known, folder: Path) -> list[str]:
     tags = ["quantized", "tensorsurgeon"]
     try:
-        config = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
-    except (OSError, ValueError):
-        config = {}
-    if isinstance(config.get("quant_method"), str):
+        config = read_config(folder)[1].get("quantization_config")
+    except (OSError, SurgeonError):
+        config = None
+    if isinstance(config, Mapping) and isinstance(config.get("quant_method"), str):
         tags.append(config["quant_method"])
     for scheme in (known.made or {}).get("schemes", []):
         tags.append(f"{scheme['num_bits']}-bit")
@@ -150,6 +151,11 @@ def _tags(known: Known, folder: Path) -> list[str]:
     return list(dict.fromkeys(tags))
 
 
+def _texts(value: Any) -> list[str]:
+    """What of a list is text; a person's front matter may say anything."""
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
 def _front_matter(card: str, path: Path) -> dict[str, Any]:
     import yaml
 
@@ -158,7 +164,7 @@ def _front_matter(card: str, path: Path) -> dict[str, Any]:
         return {}
     try:
         front = yaml.safe_load(found[0].strip().strip("-"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         why = " ".join(str(error).split())
         raise CheckpointError(
             f"its front matter is no YAML ({why}); mend it between the two lines of ---", where=str(path)

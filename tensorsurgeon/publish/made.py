@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tensorsurgeon.checkpoint.folder import Checkpoint
+from tensorsurgeon.checkpoint.forms import require_form
 from tensorsurgeon.checkpoint.small_files import MAX_CONFIG_BYTES, parse_json, read_small
 from tensorsurgeon.engines.advice import EngineAdvice, advice_as_data
 from tensorsurgeon.errors import CheckpointError
@@ -26,6 +27,21 @@ from tensorsurgeon.tensors.spec import SpecMap
 from tensorsurgeon.version import __version__
 
 FILE_NAME: Final = "surgeon_plan.json"
+_COUNTS: Final = {str: int}
+_ADVICE: Final = {"engine": str, "severity": str, "tp": int, "subject": str, "reason": str, "source": str}
+_FORM: Final = {
+    "command": [str],
+    "source": {"name": str, "bytes": int, "parts": _COUNTS, "parameters": (int, None)},
+    "output": {"bytes": int, "parts": _COUNTS, "quantized_bytes": int, "quantized_parameters": (int, None)},
+    "linears": int,
+    "quantized": _COUNTS,
+    "schemes": [{"format": str, "scheme": str, "method": str, "num_bits": int, "linears": int}],
+    "unquantized": _COUNTS,
+    "why_unquantized": {str: str},
+    "dropped": _COUNTS,
+    "steps": [{"op": str, "read": int, "made": int, "recipe": str}],
+    "engines": [{"engine": str, "version": str, "asked_tp": [int], "loads_at_tp": [int], "advice": [_ADVICE]}],
+}
 
 
 def made_of(plan: Plan, command: Sequence[str], advice: Sequence[EngineAdvice]) -> dict[str, Any]:
@@ -69,14 +85,16 @@ def read_made(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         made = parse_json(read_small(path, MAX_CONFIG_BYTES)[0])
-        made["source"]["bytes"], made["output"]["bytes"], made["schemes"], made["engines"], made["command"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"is not what surgeon wrote ({error!r}); remove it, or convert again", where=str(path)) from error
+        require_form(made, _FORM)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"is not what surgeon wrote ({error}); remove it, or convert again", where=str(path)) from error
     return dict(made)
 
 
 def name_of_model(checkpoint: Checkpoint) -> str:
-    """``owner/name`` for a snapshot in the Hub's cache, else what the folder is called."""
+    """``owner/name`` for a model of the Hub, in its cache too, else what the folder is called."""
+    if checkpoint.snapshot is not None:
+        return checkpoint.snapshot.repository
     root = checkpoint.root.resolve()
     if len(root.parts) > 3 and root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         return root.parent.parent.name.removeprefix("models--").replace("--", "/")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+from tensorsurgeon.checkpoint.forms import require_form
 from tensorsurgeon.checkpoint.sink import publish_bytes
 from tensorsurgeon.checkpoint.small_files import MAX_INDEX_BYTES, parse_json, read_small
 from tensorsurgeon.errors import CheckpointError
@@ -15,6 +16,15 @@ from tensorsurgeon.verifying.reporting import verification_as_data
 
 FILE_NAME: Final = "verification.json"
 _WEIGHT_KEYS: Final = ("name", "num_bits", "snr_db", "exact", "floor_db")
+_WEIGHT: Final = {"name": str, "num_bits": int, "snr_db": (float, None), "exact": bool, "floor_db": float}
+_FORM: Final = {
+    "sound": bool,
+    "faults": [{"kind": str, "where": str, "message": str}],
+    "equal_bytes?": (int, None),
+    "kinds": [{"pattern": str, "count": int, "min_db": (float, None), "mean_db": (float, None), "exact": int}],
+    "weights": [_WEIGHT],
+    "worst": [_WEIGHT],
+}
 
 
 def write_verification(folder: Path, found: Verification) -> Path:
@@ -35,7 +45,7 @@ def read_verification(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         data = parse_json(read_small(path, MAX_INDEX_BYTES)[0])
-        data["sound"], data["faults"], data["kinds"], data["weights"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"is not what surgeon wrote ({error!r}); verify again", where=str(path)) from error
+        require_form(data, _FORM)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"is not what surgeon wrote ({error}); verify again", where=str(path)) from error
     return dict(data)

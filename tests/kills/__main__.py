@@ -133,9 +133,12 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         campaign = Campaign(Path(folder), given.seed)
-        for number in range(given.kills):
-            campaign.kill(names[number % len(names)])
-        print(f"{given.kills} runs: {dict(campaign.counts)}, {time.monotonic() - began:.0f} s", flush=True)
+        runs = 0
+        # A run that was through before its moment came was not killed.
+        while campaign.counts["killed"] < given.kills:
+            campaign.kill(names[runs % len(names)])
+            runs += 1
+        print(f"{runs} runs: {dict(campaign.counts)}, {time.monotonic() - began:.0f} s", flush=True)
         kinds = campaign.rng.sample(sorted(KINDS), given.kinds)
         for kind in kinds:
             for name in names:
