@@ -89,6 +89,9 @@ def run_plan(
     if plan.needs_codes and not plan.calibration:
         # Rounding to nearest instead would be the silent kind of garbage.
         raise RecipeError("a step chooses codes by calibration (method gptq or imatrix); give data to calibrate on")
+    if not os.fspath(target):
+        # Of a variable of the shell that was never set; a path of nothing is the current folder.
+        raise TargetError("TARGET is empty; name a folder, or . for this one")
     target, stop = Path(target), stop or threading.Event()
     budget = default_max_ram_bytes() if max_ram_bytes is None else max_ram_bytes
     plan.check_budget(max(budget, _MIN_RAM_BYTES) if max_ram_bytes is None else budget)
