@@ -52,7 +52,7 @@ class CalibrationOptions:
     ``fallback_tokens``: modules that saw fewer are rounded to nearest instead.
     ``sequential``: a quantized layer's outputs feed the next layer; otherwise the original ones do.
     ``asymmetric``: how far a linear's target leans towards what the original layers' outputs would give, 0 to 1
-    (``quant.gptq.asymmetric``); None: half at up to 3 bits with signed scales, else not at all. It carries the original layers'
+    (``quant.gptq.asymmetric``); None: half at up to 4 bits with signed scales, else not at all. It carries the original layers'
     states beside the others, and needs ``sequential``.
     ``write_statistics`` and ``read_statistics`` name a folder of statistics to keep, or to use instead of a walk.
     """

@@ -71,6 +71,10 @@ class CtPacked(CtFormat):
         # weight_shape belongs to no row, and the words of a zero point hold those of several rows.
         return False
 
+    def rows_together(self, scheme: Scheme) -> int:
+        """Rows of symmetric codes are rows of words and scales, beside a shape that is read with each of them."""
+        return 1 if scheme.symmetric else 0
+
     def pack(self, quantized: Quantized, scheme: Scheme) -> tuple[np.ndarray, ...]:
         """Codes along the inputs, zero points along the outputs, both with the sign moved away."""
         bits, offset = scheme.num_bits, 1 << (scheme.num_bits - 1)

@@ -16,6 +16,9 @@ from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.dtypes import F32, DType
 
 # Quark's exporter writes zero points beside symmetric codes too; they say nothing as long as they are zero.
+WEIGHT_SHAPE: Final = "weight_shape"
+"""Beside packed words, which may hold more than the weight's columns."""
+
 ZERO_POINT: Final = "weight_zero_point"
 # What a static quantization of a module's inputs stores beside its weight.
 INPUT_SCALES: Final = ("input_scale", "input_zero_point", "input_global_scale", "activation_scale")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import ClassVar, Literal
@@ -58,20 +58,35 @@ class Dequantize:
         return turned + codes_scratch(elements, stored_specs(rewrite.inputs), 2) + block_scratch(elements)
 
     def apply(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Sequence[Array]:
+        stored = stored_in(rewrite.detail)
+        assert stored is not None  # plan put it there
+        shape = rewrite.outputs[0].shape
+        weight = empty(shape[::-1] if stored.transposed else shape, np.dtype(rewrite.outputs[0].spec.dtype.numpy))
+        start = 0
+        for block in self.rows(rewrite, inputs):
+            weight[start : start + len(block)] = block
+            start += len(block)
+        return (np.ascontiguousarray(weight.T) if stored.transposed else weight,)
+
+    def gives_rows(self, rewrite: Rewrite) -> bool:
+        """Whether ``rows`` are the weight's own."""
+        stored = stored_in(rewrite.detail)
+        return stored is not None and not stored.transposed
+
+    def rows(self, rewrite: Rewrite, inputs: Sequence[Array]) -> Iterator[Array]:
+        """The weight, some rows at a time."""
         target = rewrite.outputs[0].spec
         stored = stored_in(rewrite.detail)
         assert stored is not None  # plan put it there
         try:
             # How scales are stored matters to those who choose codes.
             backend = choose_backend(self.backend, replace(stored.scheme, scale_dtype=None), target.dtype)
-            shape = rewrite.outputs[0].shape
-            weight = empty(shape[::-1] if stored.transposed else shape, np.dtype(target.dtype.numpy))
             first = rewrite.outputs[0].start or 0
-            with np.errstate(over="ignore", invalid="ignore"):
-                for start, stop, rows in row_blocks(unpack(stored, inputs), stored.scheme):
-                    weight[start:stop] = backend.dequantize(rows, stored.scheme, target.dtype)
-                    _refuse_nonfinite(weight[start:stop], first + start)
-            return (np.ascontiguousarray(weight.T) if stored.transposed else weight,)
+            for start, _, rows in row_blocks(unpack(stored, inputs, rewrite.outputs[0]), stored.scheme):
+                with np.errstate(over="ignore", invalid="ignore"):
+                    block = backend.dequantize(rows, stored.scheme, target.dtype)
+                    _refuse_nonfinite(block, first + start)
+                yield block
         except SurgeonError as error:
             raise NumericError(f"{target.module}: {error.message}") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -15,12 +15,14 @@ from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.coding import Written, written_by
 from tensorsurgeon.formats.registry import format_named
 from tensorsurgeon.models.selecting import refuse_stacked_experts, selected_linears
+from tensorsurgeon.ops.assembled import Assembled
 from tensorsurgeon.ops.row_blocks import CHUNK_ROWS, chunk_rows, codes_scratch, is_large, stored_specs, written_rows
 from tensorsurgeon.ops.siblings import sibling_groups
 from tensorsurgeon.ops.stored_modules import model_dtype, stated_dtype
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.quant.rtn.backend import choose_backend
 from tensorsurgeon.quant.scheme import RULES, Quantized, Rule, Scheme
+from tensorsurgeon.tensors.arrays import for_a_while
 from tensorsurgeon.tensors.dtypes import DTYPES, F32, WEIGHT_DTYPES, DType, dtype_named
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
@@ -170,6 +172,38 @@ class Quantize:
             except NumericError as error:
                 raise NumericError(f"{region}: {error.message}") from error
         return results
+
+    def takes_rows(self, rewrite: Rewrite) -> bool:
+        """Whether codes of some rows need no other rows, but for the largest magnitude that NVFP4 asks for first."""
+        written = written_by(rewrite.detail)
+        if written is None or self.clip_search or self.backend == "torch":
+            return False
+        scheme = written.scheme
+        tall = scheme.block is not None and CHUNK_ROWS % scheme.block[0]
+        return not tall and (scheme.group_size != 0 or scheme.block is not None)
+
+    def apply_rows(self, rewrite: Rewrite, streams: Sequence[Callable[[], Iterable[Array]]]) -> Sequence[Array]:
+        """``apply`` for weights that come some rows at a time, and again from the beginning when asked for again."""
+        written = written_by(rewrite.detail)
+        assert written is not None  # plan put it there
+        scheme = written.scheme
+        amax = None
+        if scheme.type == "nvfp4":
+            amax = max((largest_magnitude((block,)) for stream in streams for block in stream()), default=0.0)
+        results: list[Array] = []
+        for region, stream in zip(rewrite.inputs, streams, strict=True):
+            try:
+                results += written.format.pack(self._of_rows(region, stream(), scheme, amax), scheme)
+            except NumericError as error:
+                raise NumericError(f"{region}: {error.message}") from error
+        return results
+
+    def _of_rows(self, region: Region, blocks: Iterable[Array], scheme: Scheme, amax: float | None) -> Quantized:
+        codes = Assembled(region.shape[0])
+        for block in blocks:
+            with for_a_while():
+                codes.add(len(block), self._quantized(region, block, scheme, amax))
+        return codes.whole()
 
     def _quantized(self, region: Region, weight: Array, scheme: Scheme, global_amax: float | None) -> Quantized:
         if scheme.clip_search:

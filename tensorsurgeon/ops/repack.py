@@ -98,7 +98,9 @@ class Repack:
         assert stored is not None  # plan put both there
         assert written is not None
         try:
-            return written.format.pack(self._converted(unpack(stored, inputs), written.scheme), written.scheme)
+            return written.format.pack(
+                self._converted(unpack(stored, inputs, rewrite.outputs[0]), written.scheme), written.scheme
+            )
         except SurgeonError as error:
             remedy = error.remedy
             if "would be stored" in error.message:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
+from tensorsurgeon.formats.scales import WEIGHT_SHAPE
 from tensorsurgeon.ops.stored_modules import StoredModule
 from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
@@ -52,11 +53,16 @@ def stored_pieces(module: StoredModule, weight: TensorSpec, specs: SpecMap) -> I
 
 
 def _are_rows(tensors: Mapping[str, TensorSpec], rows: int, together: int) -> bool:
-    return all(spec.numel == 1 or spec.rows in (rows, -(-rows // together)) for spec in tensors.values())
+    return all(_is_whole(spec) or spec.rows in (rows, -(-rows // together)) for spec in tensors.values())
+
+
+def _is_whole(spec: TensorSpec) -> bool:
+    """Whether every piece reads all of a tensor: a single scale, or the shape of the weight."""
+    return spec.numel == 1 or spec.name.endswith("." + WEIGHT_SHAPE)
 
 
 def _part(spec: TensorSpec, start: int, stop: int, rows: int, together: int) -> Region:
-    if spec.numel == 1:
+    if _is_whole(spec):
         return Region(spec)
     return Region(spec, start, stop) if spec.rows == rows else Region(spec, start // together, -(-stop // together))
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tensorsurgeon.errors import NumericError, PlanError
+from tensorsurgeon.errors import CheckpointError, NumericError, PlanError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.coding import Stored
 from tensorsurgeon.formats.mxfp4_blocks import Mxfp4Blocks
 from tensorsurgeon.formats.registry import formats_of, quantization_config
-from tensorsurgeon.formats.scales import KV_SCALES, ZERO_POINT
+from tensorsurgeon.formats.scales import KV_SCALES, WEIGHT_SHAPE, ZERO_POINT
 from tensorsurgeon.formats.stored_checks import check_stored, lies_beside_codes, refuse_left_behind
 from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.quant.scheme import Quantized, Scheme
@@ -90,12 +90,18 @@ def cache_scales(specs: SpecMap) -> list[Rewrite]:
     return [Rewrite((Region(spec),), (), moves_bytes=True) for spec in found if not lies_beside_codes(spec, specs)]
 
 
-def unpack(stored: Stored, inputs: Sequence[np.ndarray]) -> Quantized:
-    """The codes of a module from its arrays, in the order of ``stored.names``.
+def unpack(stored: Stored, inputs: Sequence[np.ndarray], made: Region) -> Quantized:
+    """The codes of a module from its arrays, in the order of ``stored.names``; ``made``: the rows that they are made into.
 
-    NumericError where codes said to be symmetric have zero points that are not zero.
+    A shape that lies beside the codes is that of the whole weight: CheckpointError if its rows are others. NumericError where
+    codes said to be symmetric have zero points that are not zero.
     """
     arrays = {name: _matrix(array) for name, array in zip(stored.names, inputs, strict=True)}
+    if made.start is not None and made.stop is not None and WEIGHT_SHAPE in arrays:
+        rows, columns = map(int, arrays[WEIGHT_SHAPE].reshape(-1))
+        if rows != made.spec.shape[0]:
+            raise CheckpointError(f"{WEIGHT_SHAPE} says {[rows, columns]}, but the codes have {made.spec.shape[0]} rows")
+        arrays[WEIGHT_SHAPE] = np.array((made.stop - made.start, columns), np.int64)
     if stored.scheme.symmetric and ZERO_POINT in arrays and np.any(arrays[ZERO_POINT]):
         raise NumericError(f"{ZERO_POINT} is not zero, but the config says that the codes are symmetric")
     return stored.format.unpack(arrays, stored.scheme)

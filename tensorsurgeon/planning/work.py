@@ -9,6 +9,7 @@ from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.layout import Layout
 from tensorsurgeon.planning.resolving import Resolved, Task, units_of
 from tensorsurgeon.planning.rewriting import Transform, scratch_bytes
+from tensorsurgeon.planning.streams import streams_of
 
 # Long copies are cut, so that workers share them and a stopped run loses little; short ones are put together.
 COPY_BYTES = 32 << 20
@@ -84,7 +85,8 @@ def shards_read(unit: Unit, locations: Sequence[tuple[int, int]]) -> frozenset[i
 
 
 class Peaks:
-    """What units hold at their fullest: every array to its end, and the scratch of one task at a time.
+    """What units hold at their fullest: every array to its end, and the scratch of one task at a time; of a weight that goes
+    row block by row block nothing but what gives the rows and what takes them.
 
     A model has few forms of tasks and many tasks, and each form is asked for its scratch once.
     """
@@ -107,7 +109,24 @@ class Peaks:
         return known
 
     def _together(self, tasks: Sequence[Task]) -> int:
-        return sum(map(_held_bytes, tasks)) + max(scratch_bytes(self._steps[task.step], task.rewrite) for task in tasks)
+        streams = streams_of(tasks, self._steps)
+        streamed = {number for stream in streams.values() for givers in stream.givers for number in givers}
+        held, most = 0, 0
+        for number, task in enumerate(tasks):
+            scratch = scratch_bytes(self._steps[task.step], task.rewrite)
+            if number in streams:
+                # What gives rows is there one by one, and the rows themselves are part of its scratch.
+                held += sum(region.byte_range[1] for region in task.rewrite.outputs)
+                givers = {n for numbers in streams[number].givers for n in numbers}
+                most = max(most, scratch + max(self._giving(tasks[n]) for n in givers))
+            elif number not in streamed:
+                held += _held_bytes(task)
+                most = max(most, scratch)
+        return held + most
+
+    def _giving(self, task: Task) -> int:
+        read = sum(piece.nbytes for pieces in task.inputs for piece in pieces)
+        return read + scratch_bytes(self._steps[task.step], task.rewrite)
 
 
 def _held_bytes(task: Task) -> int:

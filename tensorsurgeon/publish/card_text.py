@@ -116,6 +116,10 @@ def _how(known: Known) -> Iterator[str]:
         yield shlex.join(known.made["command"])
         yield "```"
         yield ""
+    commit = known.record["source"].get("hub", {}).get("commit") if known.record and "source" in known.record else None
+    if commit:
+        yield f"The original was read at commit `{commit}`."
+        yield ""
     calibration = (known.record or {}).get("calibration")
     if not calibration:
         yield from _rounded(known)

@@ -92,7 +92,9 @@ def read_made(folder: Path) -> dict[str, Any] | None:
 
 
 def name_of_model(checkpoint: Checkpoint) -> str:
-    """``owner/name`` for a snapshot in the Hub's cache, else what the folder is called."""
+    """``owner/name`` for a model of the Hub, in its cache too, else what the folder is called."""
+    if checkpoint.snapshot is not None:
+        return checkpoint.snapshot.repository
     root = checkpoint.root.resolve()
     if len(root.parts) > 3 and root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         return root.parent.parent.name.removeprefix("models--").replace("--", "/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -19,12 +20,15 @@ from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.errors import Interrupted, PlanViolationError, RecipeError, TargetError
 from tensorsurgeon.machine.files import make_folder_durable
 from tensorsurgeon.machine.limits import available_bytes, open_files_limit, usable_cores
+from tensorsurgeon.planning.codes import codes_text
 from tensorsurgeon.planning.pace import streaming_of
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.work import Unit
 from tensorsurgeon.running.executor import Progress, run_units
 from tensorsurgeon.running.record import record_bytes
 from tensorsurgeon.running.target import prepare_target, spool_folder
+
+logger = logging.getLogger(__name__)
 
 # What a run may hold beyond the arrays of its units: interpreter, NumPy, compiled kernels, the plan.
 _MIN_RAM_BYTES = 64 << 20
@@ -92,6 +96,8 @@ def run_plan(
     if not os.fspath(target):
         # Of a variable of the shell that was never set; a path of nothing is the current folder.
         raise TargetError("TARGET is empty; name a folder, or . for this one")
+    if plan.written:
+        logger.info("%s", codes_text(plan))
     target, stop = Path(target), stop or threading.Event()
     budget = default_max_ram_bytes() if max_ram_bytes is None else max_ram_bytes
     plan.check_budget(max(budget, _MIN_RAM_BYTES) if max_ram_bytes is None else budget)

@@ -5,7 +5,8 @@ Needs nothing of the process that planned it but what is handed to it, so that a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from tensorsurgeon.errors import NumericError, PlanViolationError
 from tensorsurgeon.formats.coding import written_by
 from tensorsurgeon.planning.resolving import Pieces, Task
 from tensorsurgeon.planning.rewriting import Array, Rewrite, Transform
+from tensorsurgeon.planning.streams import Stream, streams_of
 from tensorsurgeon.planning.work import Copy, Unit
 from tensorsurgeon.quant.scheme import Quantized
 from tensorsurgeon.tensors.arrays import Workspace, empty
@@ -51,8 +53,24 @@ def run_unit(
     """
     workspace.reset(max(unit.peak_bytes, keep_bytes))
     made: dict[int, Array] = {}
-    for task in unit.tasks:
-        arrays = _apply(task, steps, source, made, codes)
+    chosen = {} if codes is None else _chosen(unit.tasks, codes)
+    # A weight whose codes were chosen is not asked for, so nothing streams into it.
+    streams = {number: stream for number, stream in streams_of(unit.tasks, steps).items() if number not in chosen}
+    streamed = {number for stream in streams.values() for givers in stream.givers for number in givers}
+    for number in _needed(unit, chosen):
+        task = unit.tasks[number]
+        if number in streamed:
+            continue
+        if number in chosen:
+            arrays = chosen.pop(number)
+        elif number in streams:
+            arrays = _apply_rows(unit.tasks, streams[number], steps, source, workspace)
+        else:
+            inputs = [
+                gather(region, pieces, source, made) for region, pieces in zip(task.rewrite.inputs, task.inputs, strict=True)
+            ]
+            arrays = steps[task.step].apply(task.rewrite, inputs)
+        check_produced(task.rewrite, arrays)
         made.update(zip(task.outputs, arrays, strict=True))
     digests = []
     for write in unit.writes:
@@ -70,14 +88,44 @@ def _bytes_of(array: Array) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
 
 
-def _apply(
-    task: Task, steps: Sequence[Transform], source: Source, made: dict[int, Array], codes: CodesProvider | None
+def _chosen(tasks: Sequence[Task], codes: CodesProvider) -> dict[int, Sequence[Array]]:
+    """What tasks make whose codes calibration chose, by number."""
+    found = ((number, _from_codes(task.rewrite, codes)) for number, task in enumerate(tasks))
+    return {number: arrays for number, arrays in found if arrays is not None}
+
+
+def _needed(unit: Unit, chosen: Mapping[int, Sequence[Array]]) -> list[int]:
+    """The tasks to run, in order: not those that only make what codes were chosen from already."""
+    if not chosen:
+        return list(range(len(unit.tasks)))
+    wanted = {write.origin for write in unit.writes}
+    needed = []
+    for number in reversed(range(len(unit.tasks))):
+        task = unit.tasks[number]
+        if task.outputs and wanted.isdisjoint(task.outputs):
+            continue
+        needed.append(number)
+        if number not in chosen:
+            wanted |= {piece.origin for pieces in task.inputs for piece in pieces}
+    return needed[::-1]
+
+
+def _apply_rows(
+    tasks: Sequence[Task], stream: Stream, steps: Sequence[Transform], source: Source, workspace: Workspace
 ) -> Sequence[Array]:
-    arrays = None if codes is None else _from_codes(task.rewrite, codes)
-    if arrays is None:
-        inputs = [gather(region, pieces, source, made) for region, pieces in zip(task.rewrite.inputs, task.inputs, strict=True)]
-        arrays = steps[task.step].apply(task.rewrite, inputs)
-    check_produced(task.rewrite, arrays)
+    """A weight that is given and taken row block by row block; what gives it reads the source alone."""
+    task = tasks[stream.taker]
+
+    def blocks(givers: Sequence[int]) -> Iterator[Array]:
+        for number in givers:
+            mark = workspace.mark()
+            giver = tasks[number]
+            inputs = [gather(r, pieces, source, {}) for r, pieces in zip(giver.rewrite.inputs, giver.inputs, strict=True)]
+            yield from steps[giver.step].rows(giver.rewrite, inputs)  # type: ignore[attr-defined]  # as streams_of found
+            workspace.release(mark)
+
+    taker = steps[task.step]
+    arrays: Sequence[Array] = taker.apply_rows(task.rewrite, [partial(blocks, g) for g in stream.givers])  # type: ignore[attr-defined]
     return arrays
 
 

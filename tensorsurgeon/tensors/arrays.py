@@ -57,6 +57,15 @@ class Workspace:
         self._used = []
         self._shrink(self._limit)
 
+    def mark(self) -> int:
+        """A place to go back to with ``release``."""
+        return len(self._used)
+
+    def release(self, mark: int) -> None:
+        """Take back what was handed out since ``mark``."""
+        self._free += self._used[mark:]
+        del self._used[mark:]
+
     def clear(self) -> None:
         """Let go of every buffer."""
         self._free, self._used = [], []
@@ -91,6 +100,18 @@ def empty(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
     if workspace is None:
         return np.empty(shape, dtype)
     return workspace.empty(shape, np.dtype(dtype))
+
+
+@contextmanager
+def for_a_while() -> Iterator[None]:
+    """What ``empty`` hands out within the block is void behind it, and is handed out again."""
+    workspace: Workspace | None = getattr(_local, "workspace", None)
+    mark = 0 if workspace is None else workspace.mark()
+    try:
+        yield
+    finally:
+        if workspace is not None:
+            workspace.release(mark)
 
 
 @contextmanager

@@ -32,10 +32,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_is_on_at_three_bits_and_off_at_four_and_the_record_says_so(whole: Path, tmp_path: Path) -> None:
+def test_it_is_on_at_few_bits_with_signed_scales_and_the_record_says_so(whole: Path, tmp_path: Path) -> None:
     assert record(whole / "out")["leaning_targets"] == record(whole / "out")["signed_scales"] == 127
-    run(tmp_path / "four", samples=2, plan={"num_bits": 4})
-    assert (record(tmp_path / "four")["leaning_targets"], record(tmp_path / "four")["signed_scales"]) == (0, 127)
+    run(tmp_path / "eight", samples=2, plan={"num_bits": 8})
+    assert (record(tmp_path / "eight")["leaning_targets"], record(tmp_path / "eight")["signed_scales"]) == (0, 127)
     run(tmp_path / "unsigned", samples=2, plan={"num_bits": 3, "signed": False})
     assert (record(tmp_path / "unsigned")["leaning_targets"], record(tmp_path / "unsigned")["signed_scales"]) == (0, 0)
 
@@ -99,7 +99,7 @@ def test_kept_statistics_give_the_same_codes_or_are_refused(whole: Path, tmp_pat
     crosses = [name for name in second if name.endswith(".cross")]
     assert len(crosses) == len(second) // 2
     assert all(bool(second[name].abs().max() > 0) and bool(torch.isfinite(second[name]).all()) for name in crosses)
-    run(tmp_path / "four", samples=2, plan={"num_bits": 4}, write_statistics=tmp_path / "uncrossed")
+    run(tmp_path / "eight", samples=2, plan={"num_bits": 8}, write_statistics=tmp_path / "uncrossed")
     with pytest.raises(RecipeError, match="--asymmetric"):
         run(tmp_path / "refused", read_statistics=tmp_path / "uncrossed", asymmetric=0.5)
     run(tmp_path / "off", read_statistics=tmp_path / "uncrossed", asymmetric=0.0)

@@ -41,6 +41,7 @@ def skeleton(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
         ("awq-int4-g128", {}, 30970, 22.1, 19),
         ("fp8-block", {}, 30970, 38.3, 19),
         ("nvfp4a16", {}, 30970, 23.6, 19),
+        ("mxfp4a16", {}, 30970, 22.5, 19),
     ],
 )
 def test_a_published_conversion_has_the_published_counts_and_size(

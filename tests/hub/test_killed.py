@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from tensorsurgeon import api
+from tests.calibrate.models import TEXT
+from tests.checkpoints import FIXTURE
 from tests.hub.conversions import contents, in_shards, shard_names
 from tests.hub.server import Hub
 
@@ -29,8 +31,8 @@ def environment(hub: Hub, cache: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def start(hub: Hub, tmp_path: Path, target: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tensorsurgeon", "apply", "split-experts", "owner/large", str(target)]
+def start(hub: Hub, tmp_path: Path, target: Path, *more: str, transform: str = "split-experts") -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tensorsurgeon", "apply", transform, "owner/large", str(target)]
     options = ["--workers", "2", "--max-shard-size", "3MB", *more]
     with open(tmp_path / "said", "ab") as said:
         return subprocess.Popen([*command, *options], env=environment(hub, tmp_path / "cache"), stdout=said, stderr=said)
@@ -119,3 +121,27 @@ def test_resume_goes_on_with_the_commit_although_the_branch_moved(hub: Hub, mode
     done = subprocess.run(command, env=environment(hub, tmp_path / "cache"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert contents(target) == contents(tmp_path / "local")
+
+
+@pytest.mark.parametrize("lines", [1, 30, 100])
+def test_a_calibrated_run_is_killed_and_resumed(hub: Hub, tmp_path: Path, lines: int) -> None:
+    """In the first layer, between layers, and near the end."""
+    api.apply(api.plan("split-experts", FIXTURE, max_shard_size="1MB"), tmp_path / "model")
+    hub.storage.add_model("owner/large", tmp_path / "model")
+    options = ["--calibration", str(TEXT), "--samples", "4", "--sequence-length", "64"]
+    whole, target = tmp_path / "whole", tmp_path / "out"
+    assert start(hub, tmp_path, whole, *options, transform="ct-w4a16-g32").wait(120) == 0, (tmp_path / "said").read_text()
+    hub.requests.clear()
+    run = start(hub, tmp_path, target, *options, transform="ct-w4a16-g32")
+    while not journalled(lines)(target):
+        assert run.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.0005)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    again = start(hub, tmp_path, target, *options, "--resume", transform="ct-w4a16-g32")
+    assert again.wait(120) == 0, (tmp_path / "said").read_text()
+    for path in (*whole.glob("*.safetensors"), whole / "config.json", whole / "model.safetensors.index.json"):
+        assert (target / path.name).read_bytes() == path.read_bytes()
+    assert not (target / ".surgeon").exists()
+    # A layer is done again from its beginning, so that its shards may come again; those of layers that were done do not.
+    assert max(hub.fetched().values()) <= 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants, snapshot_download
@@ -273,3 +274,12 @@ def test_a_repository_that_lacks_a_shard(hub: Hub, model: Path) -> None:
     hub.storage.add_model("owner/tiny", model)
     with pytest.raises(MissingTensorError, match=r"the index names 3 shards, but model-00002-of-00003\.safetensors missing"):
         open_checkpoint("owner/tiny")
+
+
+def test_a_hub_that_says_nothing_is_asked_again(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    hub.storage.add_model("owner/tiny", model)
+    monkeypatch.setattr("tensorsurgeon.checkpoint.hub.repository._SECONDS", 0.3)
+    monkeypatch.setattr("tensorsurgeon.checkpoint.hub.faults._WAITS", (0.1, 0.1))
+    hub.faults.add("GET /stored", stall=1.0)
+    same(open_checkpoint("owner/tiny"), open_checkpoint(model))
+    assert "the Hub cannot be reached (timed out); check the connection, or HF_ENDPOINT; trying again" in caplog.text

@@ -300,3 +300,37 @@ def test_offline_a_whole_snapshot_is_converted(hub: Hub, tmp_path: Path, monkeyp
     convert("split-experts", "owner/tiny", tmp_path / "out")
     convert("split-experts", FIXTURE, tmp_path / "local")
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
+
+
+def test_what_a_stopped_run_fetched_is_no_part_of_the_next(hub: Hub, tmp_path: Path) -> None:
+    """Started over with another source, or from a folder, where nothing knows of a spool."""
+    folder = in_shards(tmp_path / "model")
+    repository = hub.storage.add_model("owner/large", folder)
+    hub.storage.add_model("owner/tiny", FIXTURE)
+    plan = api.plan("split-experts", "owner/large")
+    stale = repository.files()[shard_names(folder)[6]].sha256
+    for source in ("owner/tiny", FIXTURE):
+        hub.faults.add(f"GET /stored/{stale}", times=99, status=403)
+        with pytest.raises(SourceError):
+            api.apply(plan, tmp_path / "out", overwrite=(tmp_path / "out").exists())
+        hub.faults.clear()
+        spool = tmp_path / "out" / ".surgeon" / "spool"
+        (spool / "model-00001-of-00004.safetensors").write_bytes(b"of another model")
+        (spool / ".cache" / "huggingface" / "download").mkdir(parents=True, exist_ok=True)
+        (spool / ".cache" / "huggingface" / "download" / "x.incomplete").write_bytes(b"half")
+        convert("split-experts", source, tmp_path / "out", overwrite=True)
+        assert not (tmp_path / "out" / ".surgeon").exists()
+        assert api.verify(tmp_path / "out", against=FIXTURE).is_sound
+
+
+def test_of_a_run_that_stopped_what_was_not_read_stays(hub: Hub, tmp_path: Path) -> None:
+    folder = in_shards(tmp_path / "model")
+    repository = hub.storage.add_model("owner/large", folder)
+    plan = api.plan("split-experts", "owner/large")
+    hub.faults.add(f"GET /stored/{repository.files()[shard_names(folder)[6]].sha256}", times=99, status=403)
+    with pytest.raises(SourceError):
+        api.apply(plan, tmp_path / "out")
+    # What was fetched and not read lies there; of what was read nothing does.
+    left = {p.name for p in (tmp_path / "out" / ".surgeon" / "spool").glob("*.safetensors")}
+    assert len(left) <= 3
+    assert not list((tmp_path / "out" / ".surgeon" / "spool").rglob("*.incomplete"))

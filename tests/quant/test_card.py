@@ -52,9 +52,12 @@ def problem(batch: int, rows: int, columns: int, tokens: int = 900, seed: int = 
     return weight.bfloat16().float(), inputs.mT @ inputs
 
 
-def base(weight: Tensor, group_size: int, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+def base(weight: Tensor, group_size: int, bits: int, symmetric: bool | str) -> tuple[Tensor, Tensor | None]:
     groups = weight.view(*weight.shape[:2], -1, weight.shape[2] if group_size == -1 else group_size)
     qmin, qmax = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    if symmetric == "signed":
+        extreme = groups.gather(3, groups.abs().argmax(3, keepdim=True))[..., 0]
+        return bf16(extreme / qmin), None
     if symmetric:
         return bf16(groups.abs().amax(3) / ((qmax - qmin) / 2)), None
     low, high = groups.amin(3).clamp(max=0), groups.amax(3).clamp(min=0)
@@ -75,12 +78,18 @@ CASES = [
     (2, 20, 256, -1, 8, True, GptqOptions(polish=Polish())),
     (2, 20, 256, 64, 3, False, GptqOptions(polish=Polish())),
     (1, 20, 320, 64, 4, False, GptqOptions(polish=Polish(), act_order="none")),
+    (2, 33, 256, 32, 4, "signed", GptqOptions(polish=Polish())),
+    (2, 20, 256, 64, 3, "signed", GptqOptions(polish=Polish())),
     (3, 17, 192, 96, 4, True, GptqOptions(search=None)),
     (2, 12, 48, 16, 4, True, GptqOptions(search=ScaleSearch(steps=5))),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}x{c[1]}x{c[2]}-g{c[3]}-{c[4]}bit-{'sym' if c[5] else 'asym'}")
+@pytest.mark.parametrize(
+    "case",
+    CASES,
+    ids=lambda c: f"{c[0]}x{c[1]}x{c[2]}-g{c[3]}-{c[4]}bit-{c[5] if c[5] == 'signed' else 'sym' if c[5] else 'asym'}",
+)
 def test_the_batched_form_gives_the_codes_and_losses_of_the_form_for_the_cpu(case: Any, device: torch.device) -> None:
     batch, rows, columns, group_size, bits, symmetric, options = case
     weight, hessian = problem(batch, rows, columns)
@@ -107,6 +116,7 @@ def test_the_batched_form_gives_the_codes_and_losses_of_the_form_for_the_cpu(cas
     assert exact == pytest.approx(theirs, rel=0.01)
     assert float(made.loss.sum()) == pytest.approx(exact, rel=2e-3)
     assert torch.equal(scales, bf16(scales))
+    assert torch.equal(scales.sign(), scale.sign())
     assert int(codes.min()) >= qmin
     assert int(codes.max()) <= qmax
 

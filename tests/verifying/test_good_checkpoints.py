@@ -98,6 +98,17 @@ def test_a_contradiction_that_the_source_has_as_well_is_no_fault_of_what_was_mad
     assert {fault.kind for fault in verify(tmp_path / "out", MOE).faults} >= {"config-size", "config-differs"}
 
 
+def test_a_few_modules_with_signed_scales_among_others_are_no_fault(tmp_path: Path) -> None:
+    """As where one step chooses codes by calibration and another rounds to nearest."""
+    made, signed = Spoilt(subject("ct-packed"), tmp_path / "mixed"), Spoilt(subject("ct-packed-signed"), tmp_path / "signed")
+    module = next(name.removesuffix(".weight_scale") for name in made.tensors if name.endswith("q_proj.weight_scale"))
+    for name in [name for name in made.tensors if name.startswith(f"{module}.")]:
+        made.tensors[name] = signed.tensors[name]
+    found = verify(made.save(), MOE)
+    assert not found.faults, [str(fault) for fault in found.faults]
+    assert [note.kind for note in found.notes].count("signed-scales") == 1
+
+
 @pytest.mark.parametrize("shape", [(1, 33), (33, 1), (33, 2), (2, 3)])
 @pytest.mark.parametrize("name", ["ct-w8a8-int8", "quark-w8a8-int8"])
 def test_weights_of_a_few_dozen_elements_raise_no_alarm(name: str, shape: tuple[int, int], tmp_path: Path) -> None:

@@ -53,6 +53,11 @@ def a_flipped_sign(s: Spoilt) -> None:
     s.tensors[f"{E1}.weight_scale"][11] *= -1
 
 
+@planted("ct-packed", "negative-scale", f"{E1}.weight_scale[0, 0]", "512 of the 512 scales")
+def every_sign_of_a_module_flipped(s: Spoilt) -> None:
+    s.tensors[f"{E1}.weight_scale"] *= BF16(-1)
+
+
 @planted("ct-nvfp4", "negative-scale", f"{E1}.weight_scale[11, 2]", "is negative")
 def a_flipped_sign_of_a_local_scale(s: Spoilt) -> None:
     s.tensors[f"{E1}.weight_scale"].view(np.uint8)[11, 2] |= 0x80

@@ -95,7 +95,7 @@ class CardLayers:
             if not self.walk.reaches(stage.layer):
                 parts, without = [], dict.fromkeys(range(len(linears)), NOT_REACHED)
             original = None
-            if outputs is not None and carries_original(self.walk, self.asymmetric, stage, parts):
+            if outputs is not None and self.asymmetric and carries_original(self.walk, self.options, stage, parts):
                 original = self._open(self.state.original_path(stage.layer + 1), create=True)
             following = Stage(stage.layer + 1, outputs, original)
             made = self._quantized(stage, module, following, linears, parts, stacks)

@@ -7,6 +7,7 @@ original inputs in that same pass, and every linear is seen with both inputs of 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,22 +23,28 @@ from tensorsurgeon.calibrate.walk.statistics import LayerObserver
 from tensorsurgeon.calibrate.walk.walk import Observer, Walk
 from tensorsurgeon.errors import JournalError, PlanError
 
+logger = logging.getLogger(__name__)
+
 
 def is_asymmetric(linears: Sequence[Linear], options: CalibrationOptions) -> bool:
     """Whether any linear of a run has a target that leans."""
     return any(share_for(linear.scheme, linear.method, options) for linear in linears)
 
 
-def carries_original(walk: Walk, asymmetric: bool, stage: Stage, parts: Sequence[Part]) -> bool:
-    """Whether the layer of ``stage`` has original outputs that differ; PlanError where they cannot be carried."""
-    if not asymmetric or not (parts or stage.original is not None):
+def carries_original(walk: Walk, options: CalibrationOptions, stage: Stage, parts: Sequence[Part]) -> bool:
+    """Whether the layer of ``stage`` has original outputs that differ; PlanError where they are asked for and cannot be had."""
+    if not (parts or stage.original is not None):
         return False
-    if walk.passes_on:
+    if not walk.passes_on:
+        return True
+    if options.asymmetric:
         raise PlanError(
             "layers of this model hand on more than hidden states, and original ones are carried for hidden states alone; give "
             "--asymmetric 0"
         )
-    return True
+    if stage.layer == 0:
+        logger.info("layers of this model hand on more than hidden states: targets do not lean towards original outputs")
+    return False
 
 
 def reopened(layer: int, digest: str, state: CalibrationState, open_states: Callable[[Path], HiddenStates]) -> Stage:

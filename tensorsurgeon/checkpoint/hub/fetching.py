@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from tensorsurgeon.checkpoint.hub.faults import persistently
+from tensorsurgeon.checkpoint.hub.repository import silent_bar
 from tensorsurgeon.checkpoint.hub.snapshot import HubFile, Snapshot
 from tensorsurgeon.errors import SourceError
 
@@ -86,7 +87,7 @@ class Fetcher:
 
         def download() -> str:
             more: dict[str, Any] = {} if self._spool is None else {"local_dir": self._spool}
-            more["tqdm_class"] = _watching(self._watch)
+            more["tqdm_class"] = silent_bar(self._watch)
             return str(hf_hub_download(self._snapshot.repository, name, revision=self._snapshot.commit, **more))
 
         return Path(persistently(download, where, SourceError))
@@ -103,18 +104,3 @@ class Fetcher:
                 digest.update(chunk)
                 self._watch()
         return digest.hexdigest() == (file.sha256 or file.git)
-
-
-def _watching(watch: Callable[[], None]) -> Any:
-    """A bar of tqdm's that shows nothing and calls ``watch`` with every piece."""
-    from tqdm import tqdm
-
-    class Watching(tqdm):  # type: ignore[type-arg]
-        def __init__(self, *arguments: Any, **named: Any) -> None:
-            super().__init__(*arguments, **{**{k: v for k, v in named.items() if k != "name"}, "disable": True})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            watch()
-            return super().update(n)
-
-    return Watching

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -84,7 +84,7 @@ def fetch_into_cache(snapshot: Snapshot, names: Iterable[str]) -> Path:
 
     def fetch(name: str) -> Path:
         def download() -> str:
-            return hf_hub_download(snapshot.repository, name, revision=snapshot.commit, tqdm_class=_silent())
+            return hf_hub_download(snapshot.repository, name, revision=snapshot.commit, tqdm_class=silent_bar())
 
         path = Path(persistently(download, snapshot.where(name), CheckpointError))
         return path.parents[name.count("/")]
@@ -101,13 +101,17 @@ def fetch_into_cache(snapshot: Snapshot, names: Iterable[str]) -> Path:
     return folders[0]
 
 
-def _silent() -> Any:
-    """A bar of tqdm's that shows nothing: progress is the caller's to tell."""
+def silent_bar(watch: Callable[[], None] = lambda: None) -> Any:
+    """A class of bars, as tqdm's, that show nothing: progress is the caller's to tell. ``watch`` is called with every piece."""
     from tqdm import tqdm
 
     class Silent(tqdm):  # type: ignore[type-arg]
         def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **{**{k: v for k, v in named.items() if k != "name"}, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            watch()
+            return super().update(n)
 
     return Silent
 
