@@ -18,9 +18,14 @@ from tensorsurgeon.errors import SurgeonError
 
 
 class Place(click.Path):
-    """A path as a person writes it: ``~`` is the home folder also where no shell has seen it."""
+    """A path as a person writes it: ``~`` is the home folder also where no shell has seen it.
+
+    A path of nothing, as of a variable that was never set, would be the current folder, and is refused.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty; name a folder, or . for this one", param, ctx)
         return super().convert(os.path.expanduser(value) if isinstance(value, str) else value, param, ctx)
 
 

@@ -93,6 +93,9 @@ def run_plan(
     if plan.needs_codes and not plan.calibration:
         # Rounding to nearest instead would be the silent kind of garbage.
         raise RecipeError("a step chooses codes by calibration (method gptq or imatrix); give data to calibrate on")
+    if not os.fspath(target):
+        # Of a variable of the shell that was never set; a path of nothing is the current folder.
+        raise TargetError("TARGET is empty; name a folder, or . for this one")
     if plan.written:
         logger.info("%s", codes_text(plan))
     target, stop = Path(target), stop or threading.Event()

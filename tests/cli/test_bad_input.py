@@ -384,3 +384,25 @@ def test_a_file_too_large_for_its_owner_stops_the_run_with_a_message(moe, tmp_pa
     result = CliRunner().invoke(main, ["apply", "split-experts", str(moe), str(tmp_path / "t"), "--resume"])
     assert result.exit_code == 0, result.stderr
     assert json.loads((tmp_path / "t" / "surgeon.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "cast", ""),
+        ("apply", "cast", "s", ""),
+        ("apply", "cast", "", "t"),
+        ("verify", ""),
+        ("resume", ""),
+        ("inspect", ""),
+    ],
+)
+def test_a_path_of_nothing_is_not_the_current_folder(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`surgeon apply X SOURCE "$OUT"` where OUT was never set."""
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, list(words))
+    assert result.exit_code == 2
+    assert "is empty; name a folder" in result.stderr
+    assert not list(tmp_path.iterdir())

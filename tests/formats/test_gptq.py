@@ -188,3 +188,10 @@ def test_a_stored_zero_point_of_0_minus_one_is_refused_where_nobody_says_who_wro
             Gptq.from_config({**config, **meta}, {}).unpack(arrays, scheme)
         zero_points = {**arrays, "qzeros": np.full_like(arrays["qzeros"], 0x22222222)}
         assert (Gptq.from_config({**config, **meta}, {}).unpack(zero_points, scheme).zero_point == 3 - 8).all()
+
+
+@pytest.mark.parametrize("meta", [5, "x", [], [1], None, True, {"static_groups": 5}, {"quantizer": {"a": 1}}])
+def test_meta_of_any_kind_is_read_past(meta):
+    model = written(V1, under(V1.resolve_scheme(w(4, 32), BF16)))
+    config = {**V1.config_files(model).quantization_config, "meta": meta}
+    assert Gptq.from_config(config, model.specs).read_config(config, model.specs) == dict(model.modules)

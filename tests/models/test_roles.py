@@ -269,3 +269,11 @@ def test_a_model_whose_linears_no_engine_quantizes_is_refused_with_the_reason():
     with pytest.raises(NoMatchError, match=r"mixer\.in_proj\.weight: vllm .* builds it without a quantization config \(asked\)"):
         selected_linears(specs, ["role:linear"])
     assert selected_linears(specs, ["{path*}.mixer.in_proj.weight"]) == ["backbone.layers.0.mixer.in_proj.weight"]
+
+
+@pytest.mark.parametrize("odd", [5, 1.5, True, "LlamaForCausalLM", {"a": 1}, [5, None, ["x"]], None])
+def test_architectures_of_any_kind_are_no_reason_to_stop(odd):
+    specs = specs_of({**ends(), **attention(f"{LAYER}.self_attn")})
+    specs.config = {**specs.config, "architectures": odd}
+    assert describe_model(specs).role(f"{LAYER}.self_attn.q_proj.weight") is Role.ATTENTION
+    assert describe_model(specs).known_by
