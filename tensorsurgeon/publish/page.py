@@ -58,7 +58,7 @@ def _library() -> str:
             "pages carry Vega-Lite in them, from altair and vl-convert: pip install 'tensorsurgeon[page]'"
         ) from error
     version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-    bundle: str = vl_convert.javascript_bundle(None, vl_version=version)
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
     return bundle.replace("</script", "<\\/script")
 
 
