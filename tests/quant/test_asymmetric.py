@@ -75,8 +75,8 @@ def test_many_at_once_are_each_as_alone() -> None:
     pairs = [inputs(500, 48, seed) for seed in range(3)]
     hessians = torch.stack([q.T @ q for _, q in pairs])
     crosses = torch.stack([(o - q).T @ q for o, q in pairs])
-    made = on_card(crosses, hessians)
-    for cross, hessian, step in zip(crosses, hessians, made, strict=True):
-        alone = correction(cross, hessian)
+    made = on_card(crosses, hessians, [RIDGE, RIDGE, 0.5])
+    for cross, hessian, step, ridge in zip(crosses, hessians, made, [RIDGE, RIDGE, 0.5], strict=True):
+        alone = correction(cross, hessian, ridge)
         assert alone is not None
         torch.testing.assert_close(step, alone, rtol=1e-3, atol=1e-5)

@@ -18,7 +18,7 @@ from tensorsurgeon.calibrate.card.made import Made
 from tensorsurgeon.calibrate.card.states import host_buffer
 from tensorsurgeon.calibrate.codes.assembly import Assemblies, Rounded
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal
-from tensorsurgeon.calibrate.codes.rules import ALL_ZERO, damping_for, share_for, store_scale_of, why_rounded
+from tensorsurgeon.calibrate.codes.rules import ALL_ZERO, damping_for, ridge_for, share_for, store_scale_of, why_rounded
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.walk.experts import InputStatistics
 from tensorsurgeon.calibrate.walk.lines import lines_of
@@ -174,7 +174,8 @@ class CardQuantizer:
             lit = [b for b in chosen if seen[b]]
             share = share_for(kind.scheme, kind.method, self.options)
             if cross is not None and share and lit:
-                self._lean(made, kind, correction(cross[lit], hessian[lit]), share, lit)
+                ridge = [ridge_for(tokens[b], kind.columns) for b in lit]
+                self._lean(made, kind, correction(cross[lit], hessian[lit], ridge), share, lit)
             for b, damping in zip(lit, self._gptq(made, hessian, tokens, lit, grid), strict=True):
                 results[b] = _Result("gptq", damping, "")
         if put_back:
@@ -191,11 +192,10 @@ class CardQuantizer:
 
     def _lean(self, made: Made, kind: _Alike, step: Tensor, share: float, which: list[int]) -> None:
         """Other targets, and what rounding to nearest makes of them."""
-        weight = made.weight[which]
-        weight = torch.baddbmm(weight, weight, step, alpha=share)
+        weight = torch.baddbmm(made.weight[which], made.weight[which], step, alpha=share)
         codes, scale, zero_point = integer_codes(weight.view(-1, kind.columns), kind.scheme, arithmetic_of(kind.scheme, F32))
-        shape = (len(which), kind.rows, -1)
-        made.weight[which], made.codes[which], made.scale[which] = weight, codes.view(shape), scale.view(shape)
+        made.weight[which], shape = weight, (len(which), kind.rows, -1)
+        made.codes[which], made.scale[which] = codes.view(shape), scale.view(shape)
         if made.zero_point is not None and zero_point is not None:
             made.zero_point[which] = zero_point.view(shape).float()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tensorsurgeon.calibrate.codes.assembly import Assemblies, Rounded
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal
-from tensorsurgeon.calibrate.codes.rules import ALL_ZERO, damping_for, share_for, store_scale_of, why_rounded
+from tensorsurgeon.calibrate.codes.rules import ALL_ZERO, damping_for, ridge_for, share_for, store_scale_of, why_rounded
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.walk.experts import InputStatistics
 from tensorsurgeon.calibrate.walk.statistics import LayerStatistics, is_finite
@@ -193,7 +193,8 @@ class _SharedFactors:
             if not share_for(job.scheme, job.method, self._options):
                 return _Shared(found, factor, None)
             if step is None and factor is not None and found is not None and found.cross is not None:
-                self._made[key] = known = _Shared(found, factor, correction(found.cross, found.hessian))
+                ridge = ridge_for(found.tokens, len(found.diagonal))
+                self._made[key] = known = _Shared(found, factor, correction(found.cross, found.hessian, ridge))
             return known
 
     def done(self, key: str) -> None:

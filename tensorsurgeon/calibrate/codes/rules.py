@@ -8,12 +8,14 @@ import torch
 
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.formats.scales import scale_dtype_of
+from tensorsurgeon.quant.gptq.asymmetric import RIDGE
 from tensorsurgeon.quant.gptq.scale_search import StoreScale
 from tensorsurgeon.quant.rtn.plain_torch import TORCH_DTYPES
 from tensorsurgeon.quant.scheme import Scheme
 
 _MOST_DAMPING: Final = 2.0
 _SHARE: Final = 0.5
+_RIDGE_TOKENS: Final = 1.0
 _MOST_BITS: Final = 4
 
 
@@ -38,6 +40,14 @@ def share_for(scheme: Scheme, method: str, options: CalibrationOptions) -> float
     if options.asymmetric is not None:
         return options.asymmetric
     return _SHARE if scheme.num_bits <= _MOST_BITS and scheme.has_signed_scales else 0.0
+
+
+def ridge_for(tokens: int, in_features: int) -> float:
+    """What pulls a leaning target back, as a share of the Hessian's mean diagonal: more where tokens are few.
+
+    With two tokens for each input feature the usual ridge fits noise: KL was 6 and 8 % above that without leaning.
+    """
+    return max(RIDGE, _RIDGE_TOKENS * in_features / max(1, tokens))
 
 
 def why_rounded(tokens: int, is_finite: bool, fallback_tokens: int) -> str:

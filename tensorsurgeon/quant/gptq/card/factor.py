@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tensorsurgeon.errors import NumericError
-from tensorsurgeon.quant.gptq.asymmetric import RIDGE
 from tensorsurgeon.quant.gptq.hessian import FIRST_DAMPING, LAST_DAMPING, PIVOT_FLOOR, PROBE_TOLERANCE, ActOrder
 
 
@@ -56,11 +56,11 @@ def factor(hessian: Tensor, damp_percent: Tensor, act_order: ActOrder) -> Factor
     return Factors(lower, order, damped - diagonal, used)
 
 
-def correction(cross: Tensor, hessian: Tensor) -> Tensor:
+def correction(cross: Tensor, hessian: Tensor, ridge: Sequence[float]) -> Tensor:
     """``asymmetric.correction`` of many: C (H + ridge)^-1, [B, K, K]."""
     if not bool(torch.isfinite(cross).all()):
         raise NumericError("cross products of original and quantized inputs are not finite")
-    factors = factor(hessian, torch.full((len(hessian),), RIDGE, dtype=torch.float64, device=hessian.device), "none")
+    factors = factor(hessian, torch.tensor(ridge, dtype=torch.float64, device=hessian.device), "none")
     order = factors.order[:, :, None].expand_as(cross)
     solved = torch.cholesky_solve(torch.gather(cross.mT, 1, order), factors.lower)
     return torch.empty_like(cross).scatter_(1, order, solved).mT.contiguous()
