@@ -27,6 +27,8 @@ from tests.calibrate.models import TEXT, options_of, plan_of, save_random, write
 from tests.checkpoints import FIXTURE, assert_same, read_all
 
 PUBLISHED = ("gptq-int4-g128", "ct-w4a16-g32", "ct-w8a16")
+# The vision tower is in the scope of one of them, and no text reaches it.
+UNREACHED = {"ct-w8a16": {"lies outside the decoder layers that transformers runs"}}
 
 
 def methods(target: Path) -> Counter[str]:
@@ -56,7 +58,7 @@ def test_four_tokens_round_everything_to_nearest_and_say_so(transform: str, four
     said = calibrate(tmp_path / "out", *asked, transform=transform)
     assert " rtn (100.0 %)" in said
     assert "saw fewer than 8 calibration tokens" in said
-    assert notes(tmp_path / "out") == {"saw fewer than 8 calibration tokens"}
+    assert notes(tmp_path / "out") == {"saw fewer than 8 calibration tokens"} | UNREACHED.get(transform, set())
     assert surgeon("apply", transform, FIXTURE, tmp_path / "rounded", "--set", "signed=true").exit_code == 0
     assert_same(read_all(tmp_path / "out"), read_all(tmp_path / "rounded"))
     assert_sound(tmp_path / "out", tmp_path / "back")
@@ -66,7 +68,7 @@ def test_four_tokens_round_everything_to_nearest_and_say_so(transform: str, four
 def test_four_tokens_without_a_fallback_still_give_finite_codes(transform: str, four: Path, tmp_path: Path) -> None:
     asked = ("--calibration", four, "--samples", 1, "--sequence-length", 4, "--fallback-tokens", 0, "--experts", "routed")
     said = calibrate(tmp_path / "out", *asked, transform=transform)
-    assert notes(tmp_path / "out") == {"saw no calibration token"}
+    assert notes(tmp_path / "out") == {"saw no calibration token"} | UNREACHED.get(transform, set())
     assert "saw no calibration token" in said
     assert methods(tmp_path / "out")["gptq"] > 0
     assert_sound(tmp_path / "out", tmp_path / "back")
