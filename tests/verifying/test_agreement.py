@@ -82,7 +82,7 @@ def test_every_method_of_the_registry_has_a_dialect_here() -> None:
 
 
 def test_the_judge_shares_no_code_with_what_wrote() -> None:
-    """But for planning, which states what was asked for, where a recipe is replayed: the recorded one, or splitting a source's stacks."""
+    """But for planning, which states what was asked for, where a recipe is replayed: the record's, or splitting stacks."""
     replaying = {"recipes.py", "planned.py", "lineage.py", "stacks.py"}
     never = {"formats", "quant", "engines", "calibrate"}
     shared = set()
