@@ -8,7 +8,7 @@ FIXTURE := fixtures/tiny-qwen3_5-moe
 #   make PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" test
 PIP_FLAGS ?=
 
-.PHONY: demo test test-slow fuzz kills bench-memory plants families lint types wheel engines bench bench-kl setup clean
+.PHONY: demo test test-more test-slow fuzz kills bench-memory plants families lint types wheel engines bench bench-kl setup clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# What of the slow tests takes minutes and no more: all but the tables of planted faults.
+test-more: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "slow and not engine and not gpu" --ignore tests/verifying/test_plants.py
 
 engines: $(STAMP)
 	bash tests/engines/vllm_env.sh .venvs/vllm

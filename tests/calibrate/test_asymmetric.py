@@ -108,6 +108,7 @@ def test_kept_statistics_give_the_same_codes_or_are_refused(whole: Path, tmp_pat
     assert all(off[name].tobytes() == auto[name].tobytes() for name in off)
 
 
+@pytest.mark.slow
 def test_outputs_come_nearer_to_the_original_ones(tmp_path: Path) -> None:
     """The last layer's states of held-out tokens under leaning codes and under plain ones, against the original ones."""
     from tests.calibrate.commands import weights_of

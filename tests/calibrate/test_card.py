@@ -54,7 +54,11 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "fields"), CASES, ids=lambda case: "-".join(case) or "default")
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [pytest.param(*case, marks=[] if number in (0, 5) else pytest.mark.slow) for number, case in enumerate(CASES)],
+    ids=lambda case: "-".join(case) or "default",
+)
 def test_codes_and_losses_are_those_of_the_cpu_within_rounding(
     options: dict[str, Any], fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

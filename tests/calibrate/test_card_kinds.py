@@ -28,6 +28,7 @@ KINDS = {
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_losses_are_those_of_the_cpu_within_rounding(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Few tokens are cut all the same.

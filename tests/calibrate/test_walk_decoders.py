@@ -124,6 +124,7 @@ def test_layers_that_reuse_the_choice_of_an_earlier_one_get_that_of_their_batch(
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zamba2", "gemma3n_text", "mamba2", "glm_moe_dsa"])
 def test_the_last_layer_is_fed_what_the_quantized_model_feeds_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -74,7 +74,7 @@ def model(tmp_path: Path, hub: Hub) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("point", range(10))
+@pytest.mark.parametrize("point", [pytest.param(k, marks=[] if k % 4 == 1 else pytest.mark.slow) for k in range(10)])
 def test_killed_and_resumed(hub: Hub, model: Path, tmp_path: Path, point: int) -> None:
     points = [
         exists(".surgeon/run.json"), exists(".surgeon/spool"), journalled(1), on_its_way(hub, 2), sent(hub, 4), journalled(5),
@@ -123,7 +123,7 @@ def test_resume_goes_on_with_the_commit_although_the_branch_moved(hub: Hub, mode
     assert contents(target) == contents(tmp_path / "local")
 
 
-@pytest.mark.parametrize("lines", [1, 30, 100])
+@pytest.mark.parametrize("lines", [pytest.param(1, marks=pytest.mark.slow), 30, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_calibrated_run_is_killed_and_resumed(hub: Hub, tmp_path: Path, lines: int) -> None:
     """In the first layer, between layers, and near the end."""
     api.apply(api.plan("split-experts", FIXTURE, max_shard_size="1MB"), tmp_path / "model")

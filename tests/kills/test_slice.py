@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_a_slice_of_the_campaign_loses_no_byte() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.kills", "--only", "rtn", "--kills", "4", "--seed", "7", "--kinds", "5"],
