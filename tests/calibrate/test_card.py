@@ -79,6 +79,7 @@ def test_codes_and_losses_are_those_of_the_cpu_within_rounding(
     assert sum(equal) / len(equal) > 0.9
 
 
+@pytest.mark.slow
 def test_neither_workers_nor_where_things_lie_change_a_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = options_of(samples=8, sequence_length=64)
     plans = [CardPlan("card", "card", 0), CardPlan("pinned", "pinned", 0), CardPlan("disk", "disk", 0)]
@@ -89,6 +90,7 @@ def test_neither_workers_nor_where_things_lie_change_a_byte(tmp_path: Path, monk
     assert all(other == made[0] for other in made[1:])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_where_it_was_and_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = options_of(samples=8, sequence_length=64)
     calibrate(tmp_path / "whole", options)

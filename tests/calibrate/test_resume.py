@@ -129,6 +129,7 @@ def half_a_state(target: Path) -> None:
     path.write_bytes(path.read_bytes()[:40])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [

@@ -27,6 +27,7 @@ READ_BACK = ("gpt_oss", "llama4", "qwen3_vl_moe", "granitemoe", "dbrx", "gemma4"
 JUDGED = ("mllama", "zamba2", "longcat_flash", "minicpm3", "deepseek_v4", "mistral3_fp8", "kimi_linear")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [*READ_BACK, *JUDGED])
 def test_a_family_is_right_without_calibration(name: str, tmp_path: Path) -> None:

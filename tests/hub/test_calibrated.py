@@ -75,6 +75,7 @@ def test_shards_in_the_order_of_layers_come_once(hub: Hub, tmp_path: Path) -> No
     fetched_once(hub, shard_names(tmp_path / "model"))
 
 
+@pytest.mark.slow
 def test_stopped_by_a_fault_it_goes_on(hub: Hub, model: Path, tmp_path: Path) -> None:
     repository = hub.storage.add_model("owner/tiny", model)
     calibrate(plan_of(model), tmp_path / "local")
@@ -100,6 +101,7 @@ def test_the_record_has_both(hub: Hub, model: Path, tmp_path: Path) -> None:
     assert api.verify(tmp_path / "out", against="owner/tiny").is_sound
 
 
+@pytest.mark.slow
 def test_layers_that_lie_in_shards_anyhow(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """Tensors dealt out at random, and nothing kept for later layers: shards come again, and nobody waits for ever."""
     monkeypatch.setattr("tensorsurgeon.planning.pace.KEPT_LAYERS", 0)
@@ -119,6 +121,7 @@ def test_layers_that_lie_in_shards_anyhow(hub: Hub, tmp_path: Path, monkeypatch:
     assert all(name in said for name in again)
 
 
+@pytest.mark.slow
 def test_a_quantized_model_gives_the_bytes_of_a_folder(hub: Hub, model: Path, tmp_path: Path) -> None:
     """Layers are read from codes and scales, whose names the model's weights do not have."""
     api.apply(api.plan("ct-w4a16-g32", model, max_shard_size="150KB"), tmp_path / "coded")

@@ -123,7 +123,8 @@ def test_resume_goes_on_with_the_commit_although_the_branch_moved(hub: Hub, mode
     assert contents(target) == contents(tmp_path / "local")
 
 
-@pytest.mark.parametrize("lines", [pytest.param(1, marks=pytest.mark.slow), 30, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [1, 30, 100])
 def test_a_calibrated_run_is_killed_and_resumed(hub: Hub, tmp_path: Path, lines: int) -> None:
     """In the first layer, between layers, and near the end."""
     api.apply(api.plan("split-experts", FIXTURE, max_shard_size="1MB"), tmp_path / "model")

@@ -46,6 +46,7 @@ def live(hub: Hub, out: Path, transform: str) -> dict[str, Any]:
     return dict(found)
 
 
+@pytest.mark.slow
 def test_from_a_name_to_a_published_repository(hub: Hub, tmp_path: Path) -> None:
     out = tmp_path / "out"
     live(hub, out, "gptq-int4-g128")

@@ -14,6 +14,7 @@ from benchmarks.bench_many import seen, write_many
 BYTES_EACH = {("inspect",): 800, ("verify",): 800, ("plan", "fuse-experts"): 1500, ("plan", "ct-w8a8-int8"): 4000}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_a_tensor_takes_a_bounded_number_of_bytes(tmp_path: Path) -> None:
     count = write_many(tmp_path / "many", 30_000)

@@ -65,6 +65,7 @@ def test_every_value_of_the_plan_is_looked_at_before_it_is_believed(made: Path, 
     assert accepted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "content", [b"", b"[" * 200_000, b"[1, [2]]", b'"x"', b"\xff\x00" * 99, b"---\n- 1\n---\n", b"---\na: 2020-99-99\n---\n"]

@@ -44,7 +44,7 @@ def put(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
     return changed
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n == "gptq-hybrid" else []) for n in CONFIGS])
 def test_no_value_of_a_config_stops_the_judge(name: str) -> None:
     checkpoint = open_checkpoint(subject(name))
     config = dict(checkpoint.config)

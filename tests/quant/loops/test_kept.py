@@ -113,6 +113,7 @@ def other_value(_: bytes) -> bytes:
     return b"\x80\x04N."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["nbi", "nbc"])
 @pytest.mark.parametrize("damage", [cut, emptied, nested, in_lists, other_value])
 def test_a_damaged_file_is_made_again(tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes]) -> None:
@@ -125,6 +126,7 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, suffix: str, damage: Calla
     assert run("pack4()", cache=tmp_path) == (1, 0, "")
 
 
+@pytest.mark.slow
 def test_code_with_one_wrong_bit_is_not_run(tmp_path: Path) -> None:
     run("pack4()", cache=tmp_path)
     (file,) = tmp_path.rglob("*.nbc")
@@ -138,6 +140,7 @@ def test_code_with_one_wrong_bit_is_not_run(tmp_path: Path) -> None:
     assert run("pack4()", cache=tmp_path) == (1, 0, "")
 
 
+@pytest.mark.slow
 def test_code_of_another_loop_is_not_run(tmp_path: Path) -> None:
     """As after a folder was put together from parts of two."""
     run("pack4()", "pack8()", cache=tmp_path)
@@ -149,6 +152,7 @@ def test_code_of_another_loop_is_not_run(tmp_path: Path) -> None:
     assert run("pack4()", "pack8()", cache=tmp_path) == (2, 0, "")
 
 
+@pytest.mark.slow
 def test_code_for_other_types_is_not_run(tmp_path: Path) -> None:
     """Two processes that compile one loop at once may both number their file 1: the index of one names code of the other."""
     calls = ["transpose()", "transpose(np.uint32)"]
@@ -210,6 +214,7 @@ def test_a_folder_that_is_lost_before_code_is_made_costs_no_run(tmp_path: Path) 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_many_processes_may_compile_at_once(tmp_path: Path) -> None:
     """Whatever they leave to each other, nobody's result is wrong, and soon nobody compiles any more."""
     calls = ["transpose()", "transpose(np.uint32)", "transpose(np.uint8)", "pack8()", "pack8(readonly=True)"]
