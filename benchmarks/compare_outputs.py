@@ -3,7 +3,8 @@
     git worktree add ../before 2a4210b
     python benchmarks/compare_outputs.py --before ../before [--only ct-w4a16-g32]
 
-Each transform runs once with each checkout, in its own process. Compared byte for byte is every file of the output;
+Each transform runs once with each checkout, in its own process. Compared byte for byte is every file of the output but the card and
+what it is made from;
 of surgeon.json the digests, since recipe, version and fingerprint say who wrote it. Exit status 1 if anything differs.
 """
 
@@ -90,9 +91,13 @@ def run(checkout: Path, work: Path, name: str) -> Path:
     return target
 
 
+# Written for people since there are cards; before, the original's README went along under its own name.
+FOR_PEOPLE = {"README.md", "README.base.md", "surgeon_plan.json"}
+
+
 def differences(before: Path, after: Path) -> list[str]:
-    """Files that are not the same in both folders, with what differs."""
-    names = sorted({p.name for folder in (before, after) for p in folder.iterdir()})
+    """Files that are not the same in both folders, with what differs; those for people are left out."""
+    names = sorted({p.name for folder in (before, after) for p in folder.iterdir()} - FOR_PEOPLE)
     found = []
     for name in names:
         left, right = before / name, after / name
