@@ -3,9 +3,9 @@
     git worktree add ../before 2a4210b
     python benchmarks/compare_outputs.py --before ../before [--only ct-w4a16-g32]
 
-Each transform runs once with each checkout, in its own process. Compared byte for byte is every file of the output but the card and
-what it is made from;
-of surgeon.json the digests, since recipe, version and fingerprint say who wrote it. Exit status 1 if anything differs.
+Each transform runs once with each checkout, in its own process. Compared byte for byte is every file of the output
+but the card and what it is made from; of surgeon.json the digests, since recipe, version and fingerprint say who wrote it.
+Exit status 1 if anything differs.
 """
 
 from __future__ import annotations
