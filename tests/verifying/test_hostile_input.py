@@ -28,8 +28,8 @@ MODULES = ["quark-int8", "quark-int4", "ct-asym", "ct-nvfp4", "ct-mxfp4", "gptq"
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The first keys of nested mappings, of which long ones are alike, and the first item of every list."""
-    items = list(tree.items())[:12] if isinstance(tree, dict) else list(enumerate(tree))[:1] if isinstance(tree, list) else ()
+    """Every key of nested mappings and the first item of every list."""
+    items = tree.items() if isinstance(tree, dict) else list(enumerate(tree))[:1] if isinstance(tree, list) else ()
     for key, value in items:
         yield (*path, key)
         yield from places(value, (*path, key))
