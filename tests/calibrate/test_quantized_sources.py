@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.planning.plan import Plan, make_plan
 from tensorsurgeon.planning.rewriting import steps_of
 from tensorsurgeon.recipes.library import load_transform
+from tensorsurgeon.running.run import run_plan
 from tests.calibrate.commands import record, surgeon
 from tests.calibrate.models import options_of, write_ids
 from tests.checkpoints import Tensors, apply, read_all, write_checkpoint
@@ -150,6 +152,26 @@ def test_experts_stacked_in_mxfp4_are_calibrated_one_by_one(tmp_path: Path) -> N
     assert len(packed) == 2 * (2 * 4 + 2 * 8 * 3)
     assert all(direct[key].tobytes() == other[key].tobytes() for key in packed)
     assert {row.method for row in read_log(tmp_path / "direct" / LOG_NAME)} == {"gptq"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_units_whose_codes_were_chosen_unpack_nothing(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = by_layout("hf-fp8")(plain, tmp_path / "source")
+    unpacked: list[str] = []
+    plain_rows = Dequantize.rows
+
+    def noting(self: Dequantize, rewrite: Any, inputs: Any) -> Any:
+        if threading.current_thread().name.startswith("surgeon"):
+            unpacked.append(rewrite.outputs[0].spec.name)
+        return plain_rows(self, rewrite, inputs)
+
+    monkeypatch.setattr(Dequantize, "rows", noting)
+    options = options_of(write_ids(tmp_path / "ids.npy", rows=12, vocabulary=400), samples=12)
+    run_calibrated(gptq_plan(source), tmp_path / "gptq", options, workers=2)
+    assert not unpacked
+    plan = make_plan(for_source(steps_of(load_transform("ct-w4a16-g32", {})), open_checkpoint(source)), open_checkpoint(source))
+    run_plan(plan, tmp_path / "rtn", workers=2)
+    assert len(unpacked) == 2 * (4 + 8 * 3)
 
 
 @pytest.mark.filterwarnings("ignore")
