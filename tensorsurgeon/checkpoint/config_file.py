@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from tensorsurgeon.checkpoint.small_files import MAX_CONFIG_BYTES, Stamp, parse_json, read_small
+from tensorsurgeon.checkpoint.small_files import MAX_CONFIG_BYTES, Stamp, read_json
 from tensorsurgeon.errors import ConfigError
 
 CONFIG_NAME: Final = "config.json"
@@ -17,16 +17,7 @@ def read_config(root: Path) -> tuple[bytes | None, dict[str, Any], dict[str, Sta
     path = root / CONFIG_NAME
     if not os.path.lexists(path):
         return None, {}, {}
-    try:
-        text, stamp = read_small(path, MAX_CONFIG_BYTES)
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    try:
-        config = parse_json(text)
-    except ValueError as error:
-        raise ConfigError(f"is not valid JSON: {error}", where=str(path)) from error
+    text, config, stamp = read_json(path, MAX_CONFIG_BYTES, ConfigError)
     if not isinstance(config, dict):
         raise ConfigError(f"must hold a JSON object, found {type(config).__name__}", where=str(path))
     return text, config, {CONFIG_NAME: stamp}

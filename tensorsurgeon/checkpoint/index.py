@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tensorsurgeon.checkpoint.header import ShardHeader
-from tensorsurgeon.checkpoint.small_files import MAX_INDEX_BYTES, Stamp, parse_json, read_small
+from tensorsurgeon.checkpoint.small_files import MAX_INDEX_BYTES, Stamp, read_json
 from tensorsurgeon.errors import IndexMismatchError
 
 # Linux and macOS take no longer name of one file.
@@ -25,16 +25,7 @@ class Index(NamedTuple):
 
 def read_index(path: Path) -> Index:
     """The index at ``path``; IndexMismatchError if it is none, or leads out of its folder."""
-    try:
-        content, stamp = read_small(path, MAX_INDEX_BYTES)
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise IndexMismatchError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    try:
-        document = parse_json(content)
-    except ValueError as error:
-        raise IndexMismatchError(f"is not valid JSON: {error}", where=str(path)) from error
+    _, document, stamp = read_json(path, MAX_INDEX_BYTES, IndexMismatchError)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise IndexMismatchError("has no weight_map from tensor names to file names", where=str(path))

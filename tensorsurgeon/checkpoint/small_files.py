@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from tensorsurgeon.errors import SurgeonError
+
 # The largest that is known of has 300 KB; a config a thousand times as large is none.
 MAX_CONFIG_BYTES: Final = 16 << 20
 # A million names of two hundred letters; a shard of them has a header of 100 MB at most.
@@ -49,6 +51,20 @@ def read_small(path: Path, limit: int) -> tuple[bytes, Stamp]:
     if len(content) > limit:
         raise OSError(27, f"has more than the {limit} bytes that such a file can have", str(path))
     return content, stamp
+
+
+def read_json(path: Path, limit: int, error: type[SurgeonError]) -> tuple[bytes, Any, Stamp]:
+    """Text, content and stamp of a JSON file; ``error`` with the path where it cannot be read or is none."""
+    try:
+        text, stamp = read_small(path, limit)
+    except PermissionError:
+        raise
+    except OSError as fault:
+        raise error(f"cannot be read: {fault.strerror}", where=str(path)) from fault
+    try:
+        return text, parse_json(text), stamp
+    except ValueError as fault:
+        raise error(f"is not valid JSON: {fault}", where=str(path)) from fault
 
 
 def parse_json(content: bytes) -> Any:
