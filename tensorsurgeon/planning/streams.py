@@ -48,5 +48,5 @@ def _gives_all(tasks: Sequence[Task], steps: Sequence[Transform], taker: Task, p
 
 
 def _can(steps: Sequence[Transform], task: Task, what: str) -> bool:
-    step = steps[task.step]
-    return hasattr(type(step), what) and bool(getattr(step, what)(task.rewrite))
+    stated = getattr(type(steps[task.step]), what, None)
+    return stated is not None and bool(stated(steps[task.step], task.rewrite))
