@@ -8,6 +8,7 @@ each entry says whether the class was asked, or its source read. ``transformers.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,9 @@ class Answer(NamedTuple):
 
     ``how``: asked or read. ``takes``, ``never``: paths within a layer, numbers as ``*`` and fused as the engine has them,
     of linears that it builds with a quantization config, and without. ``fused``: the engine's linear and its parts, as it
-    declares them; ``stacked``: what its loader puts together besides.
+    declares them; ``stacked``: what its loader puts together besides. ``renames``: what it calls modules otherwise than the
+    file, one change after the other: kind (``regex``, ``substring`` or ``prefix``), what is found, what takes its place.
+    ``experts``: by what names it looks for the matrices of an expert stored by itself; none where the class was not asked.
     """
 
     engine: str
@@ -34,6 +37,22 @@ class Answer(NamedTuple):
     never: frozenset[str]
     fused: Mapping[str, tuple[str, ...]]
     stacked: Mapping[str, tuple[str, ...]]
+    renames: tuple[tuple[str, str, str], ...]
+    experts: frozenset[str]
+
+    def renamed(self, module: str) -> str:
+        """What the engine calls a module of the file, as its WeightsMapper changes names: each change once, in its order."""
+        for kind, old, new in self.renames:
+            if kind == "regex":
+                module = re.sub(old, new, module)
+            elif kind == "substring" or module.startswith(old):
+                module = module.replace(old, new, 1)
+        return module
+
+    def expert_list(self, path: str) -> str:
+        """Where in a layer the engine has the experts that the file has at this path; the same path where it is not known."""
+        lists = {taken for taken in self.takes if taken.rpartition(".")[2] == "experts"}
+        return path if path in lists or len(lists) != 1 else next(iter(lists))
 
     def fusions(self) -> Fusions:
         """What this class runs as one linear."""
@@ -109,6 +128,13 @@ def _answer(architecture: str) -> Answer:
         frozenset(map(_inside, entry.get("never") or ())),
         {fused: tuple(parts) for fused, parts in (entry.get("fused") or {}).items()},
         {fused: tuple(parts) for fused, parts in (entry.get("stacked") or {}).items()},
+        tuple(
+            (kind, old, new)
+            for kind in ("regex", "substring", "prefix")
+            for old, new in ((entry.get("names") or {}).get(kind) or {}).items()
+            if new is not None
+        ),
+        frozenset((entry.get("experts") or {}).values()),
     )
 
 
