@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 W8A8, GPTQ, W4A16 = conversion("ct-w8a8-int8"), conversion("gptq-int4-g128", "scope=all"), conversion("ct-w4a16-g32")
 MIXED = conversion("mixed", "attention=w8a8", "mlp=w4a16")
-ATTENTION = conversion("ct-w8a8-int8", "where=role:attention")
+ATTENTION = conversion("ct-w8a8-int8", "where=role:attention", "split_experts=false")
 
 SERVED: dict[str, tuple[Conversion, ...]] = {
     "llama": (W8A8, GPTQ, W4A16, MIXED),
@@ -42,7 +42,6 @@ SERVED: dict[str, tuple[Conversion, ...]] = {
     "gemma3": (W8A8, W4A16),  # a vision tower, other names in the engine
     "granitemoe": (W8A8,),  # experts from stacks of another name
     "gpt_oss": (ATTENTION,),  # experts stay one tensor; the engine says attn for self_attn
-    "jamba": (W8A8,),  # names in the engine lack self_attn
 }
 # Served without a word, its experts never loaded: what the plan says of it must be that.
 GARBAGE = ("gpt_oss", W8A8)

@@ -44,7 +44,9 @@ def on_disk(architecture: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("architecture", OWN_NAMES)
 def test_targets_of_several_schemes_match_in_both_namings(architecture: str, tmp_path: Path) -> None:
     _, attention, other, _ = OWN_NAMES[architecture]
-    plan = planned(tmp_path, architecture, on_disk(architecture), "mixed", {"attention": "w8a8", "mlp": "w4a16", "experts": "keep"})
+    plan = planned(
+        tmp_path, architecture, on_disk(architecture), "mixed", {"attention": "w8a8", "mlp": "w4a16", "experts": "keep"}
+    )
     groups = json.loads(plan.files.contents["config.json"])["quantization_config"]["config_groups"].values()
     by_bits = {group["weights"]["num_bits"]: group["targets"] for group in groups}
 
@@ -54,7 +56,9 @@ def test_targets_of_several_schemes_match_in_both_namings(architecture: str, tmp
     for name, bits in ((attention, 8), (other, 4), (on_disk(architecture)[0], 8), (on_disk(architecture)[3], 4)):
         assert hits(by_bits[bits], f"model.layers.1.{name}"), (architecture, name)
         assert not hits(by_bits[12 - bits], f"model.layers.1.{name}"), (architecture, name)
-    assert all(Matcher(targets).matches(f"model.layers.0.{on_disk(architecture)[0]}") == (bits == 8) for bits, targets in by_bits.items())
+    assert all(
+        Matcher(targets).matches(f"model.layers.0.{on_disk(architecture)[0]}") == (bits == 8) for bits, targets in by_bits.items()
+    )
 
 
 @pytest.mark.parametrize("architecture", OWN_NAMES)
@@ -87,6 +91,7 @@ def test_rules_are_read_in_whatever_name_they_are_written(prefix: str) -> None:
     assert rules.scheme_for(f"{prefix}layers.0.mlp.down_proj") is None
     assert rules.scheme_for(f"{prefix}layers.0.mlp.up_proj") == BASE
     eight = rules.scheme_for(f"{prefix}layers.1.mlp.up_proj")
-    assert eight is not None and (eight.num_bits, eight.group_size) == (8, 64)
+    assert eight is not None
+    assert (eight.num_bits, eight.group_size) == (8, 64)
     # The first rule that matches decides.
     assert DynamicRules(dict(reversed(RULED.items())), BASE).scheme_for(f"{prefix}layers.1.mlp.down_proj") == eight
