@@ -121,12 +121,13 @@ def cover(model: QuantizedModel) -> Coverage:
 def _engines_names(described: Model, modules: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Where an engine's names are not the file's, whatever stands before the layers."""
     found: dict[str, tuple[str, str]] = {}
+    answer = described.answer
     for module in modules:
-        if named_apart(module):
+        if answer is None or named_apart(module):
             continue
         whole = described.fused_name(module) or ""
-        own, fused = described.engines_name(module), whole and described.engines_name(whole)
-        if (own != module and own not in spellings(module)) or fused not in (whole, *spellings(whole)):
+        own, fused = answer.engines_name(module), whole and answer.engines_name(whole)
+        if own not in (module, *spellings(module)) or fused not in (whole, *spellings(whole)):
             found[module] = own, fused
     return found
 

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from tensorsurgeon.errors import RecipeError, did_you_mean
 from tensorsurgeon.models.asked.answers import Answer, answer_for
-from tensorsurgeon.models.experts import EXPERTS, is_expert_list, numbered
+from tensorsurgeon.models.experts import EXPERTS, numbered
 from tensorsurgeon.models.families import Family, family_of
 from tensorsurgeon.models.fused import Fusions
 from tensorsurgeon.models.layer_lists import lists_of_other_models
@@ -24,8 +24,6 @@ from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
 from tensorsurgeon.tensors.spec import SpecMap
 
 _FIRST: Final = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
-# What stands before the path within a layer.
-LAYER: Final = re.compile(r".*?\.\d+\.")
 ROLES: Final[dict[str, frozenset[Role]]] = {role.value: frozenset((role,)) for role in Role} | {
     "linear": LINEARS,
     "expert-else-linear": LINEARS,
@@ -77,16 +75,6 @@ class Model:
     def fused_name(self, module: str) -> str | None:
         """What an engine calls the module this one is fused into; None if it stands alone."""
         return self._fusions.name(module, lambda: self._modules)
-
-    def engines_name(self, module: str) -> str:
-        """What the engine that was asked calls a linear or an expert list of the file; the same where nobody was asked."""
-        if self.answer is None:
-            return module
-        name = self.answer.renamed(module)
-        if not is_expert_list(module):
-            return name
-        layer = LAYER.match(name)
-        return name if layer is None else layer[0] + self.answer.expert_list(name[layer.end() :])
 
     @property
     def known_by(self) -> str:

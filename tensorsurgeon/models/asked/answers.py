@@ -14,9 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from tensorsurgeon.models.experts import is_expert_list
 from tensorsurgeon.models.fused import Fusions, fused_name
 
 _FILE: Final = Path(__file__).with_name("vllm.json")
+# What stands before the path within a layer.
+_LAYER: Final = re.compile(r".*?\.\d+\.")
 _STACKS: Final = Path(__file__).with_name("transformers.json")
 
 
@@ -40,19 +43,23 @@ class Answer(NamedTuple):
     renames: tuple[tuple[str, str, str], ...]
     experts: frozenset[str]
 
+    def engines_name(self, module: str) -> str:
+        """What the engine calls a linear or an expert list of the file."""
+        name = self.renamed(module)
+        layer = _LAYER.match(name)
+        lists = {path for path in self.takes if path.rpartition(".")[2] == "experts"}
+        if layer is None or not is_expert_list(module) or name[layer.end() :] in lists or len(lists) != 1:
+            return name
+        return layer[0] + next(iter(lists))
+
     def renamed(self, module: str) -> str:
-        """What the engine calls a module of the file, as its WeightsMapper changes names: each change once, in its order."""
+        """A name as the engine's WeightsMapper changes it: each change once, in its order."""
         for kind, old, new in self.renames:
             if kind == "regex":
                 module = re.sub(old, new, module)
             elif kind == "substring" or module.startswith(old):
                 module = module.replace(old, new, 1)
         return module
-
-    def expert_list(self, path: str) -> str:
-        """Where in a layer the engine has the experts that the file has at this path; the same path where it is not known."""
-        lists = {taken for taken in self.takes if taken.rpartition(".")[2] == "experts"}
-        return path if path in lists or len(lists) != 1 else next(iter(lists))
 
     def fusions(self) -> Fusions:
         """What this class runs as one linear."""
