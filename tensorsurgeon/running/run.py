@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -20,6 +19,7 @@ from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.errors import Interrupted, PlanViolationError, RecipeError, TargetError
 from tensorsurgeon.machine.files import make_folder_durable
 from tensorsurgeon.machine.limits import available_bytes, open_files_limit, usable_cores
+from tensorsurgeon.machine.threads import in_threads
 from tensorsurgeon.planning.codes import codes_text
 from tensorsurgeon.planning.pace import streaming_of
 from tensorsurgeon.planning.plan import Plan
@@ -183,11 +183,10 @@ def _trusted(
         )
 
     done = {}
-    with ThreadPoolExecutor(workers) as pool:
-        for number, is_whole in zip(claimed, pool.map(is_there, claimed), strict=True):
-            if is_whole:
-                done[number] = claimed[number]
-                progress(Progress(plan.units[number].written_bytes))
+    for number, is_whole in zip(claimed, in_threads(is_there, claimed, workers), strict=True):
+        if is_whole:
+            done[number] = claimed[number]
+            progress(Progress(plan.units[number].written_bytes))
     if stop.is_set():
         raise Interrupted("stopped while the work of the run before was looked at; what is done is kept")
     return done

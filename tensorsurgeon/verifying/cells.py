@@ -114,7 +114,7 @@ class CellJudge:
         self._signal = self._cross = self._scatter = 0.0
 
     def decoded(self, start: int, weight: np.ndarray) -> np.ndarray:
-        """float32 [rows, K]: what is stored from row ``start`` on, beside the source; keeps what ``facts`` looks at code by code."""
+        """float32 [rows, K]: what is stored beside the source from row ``start`` on; keeps the rows that ``facts`` looks at."""
         stop = start + len(weight)
         codes = self._stored.codes(start, stop)
         rows = self._sample[(self._sample >= start) & (self._sample < stop)]

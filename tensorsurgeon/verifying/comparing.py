@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import xxhash
 
 from tensorsurgeon.checkpoint.tensor_reader import CHUNK_BYTES, TensorReader
+from tensorsurgeon.machine.threads import in_threads
 from tensorsurgeon.tensors.spec import TensorSpec
 from tensorsurgeon.verifying import fidelity
 from tensorsurgeon.verifying.against import Pair, Part, SameBytes, SameWeight
@@ -35,8 +35,7 @@ def compare_pairs(
 
     # In the order of the source's bytes, so that disks read forwards.
     ordered = sorted(pairs, key=lambda pair: _place(source, pair))
-    with ThreadPoolExecutor(workers) as pool:
-        results = list(pool.map(compare, ordered))
+    results = list(in_threads(compare, ordered, workers))
     return [r for r in results if isinstance(r, Fidelity)], sum(r for r in results if isinstance(r, int))
 
 

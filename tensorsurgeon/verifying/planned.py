@@ -48,8 +48,10 @@ def pair_by_plan(
             findings.note("not-judged", name, f"is made by {' and '.join(sorted(makers))}, which is not computed here again")
         elif pieces:
             pairs += _of_float(spec, pieces, makers, lineage, source_modules)
-            if len(pieces) == 1 and pieces[0].origin >= 0 and lineage.source_name(pieces[0]) not in (name, *plan.specs):
-                findings.note("renamed", lineage.source_name(pieces[0]), f"is {name} here")
+            if len(pieces) == 1 and pieces[0].origin >= 0:
+                origin = lineage.source_name(pieces[0])
+                if origin != name and origin not in plan.specs:
+                    findings.note("renamed", origin, f"is {name} here")
     for module, tasks in coded.items():
         pairs += _of_module(module, tasks, lineage, source_modules, modules, findings)
     new = [spec for name, spec in target.specs.items() if name not in plan.specs]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +15,7 @@ from tensorsurgeon.checkpoint.header import read_header
 from tensorsurgeon.checkpoint.layout import INDEX_NAME
 from tensorsurgeon.checkpoint.tensor_reader import CHUNK_BYTES, TensorReader
 from tensorsurgeon.errors import CheckpointError, HeaderError, SurgeonError
+from tensorsurgeon.machine.threads import in_threads
 from tensorsurgeon.running.record import Range, read_record, recorded_ranges
 from tensorsurgeon.verifying.findings import Findings
 from tensorsurgeon.verifying.finite import FiniteCheck
@@ -154,8 +154,7 @@ def check_digests(reader: TensorReader, record: dict[str, Any], finite: FiniteCh
             )  # fmt: skip
         return found.nbytes
 
-    with ThreadPoolExecutor(workers) as pool:
-        return sum(pool.map(compare, jobs))
+    return sum(in_threads(compare, jobs, workers))
 
 
 def is_one_shard(checkpoint: Checkpoint) -> bool:
