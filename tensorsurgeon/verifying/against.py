@@ -16,7 +16,7 @@ from tensorsurgeon.tensors.names import Pattern
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 from tensorsurgeon.verifying.described import Described, Module
 from tensorsurgeon.verifying.findings import Findings
-from tensorsurgeon.verifying.lineage import PlannedTensor
+from tensorsurgeon.verifying.made import MadeTensor
 from tensorsurgeon.verifying.parts import MARKERS
 from tensorsurgeon.verifying.recipes import Call
 
@@ -42,7 +42,7 @@ class Part(NamedTuple):
 class SameBytes(NamedTuple):
     """These rows of the source, or what the recipe makes of it, are those rows of the checkpoint, byte for byte."""
 
-    source: Part | PlannedTensor
+    source: Part | MadeTensor
     target: Part
 
 
@@ -51,7 +51,7 @@ class SameWeight(NamedTuple):
     perhaps what the recipe makes of it."""
 
     name: str
-    source: Part | Module | PlannedTensor
+    source: Part | Module | MadeTensor
     target: Part | Module
     shape: tuple[int, int]
 
