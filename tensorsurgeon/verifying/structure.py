@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -121,21 +122,23 @@ def check_digests(reader: TensorReader, record: dict[str, Any], finite: FiniteCh
     """Compare every byte range that ``surgeon.json`` knows; the bytes compared. What is read is looked at for NaN too."""
     checkpoint = reader.checkpoint
     numbers = {shard.path.name: number for number, shard in enumerate(checkpoint.shards)}
-    ranges: dict[str, list[Range]] = {}
-    for found in recorded_ranges(record):
-        ranges.setdefault(found.shard, []).append(found)
+    known = {name for name, ranges in record["shards"].items() if ranges}
     if is_one_shard(checkpoint):
-        ranges = {name: own for name, own in ranges.items() if name in numbers}
-    for name in numbers.keys() - ranges.keys():
+        known &= numbers.keys()
+    for name in numbers.keys() - known:
         findings.fault("record", name, f"{RECORD_NAME} does not know this shard; it was added or renamed after the run")
-    jobs: list[tuple[int, Range]] = []
-    for name, own in ranges.items():
+    whole: set[str] = set()
+    # As many ranges as tensors, or more: they are looked at one by one.
+    for name, own in groupby(recorded_ranges(record), lambda found: found.shard):
+        if name not in known:
+            continue
         number = numbers.get(name)
         if number is None:
             findings.fault("record", name, f"{RECORD_NAME} says that the run wrote this shard, but it is not here")
         elif _tiles(own, checkpoint.shards[number].file_bytes, name, findings):
-            jobs += [(number, found) for found in own]
-    finite.rest(set(numbers.values()) - {number for number, _ in jobs}, workers)
+            whole.add(name)
+    jobs = ((numbers[found.shard], found) for found in recorded_ranges(record) if found.shard in whole)
+    finite.rest({number for name, number in numbers.items() if name not in whole}, workers)
     name_at = _names_by_offset(checkpoint)
 
     def compare(job: tuple[int, Range]) -> int:
@@ -163,7 +166,7 @@ def is_one_shard(checkpoint: Checkpoint) -> bool:
     return len(names) == 1 and _OF_SEVERAL.search(names[0]) is not None and not checkpoint.has_index
 
 
-def _tiles(ranges: list[Range], file_bytes: int, name: str, findings: Findings) -> bool:
+def _tiles(ranges: Iterable[Range], file_bytes: int, name: str, findings: Findings) -> bool:
     position = 0
     for found in sorted(ranges, key=lambda r: r.offset):
         if found.offset != position or found.nbytes < 0:
