@@ -38,7 +38,7 @@ def open_for_judgement(path: Path, findings: Findings) -> Checkpoint | None:
                 findings.fault(
                     "unfinished",
                     path.name,
-                    f"an unfinished run of surgeon lies here ({error.message}); continue it with --resume",
+                    f"an unfinished run of surgeon lies here ({error.message}); resume or remove it",
                 )
                 return None
             raise
@@ -70,9 +70,7 @@ def _check_files(checkpoint: Checkpoint, path: Path, findings: Findings) -> None
     if path.is_file():
         return
     if (root / STATE_FOLDER).is_dir():
-        findings.fault(
-            "unfinished", STATE_FOLDER, "an unfinished run of surgeon lies here; finish it with --resume, or remove it"
-        )
+        findings.fault("unfinished", STATE_FOLDER, "an unfinished run of surgeon lies here; resume or remove it")
     if len(checkpoint.shards) > 1 and not checkpoint.has_index:
         findings.fault(
             "index", INDEX_NAME, f"is missing; loaders read what it names, and of {len(checkpoint.shards)} shards it names none"
@@ -89,7 +87,7 @@ def _check_files(checkpoint: Checkpoint, path: Path, findings: Findings) -> None
                 findings.note("files", oddity.where, oddity.text.removeprefix(f"{oddity.where} "))
     for name in checkpoint.left_behind:
         if name.endswith(".partial"):
-            findings.fault("leftover", name, "a part of an unfinished run; remove it, or finish the run with --resume")
+            findings.fault("leftover", name, "a part of an unfinished run; remove it, or resume the run")
         else:
             findings.note("other-weights", name, "holds weights that are no part of this checkpoint")
     if checkpoint.config_text is None:
