@@ -38,9 +38,11 @@ _PROBE: Final = 1024
 def rehearse(plan: Plan, options: CalibrationOptions, *, workers: int) -> dict[str, Any]:
     """What ``run_calibrated`` would do on the CPU: data, model, linears, bytes, seconds; its errors are those of that."""
     if not plan.needs_codes:
-        raise RecipeError("no step of this transform asks for statistics (method gptq or imatrix); leave --calibration away")
+        raise RecipeError(
+            "no step of this transform asks for statistics (method gptq or imatrix)", remedy="; leave {calibration} away"
+        )
     if not options.sources:
-        raise RecipeError("a dry run of calibration needs its data: give --calibration FILE")
+        raise RecipeError("a dry run of calibration needs its data", remedy="; give them with {calibration}")
     model = StreamedModel(plan.source)
     data = load_data(options, plan.source.root, model.vocabulary_rows)
     linears = find_linears(plan, model)

@@ -96,8 +96,8 @@ class _Flags(dict[str, str]):
         return f"--{option.replace('_', '-')}"
 
 
-# A parameter of the repack transform, no option of the command.
-_FLAGS = _Flags(inexact_scales="--set inexact_scales", verify="surgeon verify")
+# Parameters of transforms, no options of the command.
+_FLAGS = _Flags(inexact_scales="--set inexact_scales", method="--set method", verify="surgeon verify")
 
 
 def told(error: SurgeonError) -> str:

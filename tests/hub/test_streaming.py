@@ -284,7 +284,7 @@ def test_the_command_says_what_it_fetches(hub: Hub, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["apply", "split-experts", "owner/tiny", str(tmp_path / "out"), *options])
     assert done.exit_code == 0, done.output
     assert f"source  owner/tiny@{repository.refs['main']}\nfetch   4 shards, " in done.stderr
-    assert "(--ahead 3); they stay in the Hub's cache" in done.stderr
+    assert "(ahead 3); they stay in the Hub's cache" in done.stderr
     done = CliRunner().invoke(main, ["apply", "split-experts", "owner/tiny", str(tmp_path / "again"), "--quiet"])
     assert done.exit_code == 0
     assert not done.stderr
