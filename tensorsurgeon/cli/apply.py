@@ -31,14 +31,6 @@ if TYPE_CHECKING:
 @click.option("--max-ram", metavar="SIZE", help="Cap on the tensors in flight, such as 8GB; half of the free memory by default.")
 @click.option("--resume", is_flag=True, help="Continue the run that was stopped in TARGET; alone with TARGET: as it was begun.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that TARGET holds.")
-@click.option(
-    "--ahead",
-    type=click.IntRange(1, 64),
-    default=2,
-    show_default=True,
-    help="Shards of a SOURCE on the Hub that are fetched before they are read; more need more disk.",
-)
-@click.option("--keep-source", is_flag=True, help="Keep the shards of a SOURCE on the Hub in its cache.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar and no messages.")
 @json_option
 @calibration_options
@@ -51,12 +43,12 @@ def apply(
     max_shard_size: str,
     backend: str,
     require: tuple[str, ...],
+    ahead: int,
+    keep_source: bool,
     workers: int | None,
     max_ram: str | None,
     resume: bool,
     overwrite: bool,
-    ahead: int,
-    keep_source: bool,
     quiet: bool,
     as_json: bool,
     calibration: Mapping[str, Any],
@@ -136,8 +128,7 @@ def _tell_streaming(made: Plan, ahead: int, keep_source: bool) -> None:
 
     streaming = streaming_of(made, ahead)
     if streaming is not None:
-        kept = "; they stay in the Hub's cache" if keep_source and streaming.shards else ""
-        note(f"source  {made.source}\n{streaming_as_text(streaming._asdict())}{kept}")
+        note(f"source  {made.source}\n{streaming_as_text({**streaming._asdict(), 'kept': keep_source})}")
 
 
 def _how_to_go_on(error: SurgeonError, target: str, is_calibrated: bool) -> str:

@@ -31,6 +31,9 @@ def transform_options(command: Callable[..., Any]) -> Callable[..., Any]:
                      help="Who computes: compiled CPU kernels or torch; the bits are the same."),
         click.option("--require", multiple=True, metavar="ENGINE[:tp=N]",
                      help="Stop if this engine would not serve the result, such as vllm:tp=4; give it as often as needed."),
+        click.option("--ahead", type=click.IntRange(1, 64), default=2, show_default=True,
+                     help="Shards of a SOURCE on the Hub that are fetched before they are read; more need more disk."),
+        click.option("--keep-source", is_flag=True, help="Keep the shards of a SOURCE on the Hub in its cache."),
     )):  # fmt: skip
         command = option(command)
     return command
@@ -108,6 +111,8 @@ def plan(
     max_shard_size: str,
     backend: str,
     require: tuple[str, ...],
+    ahead: int,
+    keep_source: bool,
     workers: int | None,
     as_json: bool,
     calibration: Mapping[str, Any],
@@ -133,9 +138,9 @@ def plan(
     room = free_bytes(Path.cwd())
     if as_json:
         more = {} if rehearsed is None else {"calibration": rehearsed}
-        emit(plan_as_data(made) | {"free_bytes": room, "engines": advice_as_data(advice)} | more, "", True)
+        emit(plan_as_data(made, ahead=ahead, keep_source=keep_source) | {"free_bytes": room, "engines": advice_as_data(advice)} | more, "", True)
         return
-    text = f"{plan_as_text(made, room)}\n\n{advice_as_text(advice)}"
+    text = f"{plan_as_text(made, room, ahead=ahead, keep_source=keep_source)}\n\n{advice_as_text(advice)}"
     if rehearsed is not None:
         from tensorsurgeon.calibrate.rehearsal import rehearsal_text
 
