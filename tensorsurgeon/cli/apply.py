@@ -6,12 +6,13 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tensorsurgeon.cli.calibrate import calibrates, calibration_options, run_with_calibration
-from tensorsurgeon.cli.finished import command_elsewhere, summary, what_goes_beside
+from tensorsurgeon.cli.finished import command_elsewhere, summary
 from tensorsurgeon.cli.plan import plan_named, transform_options
 from tensorsurgeon.cli.resume import go_on, words_given
 from tensorsurgeon.cli.terminal import Place, Sectioned, Stop, emit, json_option, note, progress_bar, step_bar, stop_on_signals
@@ -82,9 +83,10 @@ def apply(
             note(f"note: {oddity}")
     cap = None if max_ram is None else parse_size(max_ram, "--max-ram")
     from tensorsurgeon.engines.advice import advise_all
+    from tensorsurgeon.publish.beside import card_beside
 
     advice = advise_all(made)
-    beside = what_goes_beside(made, target, command_elsewhere(context), advice)
+    beside = card_beside(made, Path(target), command_elsewhere(context), advice, note)
     began = time.monotonic()
     # Where codes are chosen by calibration, that takes the time, and not the writing.
     bytes_shown = quiet or made.needs_codes

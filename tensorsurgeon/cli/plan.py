@@ -138,7 +138,13 @@ def plan(
     room = free_bytes(Path.cwd())
     if as_json:
         more = {} if rehearsed is None else {"calibration": rehearsed}
-        emit(plan_as_data(made, ahead=ahead, keep_source=keep_source) | {"free_bytes": room, "engines": advice_as_data(advice)} | more, "", True)
+        emit(
+            plan_as_data(made, ahead=ahead, keep_source=keep_source)
+            | {"free_bytes": room, "engines": advice_as_data(advice)}
+            | more,
+            "",
+            True,
+        )
         return
     text = f"{plan_as_text(made, room, ahead=ahead, keep_source=keep_source)}\n\n{advice_as_text(advice)}"
     if rehearsed is not None:

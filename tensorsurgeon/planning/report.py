@@ -203,7 +203,10 @@ def streaming_as_text(stream: dict[str, Any]) -> str:
     if not stream["shards"]:
         return "fetch   nothing: every shard of the source is in the Hub's cache"
     if stream["kept"]:
-        return f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])}, into the Hub's cache, where they stay"
+        return (
+            f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])} from the Hub (--ahead {stream['ahead']}); "
+            "they stay in the Hub's cache"
+        )
     return (
         f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])} from the Hub; at most "
         f"{show_size(stream['spool_bytes'])} of them lie beside the output at once (--ahead {stream['ahead']})"
@@ -211,9 +214,7 @@ def streaming_as_text(stream: dict[str, Any]) -> str:
     )
 
 
-def plan_as_text(
-    plan: Plan, free_bytes: int | None = None, *, ahead: int = DEFAULT_AHEAD, keep_source: bool = False
-) -> str:
+def plan_as_text(plan: Plan, free_bytes: int | None = None, *, ahead: int = DEFAULT_AHEAD, keep_source: bool = False) -> str:
     """The plan for a reader: what happens to which tensors, how large the result is, what it takes."""
     data = plan_as_data(plan, ahead=ahead, keep_source=keep_source)
     lines = [

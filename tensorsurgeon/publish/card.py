@@ -17,7 +17,7 @@ from tensorsurgeon.checkpoint.config_file import read_config
 from tensorsurgeon.checkpoint.sink import publish_bytes
 from tensorsurgeon.checkpoint.small_files import MAX_CONFIG_BYTES, read_small
 from tensorsurgeon.errors import CheckpointError, SurgeonError
-from tensorsurgeon.evaluate.kept import read_evaluation
+from tensorsurgeon.evaluating.kept import read_evaluation
 from tensorsurgeon.publish.card_text import Known, card_text
 from tensorsurgeon.publish.made import read_made
 from tensorsurgeon.publish.verified import read_verification

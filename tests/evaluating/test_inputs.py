@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.errors import ConfigError
-from tensorsurgeon.evaluate.run import evaluate
-from tensorsurgeon.evaluate.text import TextOptions
+from tensorsurgeon.evaluating.options import TextOptions
+from tensorsurgeon.evaluating.run import evaluate
 from tensorsurgeon.formats.inputs import input_rules
 from tensorsurgeon.quant.inputs import InputScheme, quantized_inputs
 from tests.calibrate.models import save_random
-from tests.evaluate.judging import convert, figures, load, log_probabilities
+from tests.evaluating.judging import convert, figures, load, log_probabilities
 
 # Written anew, from what the engines' kernels do: vLLM csrc/quantization/w8a8/int8 and fp8, DeepGEMM's groups.
 TOKEN = {"int8": lambda x: _int8(x, -1), "fp8": lambda x: _fp8(x, x.abs().amax(-1, keepdim=True) / 448)}
