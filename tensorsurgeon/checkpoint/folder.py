@@ -169,7 +169,9 @@ def open_checkpoint(path: str | os.PathLike[str], *, tolerant: bool = False) -> 
         # A path with a null byte, say.
         raise CheckpointError(f"is no path of a checkpoint: {error}", where=ascii(str(path))) from error
     if not path.exists():
-        raise CheckpointError(_missing_message(path))
+        raise CheckpointError(
+            f"{path}: no such file or folder{_meant(path)}; give a local checkpoint, or owner/name of a model on the Hub"
+        )
     raise CheckpointError("is neither a folder nor a .safetensors file", where=str(path))
 
 
@@ -183,11 +185,8 @@ def _open_on_the_hub(address: HubAddress, text: str, tolerant: bool) -> Checkpoi
         if error.where != str(address) or text.startswith("hf:"):
             raise
         # It may have been meant as a folder.
-        raise type(error)(
-            f"no such file or folder here, and as a model on the Hub: {error.message}{_meant(path)}",
-            where=text,
-            remedy=error.remedy,
-        ) from error
+        said = f"no such file or folder here, and as a model on the Hub: {error.message}{_meant(path)}"
+        raise type(error)(said, where=text, remedy=error.remedy) from error
     return open_store(store, tolerant)
 
 
@@ -197,10 +196,6 @@ def _unfinished(folder: Path) -> CheckpointError:
         where=str(folder),
         remedy="; finish it with {resume} before using it",
     )
-
-
-def _missing_message(path: Path) -> str:
-    return f"{path}: no such file or folder{_meant(path)}; give a local checkpoint, or owner/name of a model on the Hub"
 
 
 def _meant(path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tensorsurgeon.cli import completing
 from tensorsurgeon.cli.calibrate import calibrates, calibration_options, run_with_calibration
 from tensorsurgeon.cli.finished import command_elsewhere, summary
 from tensorsurgeon.cli.plan import plan_named, transform_options
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Sectioned, short_help="Convert, quantize, calibrate: write a new checkpoint.")
-@click.argument("transform")
+@click.argument("transform", shell_complete=completing.transforms)
 @click.argument("source", type=Place(readable=False), required=False, metavar="SOURCE")
 @click.argument("target", type=Place(readable=False), required=False, metavar="TARGET")
 @transform_options

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from tensorsurgeon.cli import completing
 from tensorsurgeon.errors import RecipeError
 from tensorsurgeon.tensors.sizes import parse_size
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from tensorsurgeon.running.run import RunResult
 
 _OPTIONS: Final = (
-    click.option("--calibration", "sources", multiple=True, metavar="FILE[:WEIGHT]",
+    click.option("--calibration", "sources", multiple=True, shell_complete=completing.texts, metavar="FILE[:WEIGHT]",
                  help="Text, JSON lines (text or messages), Parquet or token ids to calibrate on; several mix by weight. "
                       "The name of a Hub data set works where datasets is installed; builtin is a text that comes along."),
     click.option("--samples", type=click.IntRange(1), help="Chunks of text to calibrate on.  [default: 256]"),

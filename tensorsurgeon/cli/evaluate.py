@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from tensorsurgeon.cli import completing
 from tensorsurgeon.cli.calibrate import noting
 from tensorsurgeon.cli.terminal import Place, emit, json_option, note, step_bar, stop_on_signals
 from tensorsurgeon.evaluating.options import SAMPLES, SEQUENCE_LENGTH, TextOptions
@@ -18,6 +19,7 @@ from tensorsurgeon.evaluating.options import SAMPLES, SEQUENCE_LENGTH, TextOptio
     "--text",
     "texts",
     multiple=True,
+    shell_complete=completing.texts,
     required=True,
     metavar="FILE",
     help="What to predict: text, JSON lines, Parquet, or lists of token ids, each a sequence of its own.",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tensorsurgeon.cli import completing
 from tensorsurgeon.cli.calibrate import calibrates, calibration_options, noting, options_from
 from tensorsurgeon.cli.terminal import Place, Sectioned, Stop, emit, json_option, note
 from tensorsurgeon.errors import NoMatchError, RecipeError, did_you_mean
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
 def transform_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that plan and apply share."""
     for option in reversed((
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a parameter of the transform."),
-        click.option("--then", multiple=True, metavar="NAME",
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", shell_complete=completing.settings,
+                     help="Set a parameter of the transform."),
+        click.option("--then", multiple=True, shell_complete=completing.transforms, metavar="NAME",
                      help="Chain another transform; --set KEY=VALUE goes to those that have KEY."),
         click.option("--max-shard-size", default="5GB", metavar="SIZE", show_default=True, help="Largest output shard."),
         click.option("--backend", type=click.Choice(["auto", "fast", "torch"]), default="auto", show_default=True,
                      help="Who computes: compiled CPU kernels or torch; the bits are the same."),
-        click.option("--require", multiple=True, metavar="ENGINE[:tp=N]",
+        click.option("--require", multiple=True, shell_complete=completing.engines, metavar="ENGINE[:tp=N]",
                      help="Stop if this engine would not serve the result, such as vllm:tp=4; give it as often as needed."),
         click.option("--ahead", type=click.IntRange(1, 64), default=2, show_default=True,
                      help="Shards of a SOURCE on the Hub that are fetched before they are read; more need more disk."),
@@ -97,7 +99,7 @@ def plan_named(
 
 
 @click.command(cls=Sectioned, short_help="Show what a transform would do; write nothing.")
-@click.argument("transform")
+@click.argument("transform", shell_complete=completing.transforms)
 @click.argument("source", type=Place(readable=False))
 @transform_options
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads that the dry run of calibration reckons with.")
@@ -167,7 +169,7 @@ def _rehearsed(made: Plan, calibration: Mapping[str, Any], workers: int | None) 
 
 
 @click.command(short_help="List transforms, or show one with its parameters.")
-@click.argument("name", required=False)
+@click.argument("name", shell_complete=completing.transforms, required=False)
 @json_option
 def transforms(name: str | None, as_json: bool) -> None:
     """List the built-in transforms, or show one with its parameters and steps.
