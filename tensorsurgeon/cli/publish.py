@@ -41,7 +41,7 @@ def card(target: str, base_model: str | None, name: str | None, against: str | N
     \b
     surgeon card Qwen3.6-35B-A3B-INT8 --base-model Qwen/Qwen3.6-35B-A3B --against Qwen3.6-35B-A3B
     """
-    from tensorsurgeon.publish.card import known_of, write_card
+    from tensorsurgeon.publish.card import base_model_of, known_of, write_card
     from tensorsurgeon.publish.verified import checkpoint_folder
 
     folder = checkpoint_folder(target)
@@ -53,6 +53,7 @@ def card(target: str, base_model: str | None, name: str | None, against: str | N
         for text, found in (
             ("how it was made (surgeon_plan.json)", known.made),
             ("an evaluation: surgeon evaluate TARGET --against SOURCE --text FILE", known.evaluation),
+            ("the original's name on the Hub: surgeon card TARGET --base-model OWNER/NAME", base_model_of(path)),
             ("a verification: surgeon card TARGET --against SOURCE", known.verification),
         )
         if found is None

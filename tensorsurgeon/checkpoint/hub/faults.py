@@ -112,7 +112,9 @@ def _of_status(error: Any) -> Fault:
             return Fault(f"the Hub answers that there were too many requests ({status}){asked}; try again later", True, wait)
     if status >= 500:
         return Fault(f"the Hub is in trouble ({status}); try again later", True)
-    return Fault(f"the Hub refuses ({_first_line(error)})", False)
+    # What the Hub itself says, where it says something: the library's first line is of its own words.
+    said = " ".join(str(getattr(error, "server_message", None) or "").split())
+    return Fault(f"the Hub refuses: {said or _first_line(error)}", False)
 
 
 def _first_line(error: BaseException) -> str:
