@@ -20,7 +20,8 @@ from tests.hub.test_life import live, surgeon
 
 pytestmark = pytest.mark.engine
 
-# GPTQModel computes in F16 and sums in another order, evaluate has the model's BF16 logits (docs/evaluation.md).
+# GPTQModel computes in F16 and sums in another order, evaluate has the model's BF16 logits, whose rounding is part of its KL
+# (docs/evaluation.md). Measured: 0.00254 and 0.00280; perplexity 18.0446 and 18.0458 of vLLM.
 KL_BOUND = 0.15
 # As in test_evaluate.py.
 PERPLEXITY_BOUND = 0.002
@@ -60,9 +61,7 @@ def test_the_pushed_gptq_repository_is_what_was_evaluated(
         assert np.array_equal(weight, ours[name]), f"{gptqmodel.name} dequantizes {name} to other weights"
     source, pushed = (np.load(tmp_path / "logits" / f"{path.name}.npy") for path in (FIXTURE, back))
     measured = kl(source, pushed)
-    print(
-        f"KL {measured:.6f} of {gptqmodel.name}'s logits, evaluate {said['kl']:.6f}; logits moved by {rms(pushed - source):.4f}"
-    )
+    print(f"KL {measured:.6f} of {gptqmodel.name}'s logits, evaluate {said['kl']:.6f}; moved by {rms(pushed - source):.4f}")
     assert abs(measured / said["kl"] - 1) <= KL_BOUND
 
     rows = vllm.ask("vllm_score.py", "--json", "--tokens", tokens, back)
