@@ -16,7 +16,18 @@ from tensorsurgeon.cli.calibrate import calibrates, calibration_options, run_wit
 from tensorsurgeon.cli.finished import command_elsewhere, summary
 from tensorsurgeon.cli.plan import plan_named, transform_options
 from tensorsurgeon.cli.resume import go_on, words_given
-from tensorsurgeon.cli.terminal import Place, Sectioned, Stop, emit, json_option, note, progress_bar, step_bar, stop_on_signals
+from tensorsurgeon.cli.terminal import (
+    Place,
+    Sectioned,
+    Stop,
+    at_home,
+    emit,
+    json_option,
+    note,
+    progress_bar,
+    step_bar,
+    stop_on_signals,
+)
 from tensorsurgeon.errors import ExecutionError, NumericError, SurgeonError
 from tensorsurgeon.tensors.sizes import parse_size
 
@@ -25,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Sectioned, short_help="Convert, quantize, calibrate: write a new checkpoint.")
-@click.argument("transform", shell_complete=completing.transforms)
+@click.argument("transform", callback=at_home, shell_complete=completing.transforms)
 @click.argument("source", type=Place(readable=False), required=False, metavar="SOURCE")
 @click.argument("target", type=Place(readable=False), required=False, metavar="TARGET")
 @transform_options

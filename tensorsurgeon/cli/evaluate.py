@@ -6,7 +6,7 @@ import click
 
 from tensorsurgeon.cli import completing
 from tensorsurgeon.cli.calibrate import noting
-from tensorsurgeon.cli.terminal import Place, emit, json_option, note, step_bar, stop_on_signals
+from tensorsurgeon.cli.terminal import Place, at_home, emit, json_option, note, step_bar, stop_on_signals
 from tensorsurgeon.evaluating.options import SAMPLES, SEQUENCE_LENGTH, TextOptions
 
 
@@ -19,6 +19,7 @@ from tensorsurgeon.evaluating.options import SAMPLES, SEQUENCE_LENGTH, TextOptio
     "--text",
     "texts",
     multiple=True,
+    callback=at_home,
     shell_complete=completing.texts,
     required=True,
     metavar="FILE",

@@ -13,7 +13,7 @@ import click
 
 from tensorsurgeon.cli import completing
 from tensorsurgeon.cli.calibrate import calibrates, calibration_options, noting, options_from
-from tensorsurgeon.cli.terminal import Place, Sectioned, Stop, emit, json_option, note
+from tensorsurgeon.cli.terminal import Place, Sectioned, Stop, at_home, emit, json_option, note
 from tensorsurgeon.errors import NoMatchError, RecipeError, did_you_mean
 from tensorsurgeon.tensors.sizes import parse_size
 
@@ -26,7 +26,7 @@ def transform_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed((
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", shell_complete=completing.settings,
                      help="Set a parameter of the transform."),
-        click.option("--then", multiple=True, shell_complete=completing.transforms, metavar="NAME",
+        click.option("--then", multiple=True, callback=at_home, shell_complete=completing.transforms, metavar="NAME",
                      help="Chain another transform; --set KEY=VALUE goes to those that have KEY."),
         click.option("--max-shard-size", default="5GB", metavar="SIZE", show_default=True, help="Largest output shard."),
         click.option("--backend", type=click.Choice(["auto", "fast", "torch"]), default="auto", show_default=True,
@@ -99,7 +99,7 @@ def plan_named(
 
 
 @click.command(cls=Sectioned, short_help="Show what a transform would do; write nothing.")
-@click.argument("transform", shell_complete=completing.transforms)
+@click.argument("transform", callback=at_home, shell_complete=completing.transforms)
 @click.argument("source", type=Place(readable=False))
 @transform_options
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads that the dry run of calibration reckons with.")
@@ -169,7 +169,7 @@ def _rehearsed(made: Plan, calibration: Mapping[str, Any], workers: int | None) 
 
 
 @click.command(short_help="List transforms, or show one with its parameters.")
-@click.argument("name", shell_complete=completing.transforms, required=False)
+@click.argument("name", callback=at_home, shell_complete=completing.transforms, required=False)
 @json_option
 def transforms(name: str | None, as_json: bool) -> None:
     """List the built-in transforms, or show one with its parameters and steps.
@@ -204,7 +204,8 @@ def transforms(name: str | None, as_json: bool) -> None:
         f"{recipe.name}: {recipe.description}\n\n"
         + ("parameters (--set KEY=VALUE; several values with commas):\n" if parameters else "")
         + "".join(map(_parameter_text, parameters))
-        + f"{chr(10) if parameters else ''}file: {recipe.where}"
+        + (chr(10) if parameters else "")
+        + f"steps: {', '.join(map(_step_text, recipe.steps))}\nfile: {recipe.where}"
     )
     emit(data, text, as_json)
 
@@ -222,9 +223,15 @@ def _parameter_text(parameter: Mapping[str, Any]) -> str:
     else:
         lines.append(f"      default: {_shown(default)}")
     if choices:
-        words = ", ".join("null" if choice is None else str(choice) for choice in choices)
+        words = ", ".join(map(_shown, choices))
         lines += textwrap.wrap(words, 100, initial_indent="      choices: ", subsequent_indent="        ")
     return "".join(f"{line}\n" for line in lines)
+
+
+def _step_text(step: Mapping[str, Any]) -> str:
+    """A step by the op or transform that it is, and the condition it depends on."""
+    what = step.get("use") or next(key for key in step if key not in ("when", "with", "inherit"))
+    return f"{what} (when {step['when']})" if "when" in step else str(what)
 
 
 def _shown(default: Any) -> str:

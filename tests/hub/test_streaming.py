@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants, snapshot_download
+from jsonschema import Draft202012Validator
 
 import tensorsurgeon as ts
 from tensorsurgeon import api
 from tensorsurgeon.checkpoint.hub.stays import Stays
 from tensorsurgeon.cli import main
+from tensorsurgeon.cli.schema import SCHEMAS
 from tensorsurgeon.errors import Interrupted, JournalError, SourceError, TargetError
 from tests.checkpoints import FIXTURE, tiny_moe, write_checkpoint
 from tests.hub.conftest import use
@@ -83,6 +85,7 @@ def test_the_plan_of_another_ahead_says_the_disk_of_that_run(hub: Hub, tmp_path:
     sizes = [(folder / name).stat().st_size for name in shard_names(folder)]
     most = max(sum(sizes[n : n + ahead + 1]) for n in range(12 - ahead))
     said = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)["streaming"]
+    Draft202012Validator(SCHEMAS["plan"]["properties"]["streaming"]).validate(said)
     assert (said["spool_bytes"], said["ahead"], said["kept"]) == (most, ahead, False)
     text = CliRunner().invoke(main, command).stdout
     assert f"at most {most / 1e6:.2f} MB of them lie beside the output at once (--ahead {ahead})" in text
