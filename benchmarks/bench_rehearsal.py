@@ -3,8 +3,8 @@
     python benchmarks/bench_rehearsal.py [--layers 2] [--experts 32] [--samples 8] [--workers 2]
 
 The fixture of the tests with 64 sequences of 512, and a model of the real one's shapes (``make_bench_model.py``) with
-``--samples`` sequences of 2,048. CPU seconds are of the whole process, so that other work on the machine changes little; of the run those of
-the same conversion without calibration are taken off, for the dry run does not speak of them.
+``--samples`` sequences of 2,048. CPU seconds are of the whole process, so that other work on the machine changes little; of the
+run those of the same conversion without calibration are taken off, for the dry run does not speak of them.
 """
 
 from __future__ import annotations
