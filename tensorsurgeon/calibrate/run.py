@@ -38,6 +38,7 @@ from tensorsurgeon.errors import BudgetError, NoMatchError, RecipeError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.threads import one_torch_thread
 from tensorsurgeon.running.executor import Progress
+from tensorsurgeon.running.machines import HERE, Machines
 from tensorsurgeon.running.run import NOTHING_BESIDE, Beside, RunResult, run_plan
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def run_calibrated(
     beside: Beside = NOTHING_BESIDE,
     ahead: int = DEFAULT_AHEAD,
     keep_source: bool = False,
+    machines: Machines = HERE,
 ) -> CalibratedResult:
     """Write the planned checkpoint, with codes that calibration chooses for the steps that ask for them.
 
@@ -105,7 +107,7 @@ def run_calibrated(
         result = run_plan(
             plan, target, workers=workers, max_ram_bytes=max_ram_bytes, resume=resume, overwrite=overwrite, stop=stop,
             progress=progress, execute=driver.execute, command=command, ahead=ahead, keep_source=keep_source,
-            beside=beside,
+            beside=beside, machines=machines,
         )  # fmt: skip
     log = Path(target) / LOG_NAME
     summary = summarize(read_log(log)) if log.exists() else summarize([])
