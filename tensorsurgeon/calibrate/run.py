@@ -84,6 +84,11 @@ def run_calibrated(
     if options.write_statistics is not None and options.read_statistics is not None:
         raise RecipeError("--write-statistics and --read-statistics together would only copy a folder")
     on_card = works_on_card(where)
+    if machines.crew is not None and (on_card or options.write_statistics is not None):
+        what = "a GPU" if on_card else "--write-statistics"
+        raise RecipeError(
+            f"{what} is for one machine, and --ray for several that calibrate on their CPUs; leave one of them away"
+        )
     model = StreamedModel(plan.source, device=where, experts_implementation="grouped_mm" if on_card else "eager")
     if max_ram_bytes is not None:
         _check_budget(model, max_ram_bytes)
@@ -102,7 +107,10 @@ def run_calibrated(
         card = plan_card(
             model, (*data.tokens.shape, model.hidden_size), where, max_gpu_ram_bytes, is_asymmetric(linears, options)
         )
-    driver = Driver(model=model, data=data, options=options, linears=linears, target=Path(target), card=card, ahead=ahead)
+    driver = Driver(
+        model=model, data=data, options=options, linears=linears, target=Path(target), card=card, ahead=ahead,
+        machines=machines,
+    )  # fmt: skip
     with one_torch_thread(), nullcontext() if card is None else capped(where, card, max_gpu_ram_bytes):
         result = run_plan(
             plan, target, workers=workers, max_ram_bytes=max_ram_bytes, resume=resume, overwrite=overwrite, stop=stop,

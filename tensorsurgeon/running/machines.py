@@ -11,6 +11,7 @@ from typing import Final, Protocol
 from tensorsurgeon.checkpoint.sink import Sink
 from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.planning.plan import Plan
+from tensorsurgeon.running.cluster.crew import Crew
 from tensorsurgeon.running.executor import Progress, run_units
 from tensorsurgeon.running.journal import Journal
 from tensorsurgeon.running.unit import CodesProvider
@@ -18,6 +19,11 @@ from tensorsurgeon.running.unit import CodesProvider
 
 class Machines(Protocol):
     """Runs units somewhere; where decides no byte."""
+
+    @property
+    def crew(self) -> Crew | None:
+        """Who does other work as well; None where threads of this process do it."""
+        ...
 
     def check(self, plan: Plan, target: Path) -> None:
         """Raise PlanError and its kin where these machines cannot run this plan; nothing has been written to ``target`` yet."""
@@ -45,6 +51,8 @@ class Machines(Protocol):
 class ThisMachine:
     """Threads of this process."""
 
+    crew: Crew | None = None
+
     def check(self, plan: Plan, target: Path) -> None:
         """Nothing: what a run needs of this machine is looked at anyway."""
 
@@ -64,7 +72,6 @@ def machines_at(ray: str | None, workers: int | None, max_ram_bytes: int | None)
         yield HERE
         return
     from tensorsurgeon.running.cluster.connect import connected
-    from tensorsurgeon.running.cluster.crew import Crew
     from tensorsurgeon.running.cluster.units import RayMachines
 
     with connected(ray), Crew(workers, max_ram_bytes) as crew:

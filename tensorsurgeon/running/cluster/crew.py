@@ -11,7 +11,8 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Protocol, Self
@@ -49,6 +50,13 @@ class _Flight(NamedTuple):
     nbytes: int
 
 
+class Session(NamedTuple):
+    """A job that is open: its name, and a reference to it, in a list, so that only who asks for it gets it."""
+
+    name: str
+    job: list[Any]
+
+
 class _Joining(NamedTuple):
     member: Member
     sight: Any
@@ -59,8 +67,7 @@ class _Joining(NamedTuple):
 class _Round:
     """One job under way."""
 
-    session: str
-    job: list[Any]
+    session: Session
     waiting: deque[int]
     flying: dict[Any, _Flight] = field(default_factory=dict)
     tries: dict[int, int] = field(default_factory=dict)
@@ -112,28 +119,40 @@ class Crew:
         for node in nodes():
             if node.id not in known:
                 self._invite(node)
-        if not self._joining:
-            raise PlanError("no node of the Ray cluster has a CPU to work with; start one with: ray start --address=HOST:PORT")
         for joining in list(self._joining):
             self._welcome(joining, wait=True)
+        if not self.members:
+            raise PlanError("no node of the Ray cluster has a CPU to work with; start one with: ray start --address=HOST:PORT")
+
+    @contextmanager
+    def session(self, job: Job) -> Iterator[Session]:
+        """A job whose desks stay open on their nodes for the length of the block."""
+        import ray
+
+        session = Session(uuid.uuid4().hex, [ray.put(job)])
+        try:
+            yield session
+        finally:
+            for member in self.members.values():
+                member.hand.leave.remote(session.name)
 
     def run(
         self,
-        job: Job,
+        session: Session,
         items: Sequence[Any],
         *,
         nbytes: Sequence[int],
         stop: threading.Event,
         take: Callable[[int, Any], None],
     ) -> None:
-        """Do every item at a desk of ``job``; ``take`` gets number and result of each as it is done, in this thread.
+        """Do every item at a desk of the session's job; ``take`` gets number and result of each as it is done, in this thread.
 
         ``nbytes`` is what each holds while it is done. The first error, in the order of items, is raised when all that is
         under way has ended; ``stop`` ends it the same way without one.
         """
         import ray
 
-        round_ = _Round(uuid.uuid4().hex, [ray.put(job)], deque(range(len(items))))
+        round_ = _Round(session, deque(range(len(items))))
         alone_since: float | None = None
         while round_.flying or (round_.waiting and not (stop.is_set() or round_.errors)):
             self._look_around()
@@ -149,8 +168,6 @@ class Crew:
             if time.monotonic() - alone_since > _WAIT_FOR_NODES:
                 raise ExecutionError("every node of the Ray cluster is gone", remedy="; start some and continue with {resume}")
             time.sleep(0.2)
-        for member in self.members.values():
-            member.hand.leave.remote(round_.session)
         if round_.errors:
             raise round_.errors[min(round_.errors)]
 
@@ -165,7 +182,7 @@ class Crew:
             round_.waiting.popleft()
             member.busy += 1
             member.held += nbytes[number]
-            reference = member.hand.do.remote(round_.session, round_.job, items[number])
+            reference = member.hand.do.remote(*round_.session, items[number])
             round_.flying[reference] = _Flight(number, member, nbytes[number])
 
     def _land(self, round_: _Round, reference: Any, take: Callable[[int, Any], None]) -> None:
@@ -250,7 +267,8 @@ class Crew:
             self.members[member.node.id] = member
         except (SurgeonError, RayError) as error:
             ray.kill(member.hand)
-            if wait:
+            # A node that is gone is listed for a while.
+            if wait and (isinstance(error, SurgeonError) or member.node in nodes()):
                 if isinstance(error, SurgeonError):
                     raise
                 why = "it has not so many CPUs free" if isinstance(error, GetTimeoutError) else _first_words(error)

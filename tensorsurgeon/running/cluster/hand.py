@@ -7,12 +7,12 @@ it, in any order. Nothing that a hand holds is the only one of its kind: a node 
 from __future__ import annotations
 
 import platform
-import socket
+import re
 import threading
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from tensorsurgeon.checkpoint.small_files import Stamp
 from tensorsurgeon.errors import SurgeonError
@@ -52,6 +52,9 @@ class Failed(NamedTuple):
     error: SurgeonError
 
 
+PROCESSOR: Final = "processor"
+
+
 class Sight(NamedTuple):
     """What a node says of itself and sees of the files: ``missing`` is the first that is not there as it should be."""
 
@@ -68,7 +71,7 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "none"
-    return found
+    return found | {PROCESSOR: processor()}
 
 
 class Hand:
@@ -116,9 +119,13 @@ class Hand:
             return self._desks[session]
 
 
-def here() -> str:
-    """The name of this machine."""
-    return socket.gethostname()
+def processor() -> str:
+    """The kind of this machine's processor: products of matrices have other bits on another."""
+    try:
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def _is_same(path: Path, stamp: Stamp) -> bool:

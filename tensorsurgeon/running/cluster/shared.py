@@ -16,7 +16,7 @@ from tensorsurgeon.checkpoint.small_files import Stamp
 from tensorsurgeon.errors import BudgetError, PlanError, TargetError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.running.cluster.connect import Node
-from tensorsurgeon.running.cluster.hand import Sight, versions
+from tensorsurgeon.running.cluster.hand import PROCESSOR, Sight, versions
 from tensorsurgeon.running.journal import refuse_link, state_folder
 
 
@@ -49,7 +49,12 @@ class SharedFolders:
             answered = False
         for path in (token, _answer(token)):
             path.unlink(missing_ok=True)
-        different = [name for name, version in self._ours.items() if sight.versions.get(name) != version]
+        # Of all that is computed, only what calibration does depends on the kind of processor.
+        different = [
+            name
+            for name, version in self._ours.items()
+            if sight.versions.get(name) != version and (name != PROCESSOR or self._plan.needs_codes)
+        ]
         if different:
             name = different[0]
             raise PlanError(

@@ -143,14 +143,16 @@ class RayMachines:
         sink.sync()
         mark = state_folder(sink.target).absolute() / f"ray-{uuid.uuid4().hex}"
         mark.touch()
+        job = UnitsJob(plan.steps, absolute(plan.source), plan.layout, sink.target.absolute(), mark, codes)
         try:
-            self.crew.run(
-                UnitsJob(plan.steps, _absolute(plan.source), plan.layout, sink.target.absolute(), mark, codes),
-                [[plan.units[number] for number in parcel.numbers] for parcel in parcels],
-                nbytes=[parcel.nbytes for parcel in parcels],
-                stop=stop,
-                take=take,
-            )
+            with self.crew.session(job) as session:
+                self.crew.run(
+                    session,
+                    [[plan.units[number] for number in parcel.numbers] for parcel in parcels],
+                    nbytes=[parcel.nbytes for parcel in parcels],
+                    stop=stop,
+                    take=take,
+                )
         finally:
             mark.unlink(missing_ok=True)
         if stop.is_set() and len(digests) < len(todo):
@@ -177,7 +179,7 @@ def _parcel(units: Sequence[Unit], numbers: Sequence[int]) -> Parcel:
     return Parcel(tuple(numbers), max(units[number].peak_bytes for number in numbers))
 
 
-def _absolute(source: Checkpoint) -> Checkpoint:
+def absolute(source: Checkpoint) -> Checkpoint:
     """The same checkpoint for a process that works in another folder."""
     shards = tuple(shard._replace(path=shard.path.absolute()) for shard in source.shards)
     return replace(source, root=source.root.absolute(), shards=shards)
