@@ -90,7 +90,7 @@ def run_calibrated(
             f"{what} is for one machine, and --ray for several that calibrate on their CPUs; leave one of them away"
         )
     model = StreamedModel(plan.source, device=where, experts_implementation="grouped_mm" if on_card else "eager")
-    if max_ram_bytes is not None:
+    if max_ram_bytes is not None and machines.crew is None:
         _check_budget(model, max_ram_bytes)
     data = None
     if options.sources:
@@ -115,7 +115,7 @@ def run_calibrated(
         result = run_plan(
             plan, target, workers=workers, max_ram_bytes=max_ram_bytes, resume=resume, overwrite=overwrite, stop=stop,
             progress=progress, execute=driver.execute, command=command, ahead=ahead, keep_source=keep_source,
-            beside=beside, machines=machines,
+            beside=beside, machines=machines, least_bytes=_layer_bytes(model),
         )  # fmt: skip
     log = Path(target) / LOG_NAME
     summary = summarize(read_log(log)) if log.exists() else summarize([])
@@ -126,13 +126,18 @@ def run_calibrated(
 
 def _check_budget(model: StreamedModel, max_ram_bytes: int) -> None:
     """Raise BudgetError if one layer's weights and codes do not fit the memory cap; hidden states lie in files."""
-    largest = max(map(model.layer_bytes, range(len(model.layers))))
-    needed = largest + largest // 2
+    needed = _layer_bytes(model)
     if needed > max_ram_bytes:
         raise BudgetError(
             f"calibration holds a decoder layer and its codes at once, {needed} bytes, more than --max-ram {max_ram_bytes}; "
             f"give at least {-(-needed // 1_000_000)}MB"
         )
+
+
+def _layer_bytes(model: StreamedModel) -> int:
+    """What a machine holds that calibrates: the weights of the largest layer, and its codes."""
+    largest = max(map(model.layer_bytes, range(len(model.layers))))
+    return largest + largest // 2
 
 
 def _identity(

@@ -25,8 +25,11 @@ class Machines(Protocol):
         """Who does other work as well; None where threads of this process do it."""
         ...
 
-    def check(self, plan: Plan, target: Path) -> None:
-        """Raise PlanError and its kin where these machines cannot run this plan; nothing has been written to ``target`` yet."""
+    def check(self, plan: Plan, target: Path, least_bytes: int) -> None:
+        """Raise PlanError and its kin where these machines cannot run this plan, or one may use less than ``least_bytes``.
+
+        Nothing has been written to ``target`` yet, and nothing is there afterwards.
+        """
         ...
 
     def run_units(
@@ -53,7 +56,7 @@ class ThisMachine:
 
     crew: Crew | None = None
 
-    def check(self, plan: Plan, target: Path) -> None:
+    def check(self, plan: Plan, target: Path, least_bytes: int) -> None:
         """Nothing: what a run needs of this machine is looked at anyway."""
 
     run_units = staticmethod(run_units)

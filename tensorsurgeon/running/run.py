@@ -80,6 +80,7 @@ def run_plan(
     ahead: int = DEFAULT_AHEAD,
     keep_source: bool = False,
     beside: Beside = NOTHING_BESIDE,
+    least_bytes: int = 0,
 ) -> RunResult:
     """Write the planned checkpoint into the folder ``target``; ``machines`` run its units, in the order that ``execute``
     decides, which is given what ``machines.run_units`` is given and takes its place.
@@ -89,6 +90,8 @@ def run_plan(
 
     A source on the Hub is fetched while the run lasts, ``ahead`` shards before they are read; each goes when all that reads
     it is done, unless ``keep_source`` has it in the Hub's cache, where it stays.
+
+    ``least_bytes`` is what each of several machines has to have room for, where units are not all that it does.
 
     Neither ``workers`` nor ``max_ram_bytes`` changes a byte of it. Raises TargetError before anything is written
     if the folder cannot be used, ExecutionError if the run stops, which ``resume`` then continues.
@@ -117,7 +120,7 @@ def run_plan(
         command=command,
         beside=beside.files,
         spool_bytes=0 if streaming is None else streaming.spool_bytes,
-        before=lambda: machines.check(plan, target),
+        before=lambda: machines.check(plan, target, least_bytes),
     )
     if prepared is None:
         return RunResult(target, len(plan.units), len(plan.units), True)

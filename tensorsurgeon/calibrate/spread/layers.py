@@ -50,7 +50,7 @@ class SpreadLayers:
         return self.here.resumed(layer, digest)
 
     def quantize(self, stage: Stage, linears: Sequence[Linear], *, is_last: bool) -> Layer:
-        if self.here.walk.passes_on:
+        if self.here.walk.may_pass_on:
             if stage.layer == 0:
                 logger.warning("layers of this model hand on more than hidden states, so that this machine alone calibrates it")
             return self.here.quantize(stage, linears, is_last=is_last)

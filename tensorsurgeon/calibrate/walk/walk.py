@@ -87,6 +87,11 @@ class Walk:
             return True
         return any(slot.empty is not None and self._carried.holds(key) for key, slot in slots)
 
+    @property
+    def may_pass_on(self) -> bool:
+        """Whether layers could hand on more than hidden states: containers are among it before anything is put into them."""
+        return self.model.shares_blocks or any(not key.startswith("text") for key in self._slots)
+
     def embed(self, write: Callable[[int, Tensor], None] | None) -> None:
         """Run what comes before the layers; ``write`` takes the first sample's number and the first layer's inputs.
 

@@ -21,10 +21,11 @@ from tensorsurgeon.running.journal import refuse_link, state_folder
 
 
 class SharedFolders:
-    """The gate that a node has to pass for a plan and its target; ``ours`` are the versions that it has to have."""
+    """The gate that a node has to pass for a plan and its target; ``least_bytes`` is the memory that it has to have."""
 
-    def __init__(self, plan: Plan, target: Path) -> None:
+    def __init__(self, plan: Plan, target: Path, least_bytes: int) -> None:
         self._plan = plan
+        self._least_bytes = least_bytes
         self._target = target.absolute()
         self._root = plan.source.root.absolute()
         self._state = state_folder(self._target)
@@ -75,11 +76,10 @@ class SharedFolders:
                 f"node {node}: does not {what}; the target has to lie on a file system that all nodes share, under the same path",
                 where=str(self._target),
             )
-        largest = self._plan.peak_unit_bytes
-        if largest > budget:
+        if self._least_bytes > budget:
             raise BudgetError(
-                f"node {node}: may use {budget} bytes, and one piece of work needs {largest}",
-                remedy=f"; give a {{max_ram}} of at least {-(-largest // 1_000_000)}MB, or start a node with more memory",
+                f"node {node}: may use {budget} bytes, and one piece of work needs {self._least_bytes}",
+                remedy=f"; give a {{max_ram}} of at least {-(-self._least_bytes // 1_000_000)}MB, or use nodes with more memory",
             )
 
     def tidy(self, *, had_target: bool) -> None:

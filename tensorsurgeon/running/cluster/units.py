@@ -96,7 +96,7 @@ class RayMachines:
     def __init__(self, crew: Crew) -> None:
         self.crew = crew
 
-    def check(self, plan: Plan, target: Path) -> None:
+    def check(self, plan: Plan, target: Path, least_bytes: int) -> None:
         """Raise PlanError and its kin unless every node sees source and target, has our versions and room for a unit."""
         if plan.source.snapshot is not None:
             raise PlanError(
@@ -104,7 +104,7 @@ class RayMachines:
                 "share (hf download), or work without Ray"
             )
         had_target = target.exists()
-        gate = SharedFolders(plan, target)
+        gate = SharedFolders(plan, target, max(least_bytes, plan.peak_unit_bytes))
         try:
             self.crew.gather(gate)
         finally:
