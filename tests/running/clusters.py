@@ -44,12 +44,16 @@ def kill_node(cluster: Any, node: Any) -> None:
 
 def kill_worker(node: Any) -> bool:
     """Kill the process that works for us on a node, and nothing else; False if there is none now."""
-    for pid in _below(raylet_of(node)):
-        if "ray::Hand" in _command(pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                return True
+    for pid in hands_of(node):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            return True
     return False
+
+
+def hands_of(node: Any) -> list[int]:
+    """The processes that work for us on a node."""
+    return [pid for pid in _below(raylet_of(node)) if "ray::Hand" in _command(pid)]
 
 
 def wait_for_nodes(count: int) -> None:
