@@ -204,7 +204,7 @@ def report(found: dict[str, Any], first: dict[str, Any]) -> None:
         )
         for phase, cost in one["phases"].items():
             print(
-                f"    {phase:10} nodes {cost['all']:7.1f} CPU s, busiest {cost['busiest']:7.1f}; this process {cost['here']:5.1f}; "
+                f"    {phase:10} nodes {cost['all']:7.1f} CPU s, busiest {cost['busiest']:7.1f}; here {cost['here']:5.1f}; "
                 f"wall {cost['wall']:6.1f}"
             )
     sys.stdout.flush()

@@ -40,12 +40,12 @@ class SpreadKeys:
                     raise PlanError(f"{name} and {chosen} shared their input at first, but not later; no statistics")
         return leader
 
-    def sums(self, folder: Path) -> dict[str, SumUp]:
+    def sums(self, folder: Path, layer: int) -> dict[str, SumUp]:
         """The pieces of work that sum each distinct input."""
         found = {}
         for number, name in enumerate(dict.fromkeys(self._leader.values())):
             batches = [(shown.path, shown.kept[name], shown.tokens) for shown in self._shown]
-            path = folder / f"spread-sum-{number}.pt"
+            path = folder / f"spread-{layer}-sum-{number}.pt"
             found[name] = SumUp(batches, self._shown[0].crossed, name in self._gathered, path)
         return found
 

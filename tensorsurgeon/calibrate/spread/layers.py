@@ -58,6 +58,7 @@ class SpreadLayers:
         folder = self.here.state.folder.absolute()
         if inputs is None:
             raise JournalError(f"nothing goes into layer {stage.layer}; start over with --overwrite", where=str(folder))
+        # Files are called by their layer: a node that was given up may still be writing those of an earlier one.
         for path in folder.glob("spread-*"):
             path.unlink()
         model, options = self.here.model, self.here.options
@@ -86,7 +87,7 @@ class SpreadLayers:
             announce(None, None, f"layer {stage.layer}: its outputs")
             codes = None
             if parts:
-                codes = PutBack(folder / f"spread-codes-{stage.layer}.pt", tuple(parts))
+                codes = PutBack(folder / f"spread-{stage.layer}-codes.pt", tuple(parts))
                 write_codes(codes.path, made.quantized())
             self._forward(stage.layer, inputs, outputs, codes)
         for path in folder.glob("spread-*"):
@@ -120,7 +121,9 @@ class SpreadLayers:
             made = {}
             for k, stack in enumerate(stacks):
                 tokens = walk.tokens.numel() * max(1, stack.copies)
-                made[stack.name] = ExpertInputs(folder / f"{prefix}-{k}.bin", tokens, stack.hidden, self.here.model.dtype)
+                made[stack.name] = ExpertInputs(
+                    folder / f"spread-{stage.layer}-{prefix}-{k}.bin", tokens, stack.hidden, self.here.model.dtype
+                )
                 scratch.callback(made[stack.name].close)
             return made
 
@@ -129,10 +132,11 @@ class SpreadLayers:
         modules = frozenset(part.lines.name.rpartition(".")[0] for part in parts)
         watched = Watched(modules, frozenset(part.lines.name for part in parts))
         passed = passing(stage, following, self.here.options)
-        where = _where(stage.states), _where(stage.original), _where(passed), _where(following.original)
+        states, beside = StatesAt.of(stage.states), (_where(stage.original), _where(passed), _where(following.original))
         rooms = [{name: StatesAt.of(inputs.states) for name, inputs in each.items()} for each in (fed, before)]
+        prefix = f"spread-{stage.layer}-batch"
         items = [
-            Watch(stage.layer, batch, watched, where[0], *where[1:], rooms[0], rooms[1], folder / f"spread-batch-{batch}.pt")  # type: ignore[arg-type]  # the first is there
+            Watch(stage.layer, batch, watched, states, *beside, *rooms, folder / f"{prefix}-{batch}.pt")
             for batch in range(len(walk.batches))
         ]
         shown: dict[int, Shown] = {}
@@ -151,7 +155,7 @@ class SpreadLayers:
             experts[stack.name] = ExpertStatistics(stack, fed[stack.name], self.here.options, before.get(stack.name))
             experts[stack.name].choose(self._router(stage.layer, stack))
         keys = SpreadKeys([shown[batch] for batch in sorted(shown)], experts, fed, before)
-        sums = keys.sums(folder)
+        sums = keys.sums(folder, stage.layer)
         self._run(list(sums.values()), lambda number, path: keys.summed(list(sums)[number], path))
         return keys
 
