@@ -181,7 +181,7 @@ def main() -> None:
                 found[name]["path"] = path_seconds(found[name])
             measured.append(found)
             rows = read_log(work / f"gptq-{count}" / LOG_NAME)
-            found["codes_seconds"] = sum(row.seconds for row in rows)
+            found["expert_share"] = sum(row.seconds for row in rows if row.expert is not None) / sum(row.seconds for row in rows)
             report(found, measured[0])
         if given.json:
             given.json.write_text(

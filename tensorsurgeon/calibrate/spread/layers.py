@@ -132,11 +132,23 @@ class SpreadLayers:
         modules = frozenset(part.lines.name.rpartition(".")[0] for part in parts)
         watched = Watched(modules, frozenset(part.lines.name for part in parts))
         passed = passing(stage, following, self.here.options)
-        states, beside = StatesAt.of(stage.states), (_where(stage.original), _where(passed), _where(following.original))
-        rooms = [{name: StatesAt.of(inputs.states) for name, inputs in each.items()} for each in (fed, before)]
+        now, original, outputs = StatesAt.of(stage.states), _where(stage.original), _where(passed)
+        original_outputs = _where(following.original)
+        rooms, rooms_before = ({name: StatesAt.of(one.states) for name, one in each.items()} for each in (fed, before))
         prefix = f"spread-{stage.layer}-batch"
         items = [
-            Watch(stage.layer, batch, watched, states, *beside, *rooms, folder / f"{prefix}-{batch}.pt")
+            Watch(
+                stage.layer,
+                batch,
+                watched,
+                now,
+                original,
+                outputs,
+                original_outputs,
+                rooms,
+                rooms_before,
+                folder / f"{prefix}-{batch}.pt",
+            )  # fmt: skip
             for batch in range(len(walk.batches))
         ]
         shown: dict[int, Shown] = {}
