@@ -49,10 +49,11 @@ def main() -> None:
     given = parser.parse_args()
     found = json.loads(given.figures.read_text())
     known = Constants(found)
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in known.phases.items())
     print(
-        f"{found['layers']} layers of {found['experts']} experts, {found['tokens']} tokens, one core: RTN {known.rtn:.2f} CPU s a GB of "
-        f"source; calibration {', '.join(f'{name} {s:.1f}' for name, s in known.phases.items())}, the rest {known.rest:.1f}, this "
-        f"machine alone {known.alone:.1f}; to open {known.open:.1f} a node\n"
+        f"{found['layers']} layers of {found['experts']} experts, {found['tokens']} tokens, one core: RTN {known.rtn:.2f} CPU s a GB "
+        f"of source; calibration {phases}, the rest {known.rest:.1f}, this machine alone {known.alone:.1f}; "
+        f"to open {known.open:.1f} a node\n"
     )
     print("| nodes of one core | CPU s predicted | measured | speed-up | RTN predicted | measured | speed-up |")
     print("|---|---|---|---|---|---|---|")
@@ -82,9 +83,10 @@ def table(known: Constants, cores: int, share: float, disk: float) -> None:
     shown_gb = 2 * tokens * sum(_INPUTS) * 2 / 1e9
     states_gb = 4 * tokens * hidden * 2 / 1e9
     fed_gb = 2 * tokens * hidden * 2 / 1e9
+    each = ", ".join(f"{name} {seconds:.0f}" for name, seconds in phases.items())
     print(
-        f"Qwen3.6-35B-A3B on machines of {cores} cores that give {share:g} of a core each, a file system of {disk:g} GB/s; int4 g128 from "
-        f"{tokens} tokens, each layer {', '.join(f'{name} {s:.0f}' for name, s in phases.items())} core seconds, this machine alone {alone:.0f}:\n"
+        f"Qwen3.6-35B-A3B on machines of {cores} cores that give {share:g} of a core each, a file system of {disk:g} GB/s; int4 g128 "
+        f"from {tokens} tokens, each layer {each} core seconds, this machine alone {alone:.0f}:\n"
     )
     print("| machines | int8 RTN: cores, disk | int4 by calibration: cores | one core's sum | disk | alone | in all | scratch |")
     print("|---|---|---|---|---|---|---|---|")

@@ -148,7 +148,7 @@ class SpreadLayers:
                 rooms,
                 rooms_before,
                 folder / f"{prefix}-{batch}.pt",
-            )  # fmt: skip
+            )
             for batch in range(len(walk.batches))
         ]
         shown: dict[int, Shown] = {}
