@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--work", type=Path, help="where model and outputs go for a while")
+    parser.add_argument("--among", action="store_true", help="compare bytes among the clusters alone, which saves a run")
     parser.add_argument("--json", type=Path, help="where to keep the figures, for benchmarks/scale.py")
     given = parser.parse_args()
     from make_bench_model import write_bench_model
@@ -171,13 +172,16 @@ def main() -> None:
         np.save(work / "tokens.npy", np.random.default_rng(0).integers(0, 50_000, (samples, _LENGTH)))
         options = CalibrationOptions(sources=(DataSource(str(work / "tokens.npy")),), samples=samples, sequence_length=_LENGTH)
         run_plan(plan_of(work / "model", "rtn"), work / "rtn")
-        run_calibrated(plan_of(work / "model", "gptq"), work / "gptq", options)
+        first = given.nodes[0] if given.among else None
+        if first is None:
+            run_calibrated(plan_of(work / "model", "gptq"), work / "gptq", options)
         measured = []
         for count in given.nodes:
             found = on_nodes(count, work / "model", work, options)
             for name in ("rtn", "gptq"):
-                if weights(work / f"{name}-{count}") != weights(work / name):
-                    raise SystemExit(f"{name} on {count} nodes: other bytes than one process")
+                wanted = work / (f"gptq-{first}" if name == "gptq" and first is not None else name)
+                if weights(work / f"{name}-{count}") != weights(wanted):
+                    raise SystemExit(f"{name} on {count} nodes: other bytes than in {wanted.name}")
                 found[name]["path"] = path_seconds(found[name])
             measured.append(found)
             rows = read_log(work / f"gptq-{count}" / LOG_NAME)
@@ -199,7 +203,7 @@ def report(found: dict[str, Any], first: dict[str, Any]) -> None:
     for name in ("rtn", "gptq"):
         one = found[name]
         print(
-            f"{name}, {found['nodes']} nodes: same bytes as one process; {one['path']:.1f} CPU s on the longest way, speed-up "
+            f"{name}, {found['nodes']} nodes: same bytes; {one['path']:.1f} CPU s on the longest way, speed-up "
             f"{first[name]['path'] / one['path']:.2f} over {first['nodes']} (wall {one['wall']:.0f} s)"
         )
         for phase, cost in one["phases"].items():

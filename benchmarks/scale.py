@@ -51,8 +51,8 @@ def main() -> None:
     known = Constants(found)
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in known.phases.items())
     print(
-        f"{found['layers']} layers of {found['experts']} experts, {found['tokens']} tokens, one core: RTN {known.rtn:.2f} CPU s a GB "
-        f"of source; calibration {phases}, the rest {known.rest:.1f}, this machine alone {known.alone:.1f}; "
+        f"{found['layers']} layers of {found['experts']} experts, {found['tokens']} tokens, one core: RTN {known.rtn:.2f} CPU s "
+        f"a GB of source; calibration {phases}, the rest {known.rest:.1f}, this machine alone {known.alone:.1f}; "
         f"to open {known.open:.1f} a node\n"
     )
     print("| nodes of one core | CPU s predicted | measured | speed-up | RTN predicted | measured | speed-up |")
@@ -85,8 +85,8 @@ def table(known: Constants, cores: int, share: float, disk: float) -> None:
     fed_gb = 2 * tokens * hidden * 2 / 1e9
     each = ", ".join(f"{name} {seconds:.0f}" for name, seconds in phases.items())
     print(
-        f"Qwen3.6-35B-A3B on machines of {cores} cores that give {share:g} of a core each, a file system of {disk:g} GB/s; int4 g128 "
-        f"from {tokens} tokens, each layer {each} core seconds, this machine alone {alone:.0f}:\n"
+        f"Qwen3.6-35B-A3B on machines of {cores} cores that give {share:g} of a core each, a file system of {disk:g} GB/s; int4 "
+        f"g128 from {tokens} tokens, each layer {each} core seconds, this machine alone {alone:.0f}:\n"
     )
     print("| machines | int8 RTN: cores, disk | int4 by calibration: cores | one core's sum | disk | alone | in all | scratch |")
     print("|---|---|---|---|---|---|---|---|")
