@@ -10,6 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from tests.checkpoints import moe_config, write_checkpoint
+
 _NODE = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
 
 
@@ -87,3 +91,14 @@ def _command(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
+
+
+def large(folder: Path, megabytes: int) -> Path:
+    """A checkpoint that takes a while."""
+    rng = np.random.default_rng(0)
+    rows = 1024
+    tensors = {
+        f"model.layers.{n}.self_attn.q_proj.weight": rng.standard_normal((rows, 1024), np.float32).astype(np.float16)
+        for n in range(megabytes // 2)
+    }
+    return write_checkpoint(folder, tensors, shards=3, config=moe_config())

@@ -20,7 +20,7 @@ from tensorsurgeon.planning.plan import Plan, make_plan
 from tensorsurgeon.recipes.library import load_transform
 from tensorsurgeon.running.run import run_plan
 from tests.checkpoints import FIXTURE, folder_bytes, moe_config, tiny_moe, write_checkpoint
-from tests.running.clusters import add_node, cluster_of, kill_worker
+from tests.running.clusters import add_node, cluster_of, kill_worker, large
 
 pytest.importorskip("ray", reason="pip install 'tensorsurgeon[ray]'")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
@@ -64,17 +64,6 @@ def planned(transform: str, source: Path, **parameters: str) -> Plan:
 def surgeon(*words: str, **more) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tensorsurgeon", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, **more)
-
-
-def large(folder: Path, megabytes: int) -> Path:
-    """A checkpoint that takes a while."""
-    rng = np.random.default_rng(0)
-    rows = 1024
-    tensors = {
-        f"model.layers.{n}.self_attn.q_proj.weight": rng.standard_normal((rows, 1024), np.float32).astype(np.float16)
-        for n in range(megabytes // 2)
-    }
-    return write_checkpoint(folder, tensors, shards=3, config=moe_config())
 
 
 CASES = [

@@ -13,8 +13,7 @@ from tensorsurgeon.planning.plan import make_plan
 from tensorsurgeon.recipes.library import load_transform
 from tensorsurgeon.running.run import run_plan
 from tests.checkpoints import folder_bytes
-from tests.running.clusters import add_node, cluster_of, kill_node
-from tests.running.test_ray import large
+from tests.running.clusters import add_node, cluster_of, kill_node, large
 
 pytest.importorskip("ray", reason="pip install 'tensorsurgeon[ray]'")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")]
