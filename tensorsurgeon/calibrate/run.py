@@ -38,6 +38,7 @@ from tensorsurgeon.errors import BudgetError, NoMatchError, RecipeError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.threads import one_torch_thread
 from tensorsurgeon.running.executor import Progress
+from tensorsurgeon.running.machines import HERE, Machines
 from tensorsurgeon.running.run import NOTHING_BESIDE, Beside, RunResult, run_plan
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def run_calibrated(
     beside: Beside = NOTHING_BESIDE,
     ahead: int = DEFAULT_AHEAD,
     keep_source: bool = False,
+    machines: Machines = HERE,
 ) -> CalibratedResult:
     """Write the planned checkpoint, with codes that calibration chooses for the steps that ask for them.
 
@@ -86,8 +88,13 @@ def run_calibrated(
             "statistics that are read and written would only be copied", remedy="; give {write_statistics} or {read_statistics}"
         )
     on_card = works_on_card(where)
+    if machines.crew is not None and (on_card or options.write_statistics is not None):
+        what = "a GPU" if on_card else "--write-statistics"
+        raise RecipeError(
+            f"{what} is for one machine, and --ray for several that calibrate on their CPUs; leave one of them away"
+        )
     model = StreamedModel(plan.source, device=where, experts_implementation="grouped_mm" if on_card else "eager")
-    if max_ram_bytes is not None:
+    if max_ram_bytes is not None and machines.crew is None:
         _check_budget(model, max_ram_bytes)
     data = None
     if options.sources:
@@ -104,12 +111,15 @@ def run_calibrated(
         card = plan_card(
             model, (*data.tokens.shape, model.hidden_size), where, max_gpu_ram_bytes, is_asymmetric(linears, options)
         )
-    driver = Driver(model=model, data=data, options=options, linears=linears, target=Path(target), card=card, ahead=ahead)
+    driver = Driver(
+        model=model, data=data, options=options, linears=linears, target=Path(target), card=card, ahead=ahead,
+        machines=machines,
+    )  # fmt: skip
     with one_torch_thread(), nullcontext() if card is None else capped(where, card, max_gpu_ram_bytes):
         result = run_plan(
             plan, target, workers=workers, max_ram_bytes=max_ram_bytes, resume=resume, overwrite=overwrite, stop=stop,
             progress=progress, execute=driver.execute, command=command, ahead=ahead, keep_source=keep_source,
-            beside=beside,
+            beside=beside, machines=machines, least_bytes=_layer_bytes(model),
         )  # fmt: skip
     log = Path(target) / LOG_NAME
     summary = summarize(read_log(log)) if log.exists() else summarize([])
@@ -120,13 +130,18 @@ def run_calibrated(
 
 def _check_budget(model: StreamedModel, max_ram_bytes: int) -> None:
     """Raise BudgetError if one layer's weights and codes do not fit the memory cap; hidden states lie in files."""
-    largest = max(map(model.layer_bytes, range(len(model.layers))))
-    needed = largest + largest // 2
+    needed = _layer_bytes(model)
     if needed > max_ram_bytes:
         raise BudgetError(
             f"calibration holds a decoder layer and its codes at once, {needed} bytes",
             remedy=f", more than {{max_ram}} {max_ram_bytes}; give at least {-(-needed // 1_000_000)}MB",
         )
+
+
+def _layer_bytes(model: StreamedModel) -> int:
+    """What a machine holds that calibrates: the weights of the largest layer, and its codes."""
+    largest = max(map(model.layer_bytes, range(len(model.layers))))
+    return largest + largest // 2
 
 
 def _identity(

@@ -86,6 +86,7 @@ def run_with_calibration(
     *,
     note: Callable[[str], None] | None = None,
     advance: Callable[[int | None, int | None, str], None] = lambda *_: None,
+    ray: str | None = None,
     **running: Any,
 ) -> tuple[RunResult, dict[str, Any] | None]:
     """``run_plan`` or ``run_calibrated``, whichever the plan needs; ``running`` are the arguments that both take.
@@ -93,13 +94,15 @@ def run_with_calibration(
     ``note`` is told of each layer and of the summary, which is the second result; ``advance`` of where calibration is.
     Raises RecipeError where data is given that no step wants, and where it is wanted and not given.
     """
+    from tensorsurgeon.running.machines import machines_at
     from tensorsurgeon.running.run import run_plan
 
     if not plan.needs_codes:
         if calibration:
             named = ", ".join(f"--{'calibration' if name == 'sources' else name.replace('_', '-')}" for name in calibration)
             raise RecipeError(f"no step of this transform asks for statistics; leave {named} away")
-        return run_plan(plan, target, **running), None
+        with noting(note, "tensorsurgeon.running.cluster"), machines_at(ray, **_each_node(running)) as machines:
+            return run_plan(plan, target, machines=machines, **running), None
     if "sources" not in calibration and "read_statistics" not in calibration:
         raise RecipeError(
             "this transform chooses codes by calibration: give --calibration FILE (text, JSON lines, Parquet or token ids), "
@@ -111,9 +114,17 @@ def run_with_calibration(
     device = str(given.pop("device", "cpu"))
     cap = parse_size(given.pop("max_gpu_ram"), "--max-gpu-ram") if "max_gpu_ram" in given else None
     options = options_from(given)
-    with noting(note, advance=advance):
-        result = run_calibrated(plan, target, options, device=device, max_gpu_ram_bytes=cap, **running)
+    with (
+        noting(note, advance=advance),
+        noting(note, "tensorsurgeon.running.cluster"),
+        machines_at(ray, **_each_node(running)) as machines,
+    ):
+        result = run_calibrated(plan, target, options, device=device, max_gpu_ram_bytes=cap, machines=machines, **running)
     return result.run, result.summary
+
+
+def _each_node(running: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: running.get(name) for name in ("workers", "max_ram_bytes")}
 
 
 def options_from(calibration: Mapping[str, Any]) -> Any:

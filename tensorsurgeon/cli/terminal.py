@@ -40,7 +40,9 @@ class Sectioned(click.Command):
     """A command whose ``--help`` puts its options under headings; ``SECTIONS`` says which goes where, the rest comes first."""
 
     SECTIONS: Final = {
-        "Running": frozenset({"workers", "max_ram", "resume", "overwrite", "ahead", "keep_source", "device", "max_gpu_ram"}),
+        "Running": frozenset(
+            {"workers", "max_ram", "ray", "resume", "overwrite", "ahead", "keep_source", "device", "max_gpu_ram"}
+        ),
         "Output": frozenset({"quiet", "as_json"}),
     }
 

@@ -31,7 +31,7 @@ from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import F32, DType, dtype_of
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
     """Parts that go by one input and one scheme, stacked as rows."""
 
     key: str
@@ -55,34 +55,49 @@ def quantize_on_cpu(
 
     ``used`` is filled with the statistics by key, where somebody wants to keep them.
     """
-    jobs = _jobs(linears, parts, statistics)
+    jobs = jobs_of(linears, parts, statistics)
     assemblies = Assemblies(linears, parts)
-    shared = _SharedFactors(statistics, Counter(job.key for job in jobs), options, used)
+    shared = SharedFactors(statistics, jobs, options, used)
 
     def run(number: int) -> None:
-        job = jobs[number]
-        began = time.monotonic()
-        arrays = [_weight(part, linears[part.linear], original) for part in job.parts]
-        found = shared.take(job)
-        try:
-            weight, base = _base(arrays, job)
-            rounded = _round(weight, base, job, found, options)
-        except NumericError as error:
-            raise NumericError(f"{linears[job.parts[0].linear].weight.name}: {error.message}") from error
-        finally:
-            shared.done(job.key)
-        seconds = time.monotonic() - began
-        start = 0
-        for part in job.parts:
-            stop_row = start + part.stop - part.start
-            share = seconds * (stop_row - start) / weight.shape[0]
-            assemblies.put(
-                part, rounded, slice(start, stop_row), 0 if found.statistics is None else found.statistics.tokens, share
-            )
-            start = stop_row
+        put(assemblies, jobs[number], do(jobs[number], linears, shared, options, original))
 
     run_parallel(len(jobs), run, workers=workers, stop=stop)
     return assemblies
+
+
+class Made(NamedTuple):
+    """What a job came to, from how many tokens, and the worker's time."""
+
+    rounded: Rounded
+    tokens: int
+    seconds: float
+
+
+def do(job: Job, linears: Sequence[Linear], shared: SharedFactors, options: CalibrationOptions, original: ReadOriginal) -> Made:
+    """Codes for the parts of a job, in this thread."""
+    began = time.monotonic()
+    arrays = [_weight(part, linears[part.linear], original) for part in job.parts]
+    found = shared.take(job)
+    try:
+        weight, base = _base(arrays, job)
+        rounded = _round(weight, base, job, found, options)
+    except NumericError as error:
+        raise NumericError(f"{linears[job.parts[0].linear].weight.name}: {error.message}") from error
+    finally:
+        shared.done(job.key)
+    return Made(rounded, 0 if found.statistics is None else found.statistics.tokens, time.monotonic() - began)
+
+
+def put(assemblies: Assemblies, job: Job, made: Made) -> None:
+    """Take what a job came to, part by part."""
+    rows = sum(part.stop - part.start for part in job.parts)
+    start = 0
+    for part in job.parts:
+        stop_row = start + part.stop - part.start
+        share = made.seconds * (stop_row - start) / rows
+        assemblies.put(part, made.rounded, slice(start, stop_row), made.tokens, share)
+        start = stop_row
 
 
 def _weight(part: Part, linear: Linear, original: ReadOriginal) -> np.ndarray:
@@ -94,7 +109,7 @@ def _weight(part: Part, linear: Linear, original: ReadOriginal) -> np.ndarray:
 def _round(
     weight: Tensor,
     base: Quantized,
-    job: _Job,
+    job: Job,
     found: _Shared,
     options: CalibrationOptions,
 ) -> Rounded:
@@ -126,7 +141,7 @@ def _round(
     return Rounded(codes, scale, zero_point, loss, energy, "rtn", None, note)
 
 
-def _jobs(linears: Sequence[Linear], parts: Sequence[Part], statistics: LayerStatistics) -> list[_Job]:
+def jobs_of(linears: Sequence[Linear], parts: Sequence[Part], statistics: LayerStatistics) -> list[Job]:
     """Parts that share an input and a scheme, at most ``STACK_ROWS`` rows together; a fixed number, so that bits stay."""
     groups: dict[tuple[str, Scheme, str, DType, int], list[Part]] = {}
     for part in parts:
@@ -141,11 +156,11 @@ def _jobs(linears: Sequence[Linear], parts: Sequence[Part], statistics: LayerSta
         for part in members:
             rows = part.stop - part.start
             if batch and filled + rows > STACK_ROWS:
-                jobs.append(_Job(key, scheme, method, tuple(batch)))
+                jobs.append(Job(key, scheme, method, tuple(batch)))
                 batch, filled = [], 0
             batch.append(part)
             filled += rows
-        jobs.append(_Job(key, scheme, method, tuple(batch)))
+        jobs.append(Job(key, scheme, method, tuple(batch)))
     return jobs
 
 
@@ -157,16 +172,17 @@ class _Shared(NamedTuple):
     step: Tensor | None
 
 
-class _SharedFactors:
+class SharedFactors:
     """Statistics and factors by key, computed by whoever comes first and let go when the last job has used them."""
 
     def __init__(
         self,
         statistics: LayerStatistics,
-        uses: Counter[str],
+        jobs: Sequence[Job],
         options: CalibrationOptions,
-        used: dict[str, InputStatistics] | None,
+        used: dict[str, InputStatistics] | None = None,
     ) -> None:
+        uses = Counter(job.key for job in jobs)
         self._statistics = statistics
         self._used = used
         self._left = dict(uses)
@@ -175,7 +191,7 @@ class _SharedFactors:
         self._locks = {key: threading.Lock() for key in uses}
         self._made: dict[str, _Shared] = {}
 
-    def take(self, job: _Job) -> _Shared:
+    def take(self, job: Job) -> _Shared:
         """The statistics, and for GPTQ the factor of their damped Hessian where there is one to be had."""
         key = job.key
         with self._locks[key]:
@@ -204,7 +220,7 @@ class _SharedFactors:
                 self._made.pop(key, None)
 
 
-def _base(arrays: Sequence[np.ndarray], job: _Job) -> tuple[Tensor, Quantized]:
+def _base(arrays: Sequence[np.ndarray], job: Job) -> tuple[Tensor, Quantized]:
     """The stacked weight in F32, and what rounding to nearest makes of it by the scheme's own rule."""
     stacked = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
     stacked = np.ascontiguousarray(stacked)

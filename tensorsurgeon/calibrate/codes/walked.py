@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +16,19 @@ from tensorsurgeon.calibrate.codes.assembly import Assemblies
 from tensorsurgeon.calibrate.codes.layer import quantize_on_cpu
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, stored_turned
 from tensorsurgeon.calibrate.codes.originals import carries_original, observing, passing, reopened
+from tensorsurgeon.calibrate.codes.putting import put_back
 from tensorsurgeon.calibrate.codes.rules import NOT_REACHED
 from tensorsurgeon.calibrate.codes.stage import Layer, Stage, layer_of
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.state import CalibrationState
 from tensorsurgeon.calibrate.walk.experts import ExpertInputs, ExpertStatistics, InputStatistics
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
-from tensorsurgeon.calibrate.walk.lines import lines_of
 from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.calibrate.walk.stacks import ExpertStack, find_stacks
 from tensorsurgeon.calibrate.walk.statistics import LayerObserver, WalkedStatistics, write_layer
 from tensorsurgeon.calibrate.walk.walk import Walk
-from tensorsurgeon.calibrate.walk.workers import Turns, run_parallel
+from tensorsurgeon.calibrate.walk.workers import Turns
 from tensorsurgeon.errors import JournalError
-from tensorsurgeon.quant.gptq.scale_search import dequantize
-from tensorsurgeon.quant.rtn.plain_torch import tensor_of
-from tensorsurgeon.quant.scheme import Quantized
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +95,7 @@ class WalkedLayers:
                 self._run(stage.layer, module, stage.original, original)
             if outputs is not None and (self.options.sequential or not parts):
                 announce(None, None, f"layer {stage.layer}: its outputs")
-                self._put_back(parts, made.quantized())
+                put_back(self.model.model, parts, made.quantized(), workers=self.workers, stop=self.stop)
                 self.model.keep_shared(stage.layer)
                 self._run(stage.layer, module, inputs, outputs)
             return layer_of(linears, made, without, following)
@@ -176,17 +173,3 @@ class WalkedLayers:
 
     def _run(self, number: int, module: nn.Module, inputs: HiddenStates, outputs: HiddenStates | None, **observing: Any) -> None:
         self.walk.run_layer(number, module, inputs, outputs, workers=self.workers, stop=self.stop, **observing)
-
-    def _put_back(self, parts: Sequence[Part], codes: Mapping[int, Quantized]) -> None:
-        """Overwrite the layer's weights by what a reader of the output will compute with."""
-
-        def put(number: int) -> None:
-            part = parts[number]
-            found = codes[part.linear]
-            rows = slice(part.start, part.stop)
-            zero_point = None if found.zero_point is None else tensor_of(found.zero_point[rows])
-            weight = dequantize(tensor_of(found.codes[rows]), tensor_of(found.scale[rows]), zero_point)
-            parameter = self.model.model.get_parameter(part.lines.name)
-            lines_of(parameter, part.lines).copy_(weight)
-
-        run_parallel(len(parts), put, workers=self.workers, stop=self.stop)
