@@ -38,7 +38,9 @@ _PROBE: Final = 1024
 def rehearse(plan: Plan, options: CalibrationOptions, *, workers: int) -> dict[str, Any]:
     """What ``run_calibrated`` would do on the CPU: data, model, linears, bytes, seconds; its errors are those of that."""
     if not plan.needs_codes:
-        raise RecipeError("no step of this transform asks for statistics (method gptq or imatrix); leave --calibration away")
+        raise RecipeError(
+            "no step of this transform asks for statistics (method gptq, imatrix or signround); leave --calibration away"
+        )
     if not options.sources:
         raise RecipeError("a dry run of calibration needs its data: give --calibration FILE")
     model = StreamedModel(plan.source)

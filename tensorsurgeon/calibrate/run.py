@@ -24,7 +24,8 @@ from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.card.budget import capped, plan_card
 from tensorsurgeon.calibrate.codes.linears import Linear, find_linears
 from tensorsurgeon.calibrate.codes.originals import is_asymmetric
-from tensorsurgeon.calibrate.codes.rules import share_for
+from tensorsurgeon.calibrate.codes.rules import TUNED, share_for
+from tensorsurgeon.calibrate.codes.tuned import HELD, HELD_BY_WORKER
 from tensorsurgeon.calibrate.data.data import CalibrationData, load_data
 from tensorsurgeon.calibrate.device import device_named, identity_of, works_on_card
 from tensorsurgeon.calibrate.driver import Driver
@@ -75,7 +76,9 @@ def run_calibrated(
     that cannot be used, NumericError for a model whose hidden states are not finite, BudgetError for a card too small.
     """
     if not plan.needs_codes:
-        raise RecipeError("no step of this transform asks for statistics (method gptq or imatrix); leave --calibration away")
+        raise RecipeError(
+            "no step of this transform asks for statistics (method gptq, imatrix or signround); leave --calibration away"
+        )
     if find_spec("transformers") is None:
         raise RecipeError("calibration runs the model's own forward: pip install 'tensorsurgeon[calibrate]'")
     where = device_named(device)
@@ -83,8 +86,10 @@ def run_calibrated(
         raise RecipeError("--write-statistics and --read-statistics together would only copy a folder")
     on_card = works_on_card(where)
     model = StreamedModel(plan.source, device=where, experts_implementation="grouped_mm" if on_card else "eager")
+    tuned = any(written.method == TUNED for written in plan.written.values())
+    _check_tuning(options, tuned)
     if max_ram_bytes is not None:
-        _check_budget(model, max_ram_bytes)
+        _check_budget(model, max_ram_bytes, tuned)
     data = None
     if options.sources:
         announce(None, None, "reading text")
@@ -114,14 +119,26 @@ def run_calibrated(
     return CalibratedResult(result, summary)
 
 
-def _check_budget(model: StreamedModel, max_ram_bytes: int) -> None:
+def _check_tuning(options: CalibrationOptions, tuned: bool) -> None:
+    """Raise RecipeError where layers are to be tuned without text, or how is said and none is."""
+    if tuned and not options.sources:
+        raise RecipeError("method signround runs the layers on text, which statistics are not; give --calibration FILE")
+    if options.signround is not None and not tuned:
+        raise RecipeError("no step has method signround, which --signround is for; give --set method=signround, or leave it away")
+
+
+def _check_budget(model: StreamedModel, max_ram_bytes: int, tuned: bool) -> None:
     """Raise BudgetError if one layer's weights and codes do not fit the memory cap; hidden states lie in files."""
     largest = max(map(model.layer_bytes, range(len(model.layers))))
     needed = largest + largest // 2
+    beside = ""
+    if tuned:
+        needed += largest * (HELD + HELD_BY_WORKER)
+        beside = ", and what SignRound needs beside them"
     if needed > max_ram_bytes:
         raise BudgetError(
-            f"calibration holds a decoder layer and its codes at once, {needed} bytes, more than --max-ram {max_ram_bytes}; "
-            f"give at least {-(-needed // 1_000_000)}MB"
+            f"calibration holds a decoder layer and its codes at once{beside}, {needed} bytes, more than --max-ram "
+            f"{max_ram_bytes}; give at least {-(-needed // 1_000_000)}MB"
         )
 
 

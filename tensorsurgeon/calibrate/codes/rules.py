@@ -13,6 +13,7 @@ from tensorsurgeon.quant.gptq.scale_search import StoreScale
 from tensorsurgeon.quant.rtn.plain_torch import TORCH_DTYPES
 from tensorsurgeon.quant.scheme import Scheme
 
+TUNED: Final = "signround"
 _MOST_DAMPING: Final = 2.0
 _SHARE: Final = 0.5
 _RIDGE_TOKENS: Final = 1.0
@@ -30,12 +31,19 @@ def damping_for(damp_percent: float, tokens: int, in_features: int) -> float:
     return max(damp_percent, min(_MOST_DAMPING, _MOST_DAMPING * in_features / max(1, tokens)))
 
 
+def chosen_by(method: str, options: CalibrationOptions) -> str:
+    """The method by which a linear alone gets its codes: ``signround`` begins with those of another."""
+    if method != TUNED:
+        return method
+    return "rtn" if options.tuning.start == "rtn" else "gptq"
+
+
 def share_for(scheme: Scheme, method: str, options: CalibrationOptions) -> float:
     """How far a linear's target leans towards the original layers' outputs (``quant.gptq.asymmetric``).
 
     With signed scales it takes 5 to 8 % of KL off at 4, 3 and 2 bits; docs/quality.md has the figures.
     """
-    if method != "gptq" or not options.sequential:
+    if chosen_by(method, options) != "gptq" or not options.sequential:
         return 0.0
     if options.asymmetric is not None:
         return options.asymmetric
