@@ -36,6 +36,7 @@ from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.planning.plan import Plan, make_plan
 from tensorsurgeon.planning.rewriting import steps_of
+from tensorsurgeon.quant.signround.options import RECIPES
 from tensorsurgeon.recipes.library import load_transform
 from tensorsurgeon.running.run import run_plan
 
@@ -63,6 +64,8 @@ WAYS = {
     "unsigned-asymmetric": Way("gptq", False, {"asymmetric": 0.5}),
     "asymmetric-1": Way("gptq", True, {"asymmetric": 1.0}),
     "default": Way("gptq", True, {}),
+    "signround": Way("signround", True, {}),
+    "signround-autoround": Way("signround", True, {"signround": RECIPES["autoround"]}),
 }
 
 

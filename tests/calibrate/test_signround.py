@@ -139,11 +139,12 @@ FORMATS: list[dict[str, Any]] = [
     {"layout": "ct-packed", "num_bits": 4, "symmetric": False},
     {"layout": "ct-int", "num_bits": 8, "group_size": -1},
     {"layout": "gptq", "num_bits": 4},
-    {"layout": "gptq", "num_bits": 4, "symmetric": False},
+    {"layout": "gptq-v2", "num_bits": 4, "symmetric": False},
     {"layout": "awq", "num_bits": 4},
     {"layout": "autoround", "num_bits": 2},
-    {"layout": "autoround", "num_bits": 4, "symmetric": False},
-    {"layout": "quark", "num_bits": 8, "group_size": -1},
+    {"layout": "autoround-awq", "num_bits": 4, "symmetric": False},
+    {"layout": "quark-int8", "num_bits": 8, "group_size": -1},
+    {"layout": "quark-int4", "num_bits": 4},
 ]
 
 
@@ -151,7 +152,9 @@ FORMATS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("plan", FORMATS, ids=lambda plan: "-".join(map(str, plan.values())))
 def test_every_integer_grid_is_tuned_and_the_judge_reads_it_back(plan: dict[str, Any], tmp_path: Path) -> None:
     options = SignRound(steps=2, checks=2, rate=0.005, range_rate=0.0005)
-    result = tune(tmp_path / "out", plan=plan, samples=16, signround=options)
+    # Words of codes go along outputs in some layouts, and these have four.
+    few = ["{path*}.in_proj_a.weight", "{path*}.in_proj_b.weight"]
+    result = tune(tmp_path / "out", plan={**plan, "keep": few}, samples=16, signround=options)
     assert set(result.summary["methods"]) <= {"signround", "gptq"}
     assert result.summary["methods"].get("signround", 0) > 60
     judged = surgeon("verify", tmp_path / "out", "--against", FIXTURE)
