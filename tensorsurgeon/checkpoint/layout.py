@@ -80,17 +80,18 @@ def _most_header_bytes(spec: TensorSpec) -> int:
 
 
 def _placed(groups: list[list[TensorSpec]], metadata: Mapping[str, str], stem: str) -> Layout:
-    total = sum(spec.nbytes for group in groups for spec in group)
     names = [_shard_name(stem, number, len(groups)) for number in range(len(groups))]
-    index = _index(groups, names, total) if len(groups) > 1 else None
     shards = []
     placements: dict[str, Placement] = {}
+    total = 0
     for number, group in enumerate(groups):
-        group.sort(key=_alignment)
-        header, offsets, file_bytes = build_header(group, metadata)
-        for spec, offset in zip(group, offsets, strict=True):
+        in_file = sorted(group, key=_alignment)
+        header, offsets, file_bytes = build_header(in_file, metadata)
+        total += file_bytes - len(header)
+        for spec, offset in zip(in_file, offsets, strict=True):
             placements[spec[0]] = Placement(number, offset)
-        shards.append(OutputShard(names[number], header, file_bytes, tuple(group)))
+        shards.append(OutputShard(names[number], header, file_bytes, tuple(in_file)))
+    index = _index(groups, names, total) if len(groups) > 1 else None
     return Layout(tuple(shards), placements, index, total, f"{stem}.safetensors.index.json")
 
 

@@ -16,7 +16,7 @@ from tensorsurgeon.errors import ConfigError
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.registry import formats_of, quantization_config
 from tensorsurgeon.models.describe import Model, describe_model, masked
-from tensorsurgeon.models.experts import GATED, is_expert_list, numbered
+from tensorsurgeon.models.experts import GATED, any_expert, is_expert_list, numbered
 from tensorsurgeon.models.fused import FUSED, describe
 from tensorsurgeon.models.roles import NO_LINEARS, Role
 from tensorsurgeon.planning.plan import Plan
@@ -170,7 +170,7 @@ def _facts(
 def _forms(modules: Mapping[str, Scheme], specs: SpecMap, format_: Format) -> Iterable[_Stored]:
     """Quantized modules with equal numbered experts put together: one entry per linear and per leaf of an expert list."""
     names: dict[int, tuple[str, ...]] = {}
-    counts: dict[tuple[str, str, tuple[int, ...], int], list[Any]] = {}
+    counts: dict[tuple[str, tuple[int, ...], int], list[Any]] = {}
     ids: dict[Scheme, int] = {}
     known: Scheme | None = None
     local: tuple[str, ...] = ()
@@ -187,15 +187,16 @@ def _forms(modules: Mapping[str, Scheme], specs: SpecMap, format_: Format) -> It
         if spec is None or len(spec[2]) != 2:
             raise ConfigError(f"{module}: quantized, but there is no matrix {module}{local[0]}")
         shape = spec[2]
-        expert = numbered(module)
-        key = (module, "", shape, number) if expert is None else (expert.experts, expert.leaf, shape, number)
+        key = any_expert(module) or module, shape, number
         entry = counts.get(key)
         if entry is None:
             counts[key] = [module, scheme, 1]
         else:
             entry[2] += 1
-    for (module, leaf, _, number), (example, scheme, count) in counts.items():
+    for (_, _, number), (example, scheme, count) in counts.items():
         tensors = {name[1:]: specs[example + name] for name in names[number] if example + name in specs}
+        expert = numbered(example)
+        module, leaf = (example, "") if expert is None else (expert.experts, expert.leaf)
         yield _Stored(module, leaf, format_.weight_shape(tensors, scheme), scheme, count)
 
 

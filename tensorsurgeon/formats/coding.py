@@ -5,11 +5,14 @@ A step finds this out once, when it plans. The config, the report, calibration a
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tensorsurgeon.formats.base import Format
 from tensorsurgeon.quant.scheme import Scheme
+
+T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +67,8 @@ def written_by(detail: Hashable) -> Written | None:
 def stored_in(detail: Hashable) -> Stored | None:
     """How the module is stored that a rewrite with this detail reads; None if it reads no quantized one."""
     return detail.stored if isinstance(detail, Repacked) else detail if isinstance(detail, Stored) else None
+
+
+def each_object_once(details: Collection[T]) -> list[T]:
+    """Each object once, by identity: thousands of modules share a few, and to hash each would take longer than to plan it."""
+    return list(dict(zip(map(id, details), details, strict=True)).values())

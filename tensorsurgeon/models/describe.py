@@ -11,9 +11,9 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Final, NamedTuple
 
-from tensorsurgeon.errors import RecipeError, did_you_mean
 from tensorsurgeon.models.asked.answers import Answer, answer_for
-from tensorsurgeon.models.experts import EXPERTS, numbered
+from tensorsurgeon.models.choosing import use_test
+from tensorsurgeon.models.experts import EXPERTS, any_expert
 from tensorsurgeon.models.families import Family, family_of
 from tensorsurgeon.models.fused import Fusions
 from tensorsurgeon.models.layer_lists import lists_of_other_models
@@ -21,15 +21,9 @@ from tensorsurgeon.models.roles import LINEARS, NO_LINEARS, PARTS, WITHOUT_CONFI
 from tensorsurgeon.models.rules import LAYERS, Known, is_indexer, part_of, role_inside, role_outside
 from tensorsurgeon.models.sizes import Sizes
 from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
-from tensorsurgeon.tensors.spec import SpecMap
+from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 _FIRST: Final = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
-ROLES: Final[dict[str, frozenset[Role]]] = {role.value: frozenset((role,)) for role in Role} | {
-    "linear": LINEARS,
-    "expert-else-linear": LINEARS,
-}
-"""What may stand behind ``role:``. ``linear`` is every linear of the decoder layers that engines build with a config,
-``expert-else-linear`` the experts, or all of these in a model that has no experts."""
 
 
 class _Place(NamedTuple):
@@ -41,6 +35,18 @@ class _Place(NamedTuple):
     inside: str
 
 
+class _ByName(dict[str, Use]):
+    """What each tensor is for, found out when it is first asked for: a plan asks tens of thousands of names several times."""
+
+    def __init__(self, decide: Callable[[str], Use]) -> None:
+        super().__init__()
+        self._decide = decide
+
+    def __missing__(self, name: str) -> Use:
+        found = self[name] = self._decide(name)
+        return found
+
+
 class Model:
     """A checkpoint's tensors by role; cheap to make, lazy, and only for the specs it was made of."""
 
@@ -49,8 +55,8 @@ class Model:
         self.config = specs.config
         self.sizes = Sizes(specs.config)
         self._uses: dict[tuple[_Place, tuple[int, ...]], Use] = {}
-        self._of_experts: dict[tuple[str, str, tuple[int, ...]] | None, Use] = {}
-        self._by_name: dict[str, Use] = {}
+        self._of_experts: dict[tuple[str, tuple[int, ...]], Use] = {}
+        self._by_name = _ByName(self._use)
         self._insides: dict[str, str] = {}
         self._is_layers: dict[str, bool] = {}
 
@@ -92,21 +98,34 @@ class Model:
 
     def use(self, name: str) -> Use:
         """What a tensor is for; of a tensor that is not there, what its name tells."""
-        known = self._by_name.get(name)
-        if known is not None:
+        return self._by_name[name]
+
+    def told_by_use(self, test: Callable[[Use], bool]) -> Callable[[str], bool]:
+        """A test for names by what they are for; asks once for each use there is, for many thousands of names share few."""
+        uses = self._by_name
+        told: dict[int, bool] = {}  # the names keep the uses, so that an id stays one use's
+
+        def told_of(name: str) -> bool:
+            use = uses[name]
+            known = told.get(id(use))
+            if known is None:
+                known = told[id(use)] = test(use)
             return known
-        shape = self._specs[name][2] if name in self._specs else ()
-        expert = numbered(name)
+
+        return told_of
+
+    def _use(self, name: str) -> Use:
+        spec = self._specs.get(name)
+        shape = () if spec is None else spec[2]
         # What holds for one expert of a list holds for all of them, and most names are experts'.
-        alike = None if expert is None else (expert[0], expert[2], shape)
-        found = self._of_experts.get(alike)
+        expert = any_expert(name)
+        found = None if expert is None else self._of_experts.get((expert, shape))
         if found is None:
             place = self._place(name)
             found = self._uses.get((place, shape)) or self._decide(place, shape)
             self._uses[place, shape] = found
-            if alike is not None:
-                self._of_experts[alike] = found
-        self._by_name[name] = found
+            if expert is not None:
+                self._of_experts[expert, shape] = found
         return found
 
     def role(self, name: str) -> Role | None:
@@ -133,26 +152,7 @@ class Model:
 
         RecipeError for words that are no roles.
         """
-        whole: set[Role | None] = set()
-        asked = "linear" not in texts
-        texts = tuple(self._resolved(text) for text in texts)
-        inner: set[tuple[Role | None, Role | None]] = set()
-        for text in texts:
-            first, _, second = text.partition(".")
-            for word in filter(None, (first, second)):
-                if word not in ROLES:
-                    raise RecipeError(f"'role:{text}': {word!r} is no role{did_you_mean(word, list(ROLES))}")
-            if second and not ROLES[first] <= PARTS:
-                raise RecipeError(f"'role:{text}': only {', '.join(sorted(PARTS))} have roles within them")
-            whole.update(() if second else ROLES[first])
-            inner.update((part, role) for part in ROLES[first] for role in ROLES.get(second, ()))
-        use, by_name = self.use, self._by_name
-
-        def chosen(name: str) -> bool:
-            found = by_name.get(name) or use(name)
-            return (found[0] in whole or found[:2] in inner) and (asked or found[3])
-
-        return chosen
+        return self.told_by_use(use_test([self._resolved(text) for text in texts], with_config="linear" in texts))
 
     def _resolved(self, text: str) -> str:
         if text != "expert-else-linear":
@@ -164,7 +164,8 @@ class Model:
 
         Not among them: embeddings, norms, convolutions. Routers are, although engines give them no config.
         """
-        return [name[:-7] for name in self._matrices() if self.use(name).kind not in NO_LINEARS]
+        is_linear = self.told_by_use(lambda use: use.kind not in NO_LINEARS)
+        return [name[:-7] for name in self._matrices() if is_linear(name)]
 
     def linears_with_config(self) -> list[str]:
         """Those of ``linears`` that an engine may build with a quantization config.
@@ -173,15 +174,16 @@ class Model:
         linears" means to some readers only.
         """
         kept_out = NO_LINEARS | WITHOUT_CONFIG | {Role.HEAD}
-        return [name[:-7] for name in self._matrices() if self.use(name).kind not in kept_out]
+        is_built = self.told_by_use(lambda use: use.kind not in kept_out)
+        return [name[:-7] for name in self._matrices() if is_built(name)]
 
     def _matrices(self) -> list[str]:
-        # Most tensors of a quantized model are codes and scales.
-        return [
-            name
-            for name, dtype, shape in self._specs.values()
-            if len(shape) == 2 and dtype in WEIGHT_DTYPES and name.endswith(".weight")
-        ]
+        return [spec[0] for spec in self.floats if len(spec[2]) == 2 and spec[0].endswith(".weight")]
+
+    @cached_property
+    def floats(self) -> tuple[TensorSpec, ...]:
+        """Float tensors of more than one axis, in file order: what is left of a quantized model is few of its tensors."""
+        return tuple(spec for spec in self._specs.values() if spec[1] in WEIGHT_DTYPES and len(spec[2]) > 1)
 
     @cached_property
     def expert_parents(self) -> tuple[str, ...]:

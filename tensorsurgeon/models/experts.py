@@ -35,6 +35,19 @@ def numbered(module: str) -> Numbered | None:
     return Numbered(module[: at + _LENGTH - 1], number, leaf) if number.isdigit() else None
 
 
+def any_expert(name: str) -> str | None:
+    """``x.mlp.experts.*.up_proj.weight`` for ``x.mlp.experts.7.up_proj.weight``, alike for all experts of a list; None for what
+    is no numbered expert's."""
+    at = name.find(EXPERTS)
+    if at < 0:
+        return None
+    start = at + _LENGTH
+    stop = name.find(".", start)
+    if stop < 0:
+        stop = len(name)
+    return f"{name[:start]}*{name[stop:]}" if name[start:stop].isdigit() else None
+
+
 def experts_of(module: str) -> str | None:
     """``x.mlp.experts`` for ``x.mlp.experts.7.up_proj``; None if the module is no numbered expert."""
     at = module.find(EXPERTS)

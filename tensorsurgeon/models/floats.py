@@ -7,7 +7,6 @@ from typing import Any
 
 from tensorsurgeon.models.describe import describe_model
 from tensorsurgeon.models.experts import is_expert_list
-from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 
 
@@ -16,9 +15,7 @@ def unquantized_linears(specs: SpecMap, quantized: Mapping[str, Any]) -> list[st
     model = describe_model(specs)
     linears = frozenset(model.linears())
     found: dict[str, None] = {}
-    for name, dtype, shape in specs.values():
-        if len(shape) not in (2, 3) or dtype not in WEIGHT_DTYPES:
-            continue
+    for name, _, shape in model.floats:
         module = name.rpartition(".")[0]
         if (len(shape) == 2 and module in linears and module not in quantized) or (len(shape) == 3 and is_expert_list(module)):
             found[module] = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tensorsurgeon.errors import NoMatchError, PlanError, SpecError
 from tensorsurgeon.models.describe import Model, describe_model, masked
@@ -33,11 +33,10 @@ def selected_linears(specs: SpecMap, where: Sequence[str], exclude: Sequence[str
     chosen = selector.names(specs, model.chooser)
     if not any(pattern.role for pattern in selector.where):
         return chosen
-    _refuse_unknown(specs, model, selector)
+    _refuse_unknown(model, selector)
     named = [pattern for pattern in selector.where if not pattern.role]
-    linears = [
-        name for name in chosen if _is_linear(specs, model, name) or any(pattern.match(name) is not None for pattern in named)
-    ]
+    is_linear = _linear_test(specs, model)
+    linears = [name for name in chosen if is_linear(name) or any(pattern.match(name) is not None for pattern in named)]
     _refuse_left_over(specs, model, chosen, linears)
     _refuse_transposed(specs, model, linears)
     if chosen and not linears:
@@ -49,19 +48,19 @@ def selected_linears(specs: SpecMap, where: Sequence[str], exclude: Sequence[str
 
 def _built_float(specs: SpecMap, model: Model) -> str:
     """Where engines build all linears without a config: the first of them, why it stays, and how it is quantized all the same."""
+    is_linear = _linear_test(specs, model)
     for name in specs:
         use = model.use(name)
-        if use.role in LINEARS and not use.has_config and _is_linear(specs, model, name):
+        if use.role in LINEARS and not use.has_config and is_linear(name):
             pattern = "{path*}." + masked(name).rpartition("*.")[2]
             return f"; {name}: {use.how}, so codes would have no reader; '{pattern}' in where quantizes it for another engine"
     return ""
 
 
-def _is_linear(specs: SpecMap, model: Model, name: str) -> bool:
-    if len(specs[name][2]) != 2 or not name.endswith(".weight"):
-        return False
-    role, within = model.use(name)[:2]
-    return role not in PARTS or within not in NO_LINEARS
+def _linear_test(specs: SpecMap, model: Model) -> Callable[[str], bool]:
+    """A test for names that a role has: whether it is the weight of a linear."""
+    may_be = model.told_by_use(lambda use: use.role not in PARTS or use.within not in NO_LINEARS)
+    return lambda name: len(specs[name][2]) == 2 and name.endswith(".weight") and may_be(name)
 
 
 def _refuse_left_over(specs: SpecMap, model: Model, chosen: Sequence[str], linears: Sequence[str]) -> None:
@@ -89,11 +88,11 @@ def _refuse_transposed(specs: SpecMap, model: Model, linears: Sequence[str]) -> 
             )
 
 
-def _refuse_unknown(specs: SpecMap, model: Model, selector: Selector) -> None:
+def _refuse_unknown(model: Model, selector: Selector) -> None:
     by_name = [pattern for pattern in (*selector.where, *selector.exclude) if not pattern.role]
-    use = model.use
-    for name, dtype, shape in specs.values():
-        if len(shape) == 2 and dtype in WEIGHT_DTYPES and use(name)[0] is None and 0 not in shape:
+    is_unknown = model.told_by_use(lambda use: use.role is None)
+    for name, dtype, shape in model.floats:
+        if len(shape) == 2 and is_unknown(name) and 0 not in shape:
             if any(pattern.match(name) is not None for pattern in by_name):
                 continue
             inner = masked(name).rpartition("*.")[2]

@@ -1,31 +1,32 @@
-"""Data to calibrate on, given to steps: those that choose integer codes choose them by GPTQ then, whoever wrote the recipe."""
+"""Data to calibrate on, given to steps: those that choose codes choose them with it, whoever wrote the recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from tensorsurgeon.errors import RecipeError
-from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.planning.rewriting import AnyTransform, Transform, op_name, steps_of
 
 
 def with_calibration(transform: AnyTransform) -> tuple[tuple[Transform, ...], list[str]]:
-    """The steps with method ``gptq`` in the place of ``rtn`` where codes are integers, and the steps that cannot, in words.
+    """The steps as they are with data, and the steps that cannot use it, in words.
 
-    A step that names another method keeps it. RecipeError where no step can use the data.
+    What a step becomes, its class says in ``calibrated``; classes without that choose no codes. A step that names another method
+    keeps it. RecipeError where no step can use the data.
     """
     steps: list[Transform] = []
     cannot: list[str] = []
+    is_used = False
     for step in steps_of(transform):
-        if not isinstance(step, Quantize) or step.method != "rtn":
-            steps.append(step)
-        elif step.scheme.type != "int":
-            cannot.append(f"{step.format}: {step.scheme.type} codes are only rounded to nearest")
-            steps.append(step)
-        else:
-            steps.append(replace(step, method="gptq"))
-    if not any(isinstance(step, Quantize) and step.method != "rtn" for step in steps):
+        calibrate = getattr(type(step), "calibrated", None)
+        found = step if calibrate is None else calibrate(step)
+        if isinstance(found, str):
+            cannot.append(found)
+            found = step
+        elif calibrate is not None:
+            is_used = True
+        steps.append(found)
+    if not is_used:
         raise RecipeError(f"no step can be calibrated ({_why(steps, cannot)}); leave --calibration away")
     return tuple(steps), cannot
 

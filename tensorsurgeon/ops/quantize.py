@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,14 @@ from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 # What torch holds for each element while it rounds, and while it searches for clipped ranges.
 _TORCH_BYTES = 32
+
+
+class _Form(NamedTuple):
+    """What is written for each weight of one dtype and shape: the tensors by local name, and whether in blocks of rows."""
+
+    written: Written
+    tensors: tuple[TensorSpec, ...]
+    goes_by_rows: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +107,20 @@ class Quantize:
             return replace(scheme, signed=True)
         return scheme
 
+    def calibrated(self) -> Quantize | str:
+        """This step with codes that calibration chooses, by GPTQ unless another method is named; or why it cannot, in words."""
+        if self.method != "rtn":
+            return self
+        if self.scheme.type != "int":
+            return f"{self.format}: {self.scheme.type} codes are only rounded to nearest"
+        return replace(self, method="gptq")
+
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         chosen = selected_linears(specs, self.where, self.exclude)
         refuse_stacked_experts(specs, self.where, self.exclude)
         # A model has few forms of weights and many weights.
         ways: dict[DType, Written] = {}
-        local: dict[tuple[DType, tuple[int, ...]], tuple[TensorSpec, ...]] = {}
+        forms: dict[tuple[DType, tuple[int, ...]], _Form] = {}
         rewrites: list[Rewrite] = []
         # The parts of a module that engines fuse share one global scale where the grid has one.
         groups = sibling_groups(specs, chosen) if self.scheme.type == "nvfp4" else ((name,) for name in chosen)
@@ -112,19 +128,19 @@ class Quantize:
             weights = [specs[name] for name in group]
             outputs: list[TensorSpec] = []
             for weight in weights:
-                form = weight[1:]
-                if form not in local:
-                    if weight.dtype not in ways:
-                        ways[weight.dtype] = self._written(weight, specs)
-                    local[form] = self._local_tensors(weight, ways[weight.dtype].scheme)
-                prefix = weight[0].removesuffix("weight")
-                for name, dtype, shape in local[form]:
-                    outputs.append(TensorSpec(prefix + name, dtype, shape))
-            written = ways[weights[0][1]]
-            if len(weights) == 1 and is_large(weights[0]) and self.layout.can_chunk_rows(written.scheme):
-                rewrites.extend(_chunks(weights[0], outputs, written))
+                name, dtype, shape = weight
+                if (dtype, shape) not in forms:
+                    if dtype not in ways:
+                        ways[dtype] = self._written(weight, specs)
+                    forms[dtype, shape] = self._form(weight, ways[dtype])
+                form = forms[dtype, shape]
+                prefix = name.removesuffix("weight")
+                outputs += [TensorSpec(prefix + local, stored, size) for local, stored, size in form.tensors]
+            form = forms[weights[0][1:]]
+            if form.goes_by_rows and len(group) == 1:
+                rewrites.extend(_chunks(weights[0], outputs, form.written))
             else:
-                rewrites.append(Rewrite(tuple(map(Region, weights)), tuple(map(Region, outputs)), False, written))
+                rewrites.append(Rewrite(tuple(map(Region, weights)), tuple(map(Region, outputs)), False, form.written))
         return tuple(rewrites)
 
     def _written(self, weight: TensorSpec, specs: SpecMap) -> Written:
@@ -140,8 +156,9 @@ class Quantize:
         scheme = self.layout.resolve_scheme(self.scheme, own)
         return Written(self.layout, scheme, self.activations, self.method, self.where, self.exclude)
 
-    def _local_tensors(self, weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
-        """What is written for weights of this dtype and shape, by local name; SpecError if they cannot be quantized."""
+    def _form(self, weight: TensorSpec, written: Written) -> _Form:
+        """What is written for weights of this dtype and shape; SpecError if they cannot be quantized."""
+        scheme = written.scheme
         if len(weight.shape) != 2:
             raise SpecError(
                 f"{weight.name}: cannot quantize a tensor of shape {list(weight.shape)}; a linear weight [out, in] is "
@@ -150,7 +167,7 @@ class Quantize:
         self.layout.check(weight, scheme)
         # A rule that no backend knows is told now, not after an hour.
         choose_backend(self.backend, replace(scheme, clip_search=False), weight.dtype)
-        return self.layout.tensors(weight, scheme)
+        return _Form(written, self.layout.tensors(weight, scheme), is_large(weight) and self.layout.can_chunk_rows(scheme))
 
     def scratch_bytes(self, rewrite: Rewrite) -> int:
         """The codes, a byte each, where they are packed, and scales in F32; what torch holds where it computes."""

@@ -30,7 +30,7 @@ def codes_text(plan: Plan, chosen: Mapping[str, int] | None = None) -> str:
     """One line; ``chosen``: how many linears each method came to, where a run has shown it. Empty where nothing is quantized."""
     counted = Counter(chosen) if chosen else Counter(written.method for written in plan.written.values())
     said = ", ".join(f"{count} linears {METHODS.get(method, method)}" for method, count in counted.most_common())
-    names = {name_of(written.format) for written in plan.written.values() if written.method == "rtn"}
+    names = {name_of(written.format) for written in plan.ways if written.method == "rtn"}
     algorithms = sorted({NAMED_AS_ALGORITHMS[name] for name in names if name in NAMED_AS_ALGORITHMS})
     if algorithms and set(counted) == {"rtn"}:
         said += f"; {' and '.join(algorithms)} is the layout's name, not what chose the codes: --calibration chooses them by GPTQ"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
@@ -15,7 +15,7 @@ from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.quantization import FILES, quantization_config, without_quantization
 from tensorsurgeon.errors import PlanError
 from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel
-from tensorsurgeon.formats.coding import Written, stored_in, written_by
+from tensorsurgeon.formats.coding import Written, each_object_once, stored_in, written_by
 from tensorsurgeon.formats.mixed import mixed_config_files
 from tensorsurgeon.models.describe import describe_model
 from tensorsurgeon.models.floats import unquantized_linears
@@ -45,8 +45,10 @@ def written_modules(resolved: Resolved) -> dict[str, Written]:
     ways = {id(detail): written_by(detail) for rewrites in resolved.rewrites for detail in details_of(rewrites)}
     for name in resolved.specs:
         module = name.rpartition(".")[0]
+        if module in modules:
+            continue
         pieces = resolved.contents[name]
-        if module in modules or not pieces or pieces[0][0] >= 0:
+        if not pieces or pieces[0][0] >= 0:
             continue
         task = resolved.tasks[resolved.made[-1 - pieces[0][0]][0]]
         written = ways[id(task.rewrite[3])]
@@ -63,7 +65,7 @@ def output_files(source: Checkpoint, resolved: Resolved, quantized: Mapping[str,
     if any(stored_in(detail) for rewrites in resolved.rewrites for detail in details_of(rewrites)):
         # Codes that were unpacked are floats now, or quantized anew; ``dtype`` stays: the model computes in it.
         config = without_quantization(config)
-    config = _with_dtype(config, source.specs, [spec for spec in specs.values() if spec.module not in quantized])
+    config = _with_dtype(config, source.specs, specs, quantized)
     if quantized:
         found = quantization_config(config) or config.get("quantization_config")
         if found:
@@ -86,13 +88,13 @@ def output_files(source: Checkpoint, resolved: Resolved, quantized: Mapping[str,
     return OutputFiles(contents, copied)
 
 
-def _with_dtype(config: dict[str, Any], before: SpecMap, after: Iterable[TensorSpec]) -> dict[str, Any]:
+def _with_dtype(config: dict[str, Any], before: SpecMap, after: SpecMap, quantized: Container[str]) -> dict[str, Any]:
     """The config with the dtype that a cast gave to every matrix: readers would round to the old one again.
 
-    ``after``: the tensors that are left as floats; scales of quantized modules say nothing of the model.
+    Scales of quantized modules say nothing of the model.
     """
     said = {key: value for key, value in config.items() if key in ("dtype", "torch_dtype") and isinstance(value, str)}
-    matrices = [spec for spec in after if len(spec.shape) > 1 and spec.dtype in WEIGHT_DTYPES]
+    matrices = [spec for spec in describe_model(after).floats if spec.module not in quantized]
     dtypes = {spec.dtype for spec in matrices}
     if not said or len(dtypes) != 1 or not any(_is_cast(before.get(spec.name), spec) for spec in matrices):
         return config
@@ -159,7 +161,7 @@ def _words(value: Any) -> Iterator[str]:
 def _quantization_files(specs: SpecMap, quantized: Mapping[str, Written]) -> ConfigFiles:
     # Told apart with their settings: GPTQ v1 and v2 have one name and different words, which one config cannot describe.
     ways: dict[Format, tuple[set[Scheme], set[str | None]]] = {}
-    for written in dict.fromkeys(quantized.values()):
+    for written in each_object_once(quantized.values()):
         schemes, activations = ways.setdefault(written.format, (set(), set()))
         schemes.add(written.scheme)
         activations.add(written.activations)

@@ -18,7 +18,7 @@ from typing import Any
 from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.layout import DEFAULT_MAX_SHARD_BYTES, Layout, lay_out
 from tensorsurgeon.errors import BudgetError, CheckpointError
-from tensorsurgeon.formats.coding import Written
+from tensorsurgeon.formats.coding import Written, each_object_once
 from tensorsurgeon.planning.identity import step_identity
 from tensorsurgeon.planning.output_files import OutputFiles, output_files, written_modules
 from tensorsurgeon.planning.resolving import Resolved, resolve, units_of
@@ -63,9 +63,14 @@ class Plan:
         return {module: written.scheme for module, written in self.written.items()}
 
     @cached_property
+    def ways(self) -> tuple[Written, ...]:
+        """The ways in which modules are written, each once: few, where modules are many."""
+        return tuple(each_object_once(self.written.values()))
+
+    @cached_property
     def needs_codes(self) -> bool:
         """Whether a step asks for codes that calibration chooses."""
-        return any(written.is_calibrated for written in self.written.values())
+        return any(written.is_calibrated for written in self.ways)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from tensorsurgeon.checkpoint.hub.stays import DEFAULT_AHEAD
 from tensorsurgeon.formats.coding import Written, stored_in, written_by
 from tensorsurgeon.formats.scales import INPUT_SCALES
 from tensorsurgeon.models.describe import describe_model
-from tensorsurgeon.models.experts import is_expert_list
+from tensorsurgeon.models.experts import any_expert, is_expert_list
 from tensorsurgeon.models.floats import unquantized_linears
 from tensorsurgeon.models.fused import describe
 from tensorsurgeon.models.roles import Role
@@ -31,21 +31,13 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 def grouped_name(name: str) -> str:
     """A name with its numbers masked, so that a thousand experts are one line: ``layers.*.experts.*.up_proj``."""
-    module, dot, last = name.rpartition(".")
-    return f"{_masked(module)}.{'*' if last.isdigit() else last}" if dot else name
+    # Most names are another expert's, and differ in one number only.
+    return _masked(any_expert(name) or name)
 
 
-@cache
-def _masked(module: str) -> str:
-    # A module's tensors share its path, and modules begin alike and end alike: masking each half once saves most of the
-    # time of a report.
-    begin = module.rsplit(".", 2)[0]
-    return _masked_half(begin) + _masked_half(module[len(begin) :])
-
-
-@cache
-def _masked_half(text: str) -> str:
-    return _NUMBER.sub("*", text)
+@lru_cache(maxsize=1 << 14)
+def _masked(name: str) -> str:
+    return _NUMBER.sub("*", name)
 
 
 def group_specs(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
@@ -115,7 +107,7 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
         "quantized_linears": len(plan.quantized),
         "linears": len(plan.quantized) + len(counted),
         "methods": dict(Counter(written.method for written in plan.written.values())),
-        "quantized": dict(Counter(map(_masked, plan.quantized))),
+        "quantized": _counted(plan.quantized),
         "unquantized": _counted(kept),
         "why_unquantized": _reasons(plan, kept, [made for _, made in steps]),
         "passed_through": len(inputs.difference(*(read for read, _ in steps))),

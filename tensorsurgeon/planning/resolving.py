@@ -59,6 +59,7 @@ def resolve(steps: Sequence[Transform], source: SpecMap) -> Resolved:
         rewrites = step.plan(specs)
         specs_after = advance(specs, rewrites)
         _check_inputs(specs, rewrites)
+        _check_arrays(specs, specs_after, rewrites)
         contents.take(number, rewrites)
         rewrites_of_steps.append(rewrites)
         specs = specs_after
@@ -106,21 +107,25 @@ class _Contents:
 
     def _made(self, step: int, rewrite: Rewrite, inputs: Sequence[Pieces]) -> list[Pieces]:
         """The arrays of a new task, one per output."""
-        read, written = rewrite[:2]
-        first = origin = -1 - len(self.made)
-        number = len(self.tasks)
+        number, origin, written = len(self.tasks), -1 - len(self.made), rewrite[1]
+        self.tasks.append(Task(step, rewrite, tuple(inputs), range(origin, origin - len(written), -1)))
+        self.made += [(number, position) for position in range(len(written))]
         outputs: list[Pieces] = []
         for region in written:
-            spec, start, _ = region
-            nbytes = spec.nbytes if start is None else region.byte_range[1]
-            self.made.append((number, first - origin))
+            nbytes = region[0].nbytes if region[1] is None else region.byte_range[1]
             outputs.append((Piece(origin, 0, nbytes),) if nbytes else ())
             origin -= 1
-        self.tasks.append(Task(step, rewrite, tuple(inputs), range(first, origin, -1)))
-        for spec, _, _ in (*read, *written):
-            if spec[1].numpy is None:
-                raise SpecError(f"{spec}: elements narrower than a byte have no array form; they can only be moved whole")
         return outputs
+
+
+def _check_arrays(specs: SpecMap, specs_after: SpecMap, rewrites: Sequence[Rewrite]) -> None:
+    """Only what has an array form can be computed with."""
+    if all(dtype.numpy is not None for dtype in {spec[1] for known in (specs, specs_after) for spec in known.values()}):
+        return
+    for read, written, moves_bytes, _ in rewrites:
+        for spec, _, _ in () if moves_bytes else (*read, *written):
+            if spec.dtype.numpy is None:
+                raise SpecError(f"{spec}: elements narrower than a byte have no array form; they can only be moved whole")
 
 
 def _check_bytes(specs: SpecMap, contents: dict[str, Pieces]) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from tensorsurgeon.errors import NameCollisionError, PlanError, RecipeError, SpecError
-from tensorsurgeon.formats.coding import stored_in, written_by
+from tensorsurgeon.formats.coding import each_object_once, stored_in, written_by
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 Array = np.ndarray
@@ -157,8 +157,7 @@ def advance(specs: SpecMap, rewrites: Sequence[Rewrite]) -> SpecMap:
 
 def details_of(rewrites: Sequence[Rewrite]) -> list[Hashable]:
     """The details of a step's rewrites, each object once: many thousands of rewrites share a few."""
-    details = [rewrite[3] for rewrite in rewrites]
-    return list(dict(zip(map(id, details), details, strict=True)).values())
+    return each_object_once([rewrite[3] for rewrite in rewrites])
 
 
 def _unpacked(specs: SpecMap, rewrites: Sequence[Rewrite]) -> frozenset[str] | None:

@@ -135,9 +135,10 @@ def _quantized_parameters(plan: Plan) -> int | None:
 def _schemes(plan: Plan) -> list[dict[str, Any]]:
     """Layout, scheme and method of the quantized linears, with how many are so."""
     counts: Counter[tuple[str, str, str, int]] = Counter()
-    for written in plan.written.values():
+    modules = Counter(map(id, plan.written.values()))
+    for written in plan.ways:
         layout = name_of(written.format)
-        counts[layout, describe(written.scheme), written.method, written.scheme.num_bits] += 1
+        counts[layout, describe(written.scheme), written.method, written.scheme.num_bits] += modules[id(written)]
     return [
         {"format": layout, "scheme": scheme, "method": method, "num_bits": bits, "linears": count}
         for (layout, scheme, method, bits), count in counts.items()
