@@ -8,7 +8,8 @@ Checkpoints are made and scored as in bench_kl.py: compressed-tensors' packed la
 the mean over seeds first: a share of the mean, with its standard error over sequences. Seconds are CPU seconds of the process.
 
 llm-compressor's oneshot at its best settings is a row where its environment is there (llmcompressor_env.sh makes it); else the
-row says "not run".
+row says "not run". So is AutoRound where ``--autoround`` names an interpreter that has it (``pip install auto-round==0.16.1
+torch==2.13.0 transformers``); ``signround-autoround`` is our own walk with its recipe.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ import bench_kl
 import numpy as np
 import torch
 from bench_kl import Judge, nll_of, row_of
+from their_autoround import autoround_run
 
+from tensorsurgeon.calibrate.data.data import load_data
 from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
 from tensorsurgeon.calibrate.run import run_calibrated
+from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.planning.plan import Plan, make_plan
@@ -102,15 +106,11 @@ def peer_runs(
         return []
     import bench_oneshot
 
-    from tensorsurgeon.calibrate.data.data import load_data
-    from tensorsurgeon.calibrate.walk.model import StreamedModel
-
     num_bits, group_size = bench_kl.GRIDS.get(grid) or GRIDS[grid]
     planned = set(plan_for(given.model, grid, WAYS["unsigned"]).quantized)
-    rows = StreamedModel(open_checkpoint(given.model), device="cpu").vocabulary_rows
     orders = []
     for seed in given.seeds:
-        np.save(work / f"{seed}.npy", load_data(options(seed), given.model, rows).tokens)
+        np.save(work / f"{seed}.npy", tokens_of(given, options(seed)))
         orders.append(
             {
                 "setting": PEER, "folder": str(work / f"peer-{seed}"), "tokens": str(work / f"{seed}.npy"),
@@ -119,6 +119,11 @@ def peer_runs(
         )  # fmt: skip
     bench_oneshot.run_oneshot(given.llmcompressor, orders, given.workers, work)
     return [bench_oneshot.score_oneshot(judge, given.model, Path(o["folder"]), planned, False, work) for o in orders]
+
+
+def tokens_of(given: argparse.Namespace, options: CalibrationOptions) -> np.ndarray:
+    """The chunks that ours are calibrated on."""
+    return load_data(options, given.model, StreamedModel(open_checkpoint(given.model)).vocabulary_rows).tokens
 
 
 def main() -> None:
@@ -134,6 +139,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=24, help="held-out sequences of 250 tokens")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--llmcompressor", type=Path, default=Path(__file__).parents[1] / ".venvs/llmcompressor/bin/python")
+    parser.add_argument("--autoround", type=Path, help="an interpreter that has auto-round 0.16.1: also run that")
+    parser.add_argument("--autoround-steps", type=lambda text: [int(n) for n in text.split(",")], default=[200])
     parser.add_argument("--json", type=Path, help="also write the table here")
     given = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -173,6 +180,15 @@ def main() -> None:
                 table.append(_row(grid, peer, runs, reference_nll))
             else:
                 print(f"| {grid} | {peer} | not run | | | | |", flush=True)
+            for steps in given.autoround_steps if given.autoround is not None else []:
+                peer = f"AutoRound, {steps} iterations"
+                runs[peer] = [
+                    autoround_run(
+                        given.autoround, judge, given.model, tokens_of(given, options(seed)), GRIDS[grid], steps, Path(folder)
+                    )
+                    for seed in given.seeds
+                ]
+                table.append(_row(grid, peer, runs, reference_nll))
     perplexity = math.exp(float(reference_nll.mean()))
     print(f"\nBF16 perplexity {perplexity:.3f} on {judge.ids.numel()} held-out tokens; n = {given.samples}")
     if given.json:

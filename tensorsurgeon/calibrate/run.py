@@ -24,7 +24,7 @@ from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.card.budget import capped, plan_card
 from tensorsurgeon.calibrate.codes.linears import Linear, find_linears
 from tensorsurgeon.calibrate.codes.originals import is_asymmetric
-from tensorsurgeon.calibrate.codes.rules import TUNED, share_for
+from tensorsurgeon.calibrate.codes.rules import is_tuned, share_for
 from tensorsurgeon.calibrate.codes.tuned import HELD, HELD_BY_WORKER
 from tensorsurgeon.calibrate.data.data import CalibrationData, load_data
 from tensorsurgeon.calibrate.device import device_named, identity_of, works_on_card
@@ -86,8 +86,7 @@ def run_calibrated(
         raise RecipeError("--write-statistics and --read-statistics together would only copy a folder")
     on_card = works_on_card(where)
     model = StreamedModel(plan.source, device=where, experts_implementation="grouped_mm" if on_card else "eager")
-    tuned = any(written.method == TUNED for written in plan.written.values())
-    _check_tuning(options, tuned)
+    tuned = is_tuned(plan, options)
     if max_ram_bytes is not None:
         _check_budget(model, max_ram_bytes, tuned)
     data = None
@@ -103,7 +102,7 @@ def run_calibrated(
     card = None
     if on_card and data is not None:
         card = plan_card(
-            model, (*data.tokens.shape, model.hidden_size), where, max_gpu_ram_bytes, is_asymmetric(linears, options)
+            model, (*data.tokens.shape, model.hidden_size), where, max_gpu_ram_bytes, is_asymmetric(linears, options), tuned
         )
     driver = Driver(model=model, data=data, options=options, linears=linears, target=Path(target), card=card, ahead=ahead)
     with one_torch_thread(), nullcontext() if card is None else capped(where, card, max_gpu_ram_bytes):
@@ -117,14 +116,6 @@ def run_calibrated(
     for line in summary_text(summary).splitlines():
         logger.info("%s", line)
     return CalibratedResult(result, summary)
-
-
-def _check_tuning(options: CalibrationOptions, tuned: bool) -> None:
-    """Raise RecipeError where layers are to be tuned without text, or how is said and none is."""
-    if tuned and not options.sources:
-        raise RecipeError("method signround runs the layers on text, which statistics are not; give --calibration FILE")
-    if options.signround is not None and not tuned:
-        raise RecipeError("no step has method signround, which --signround is for; give --set method=signround, or leave it away")
 
 
 def _check_budget(model: StreamedModel, max_ram_bytes: int, tuned: bool) -> None:

@@ -7,7 +7,9 @@ from typing import Final
 import torch
 
 from tensorsurgeon.calibrate.options import CalibrationOptions
+from tensorsurgeon.errors import RecipeError
 from tensorsurgeon.formats.scales import scale_dtype_of
+from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.gptq.asymmetric import RIDGE
 from tensorsurgeon.quant.gptq.scale_search import StoreScale
 from tensorsurgeon.quant.rtn.plain_torch import TORCH_DTYPES
@@ -36,6 +38,16 @@ def chosen_by(method: str, options: CalibrationOptions) -> str:
     if method != TUNED:
         return method
     return "rtn" if options.tuning.start == "rtn" else "gptq"
+
+
+def is_tuned(plan: Plan, options: CalibrationOptions) -> bool:
+    """Whether layers of a plan go through SignRound; RecipeError where that has no text, or is described and not asked for."""
+    tuned = any(written.method == TUNED for written in plan.written.values())
+    if tuned and not options.sources:
+        raise RecipeError("method signround runs the layers on text, which statistics are not; give --calibration FILE")
+    if options.signround is not None and not tuned:
+        raise RecipeError("no step has method signround, which --signround is for; give --set method=signround, or leave it away")
+    return tuned
 
 
 def share_for(scheme: Scheme, method: str, options: CalibrationOptions) -> float:

@@ -76,7 +76,7 @@ class Tuner:
         best = start = run.error()
         best_step = 0
         batches = self._batches(number, options)
-        with run.wanting_slopes():
+        with run.wanting_slopes(), _in_one_order(self.walk.model.device):
             for step in range(options.steps):
                 announce(None, None, f"layer {number}: SignRound step {step + 1} of {options.steps}")
                 run.step(next(batches), step)
@@ -245,6 +245,18 @@ class _Run:
         part = self._parts[item]
         parameter = self._parameters[part.lines.name].detach()
         lines_of(parameter, part.lines).copy_(dequantize(*codes))
+
+
+@contextmanager
+def _in_one_order(device: torch.device) -> Iterator[None]:
+    """On a GPU, gradients that are summed in the same order in every run, where torch has a way to."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _rows_of(slopes: Mapping[Place, Tensor], part: Part, *, stacked: bool = False) -> Tensor | None:
