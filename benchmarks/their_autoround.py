@@ -2,8 +2,8 @@
 
     PYTHON benchmarks/their_autoround.py ORDERS.json THREADS     # by an interpreter that has auto-round, as bench_quality.py does
 
-Of a checkpoint with a vision tower, transformers' text class is loaded, whose linears are the same. AutoRound leaves linears as they
-are whose outputs are no multiple of 32 (a and b of a linear attention); ours have those quantized too.
+Of a checkpoint with a vision tower, transformers' text class is loaded, whose linears are the same. AutoRound leaves linears
+as they are whose outputs are no multiple of 32 (a and b of a linear attention); ours have those quantized too.
 """
 
 from __future__ import annotations

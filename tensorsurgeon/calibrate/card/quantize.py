@@ -155,9 +155,8 @@ class CardQuantizer:
         finite = torch.isfinite(hessian).flatten(1).all(1)
         some_input = (hessian.diagonal(dim1=1, dim2=2) > 0).any(1)
         sound, seen = torch.stack([finite, some_input]).cpu().tolist()
-        results = [
-            _Result("rtn", None, rules.why_rounded(tokens[b], sound[b], self.options.fallback_tokens)) for b in range(len(keys))
-        ]
+        fewest = self.options.fallback_tokens
+        results = [_Result("rtn", None, rules.why_rounded(tokens[b], sound[b], fewest)) for b in range(len(keys))]
         grid = Grid(
             qmin=kind.scheme.qmin, qmax=kind.scheme.qmax, group_size=kind.scheme.group_size,
             store_scale=rules.store_scale_of(kind.scheme),
