@@ -26,7 +26,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import bench_kl
 import numpy as np
 import torch
 from bench_kl import Judge, nll_of, row_of
@@ -46,6 +45,7 @@ from tensorsurgeon.running.run import run_plan
 
 _FIXTURES = Path(__file__).parents[1] / "fixtures"
 GRIDS = {"int4-g32": (4, 32), "int4-g128": (4, 128), "int3-g128": (3, 128), "int2-g32": (2, 32)}
+OTHER_GRIDS = {"int4-g64": (4, 64), "int3-g64": (3, 64)}
 BASE = "unsigned"
 PEER = "routed-imatrix"
 
@@ -74,7 +74,7 @@ WAYS = {
 
 
 def plan_for(model: Path, grid: str, way: Way) -> Plan:
-    bits, group_size = GRIDS[grid]
+    bits, group_size = (GRIDS | OTHER_GRIDS)[grid]
     steps = steps_of(load_transform("quantize-linears", {"format": "ct-packed", "num_bits": bits, "group_size": group_size}))
     method: Any = way.method
     return make_plan(
@@ -106,7 +106,7 @@ def peer_runs(
         return []
     import bench_oneshot
 
-    num_bits, group_size = bench_kl.GRIDS.get(grid) or GRIDS[grid]
+    num_bits, group_size = (GRIDS | OTHER_GRIDS)[grid]
     planned = set(plan_for(given.model, grid, WAYS["unsigned"]).quantized)
     orders = []
     for seed in given.seeds:
@@ -184,7 +184,13 @@ def main() -> None:
                 peer = f"AutoRound, {steps} iterations"
                 runs[peer] = [
                     autoround_run(
-                        given.autoround, judge, given.model, tokens_of(given, options(seed)), GRIDS[grid], steps, Path(folder)
+                        given.autoround,
+                        judge,
+                        given.model,
+                        tokens_of(given, options(seed)),
+                        (GRIDS | OTHER_GRIDS)[grid],
+                        steps,
+                        Path(folder),
                     )
                     for seed in given.seeds
                 ]
