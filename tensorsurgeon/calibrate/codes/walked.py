@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from tensorsurgeon.calibrate.announcing import announce
-from tensorsurgeon.calibrate.codes.assembly import Assemblies
+from tensorsurgeon.calibrate.codes.assembly import Assemblies, scale_rows
 from tensorsurgeon.calibrate.codes.layer import quantize_on_cpu
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, stored_turned
 from tensorsurgeon.calibrate.codes.originals import carries_original, observing, passing, reopened
@@ -29,9 +29,10 @@ from tensorsurgeon.calibrate.walk.statistics import LayerObserver, WalkedStatist
 from tensorsurgeon.calibrate.walk.walk import Walk
 from tensorsurgeon.calibrate.walk.workers import Turns, run_parallel
 from tensorsurgeon.errors import JournalError
-from tensorsurgeon.quant.gptq.scale_search import dequantize
+from tensorsurgeon.quant.rtn.backend import choose_backend
 from tensorsurgeon.quant.rtn.plain_torch import tensor_of
 from tensorsurgeon.quant.scheme import Quantized
+from tensorsurgeon.tensors.dtypes import F32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +97,7 @@ class WalkedLayers:
                 self._run(stage.layer, module, stage.original, original)
             if outputs is not None and (self.options.sequential or not parts):
                 announce(None, None, f"layer {stage.layer}: its outputs")
-                self._put_back(parts, made.quantized())
+                self._put_back(linears, parts, made.quantized())
                 self.model.keep_shared(stage.layer)
                 self._run(stage.layer, module, inputs, outputs)
             return layer_of(linears, made, without, following)
@@ -175,15 +176,17 @@ class WalkedLayers:
     def _run(self, number: int, module: nn.Module, inputs: HiddenStates, outputs: HiddenStates | None, **observing: Any) -> None:
         self.walk.run_layer(number, module, inputs, outputs, workers=self.workers, stop=self.stop, **observing)
 
-    def _put_back(self, parts: Sequence[Part], codes: Mapping[int, Quantized]) -> None:
+    def _put_back(self, linears: Sequence[Linear], parts: Sequence[Part], codes: Mapping[int, Quantized]) -> None:
         """Overwrite the layer's weights by what a reader of the output will compute with."""
 
         def put(number: int) -> None:
             part = parts[number]
             found = codes[part.linear]
             rows = slice(part.start, part.stop)
-            zero_point = None if found.zero_point is None else tensor_of(found.zero_point[rows])
-            weight = dequantize(tensor_of(found.codes[rows]), tensor_of(found.scale[rows]), zero_point)
+            scheme = linears[part.linear].scheme
+            zero_point = None if found.zero_point is None else found.zero_point[rows]
+            some = found._replace(codes=found.codes[rows], scale=found.scale[scale_rows(rows, scheme)], zero_point=zero_point)
+            weight = tensor_of(choose_backend("auto", scheme, F32).dequantize(some, scheme, F32))
             parameter = self.model.model.get_parameter(part.lines.name)
             lines_of(parameter, part.lines).copy_(weight)
 
