@@ -105,9 +105,10 @@ def _local(scale: Tensor) -> Tensor:
 
 
 def _power_of_two(scale: Tensor) -> Tensor:
-    """The nearest power of two that E8M0 and a normal float32 both have."""
-    bits = (scale.contiguous().view(torch.int32) + (1 << 22)) >> 23
-    return (bits.clamp(1, 254) << 23).view(torch.float32)
+    """The nearest power of two from 2^-127, the least E8M0 and a subnormal float32, to 2^127."""
+    bits = scale.contiguous().view(torch.int32)
+    exponent = ((bits + (1 << 22)) >> 23).clamp(max=254)
+    return torch.where(bits < 3 << 21, 1 << 22, exponent << 23).to(torch.int32).view(torch.float32)
 
 
 class LargestMagnitudes:
