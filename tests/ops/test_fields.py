@@ -66,7 +66,7 @@ def test_any_value_is_taken_or_told(name: str, field: str, source: Path) -> None
 
 def test_lists_do_for_tuples_and_a_word_for_one(source: Path) -> None:
     checkpoint = open_checkpoint(source)
-    patterns = ("{p*}_proj.weight", "maybe:{p*}.none")
+    patterns = ("{p*}.self_attn.{x}_proj.weight", "maybe:{p*}.none")
     as_list = Quantize(where=[*patterns], format="ct-packed", group_size=8)  # type: ignore[arg-type]
     as_tuple = Quantize(where=patterns, format="ct-packed", group_size=8)
     assert as_list == as_tuple
