@@ -173,22 +173,24 @@ def open_checkpoint(path: str | os.PathLike[str], *, tolerant: bool = False) -> 
         # A path with a null byte, say.
         raise CheckpointError(f"is no path of a checkpoint: {error}", where=ascii(str(path))) from error
     if not path.exists():
-        raise CheckpointError(_missing_message(path))
+        raise CheckpointError(
+            f"{path}: no such file or folder{_meant(path)}; give a local checkpoint, or owner/name of a model on the Hub"
+        )
     raise CheckpointError("is neither a folder nor a .safetensors file", where=str(path))
 
 
 def _open_on_the_hub(address: HubAddress, text: str, tolerant: bool) -> Checkpoint:
     from tensorsurgeon.checkpoint.hub.opening import find_on_the_hub
 
+    path = Path(text)
     try:
-        store = find_on_the_hub(address)
+        store = find_on_the_hub(address, may_be_path=path.parent.is_dir() and not text.startswith("hf:"))
     except CheckpointError as error:
         if error.where != str(address) or text.startswith("hf:"):
             raise
         # It may have been meant as a folder.
-        raise type(error)(
-            f"no such file or folder here, and as a model on the Hub: {error.message}", where=text, remedy=error.remedy
-        ) from error
+        said = f"no such file or folder here, and as a model on the Hub: {error.message}{_meant(path)}"
+        raise type(error)(said, where=text, remedy=error.remedy) from error
     return open_store(store, tolerant)
 
 
@@ -200,14 +202,14 @@ def _unfinished(folder: Path) -> CheckpointError:
     )
 
 
-def _missing_message(path: Path) -> str:
+def _meant(path: Path) -> str:
+    """A clause with names like it in the same folder; empty if there are none."""
     try:
         siblings = [p.name for p in path.absolute().parent.iterdir()]
     except OSError:
         siblings = []
     hint = did_you_mean(path.name, siblings) if len(siblings) <= 1000 else ""
-    known = hint if "did you mean" in hint else ""
-    return f"{path}: no such file or folder{known}; give a local checkpoint, or owner/name of a model on the Hub"
+    return hint if "did you mean" in hint else ""
 
 
 def open_store(store: Store, tolerant: bool = False) -> Checkpoint:

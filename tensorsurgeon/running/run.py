@@ -24,7 +24,8 @@ from tensorsurgeon.planning.codes import codes_text
 from tensorsurgeon.planning.pace import streaming_of
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.work import Unit
-from tensorsurgeon.running.executor import Progress, run_units
+from tensorsurgeon.running.executor import Progress
+from tensorsurgeon.running.machines import HERE, Machines
 from tensorsurgeon.running.record import record_bytes
 from tensorsurgeon.running.target import prepare_target, spool_folder
 
@@ -73,13 +74,16 @@ def run_plan(
     overwrite: bool = False,
     stop: threading.Event | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
-    execute: Callable[..., dict[int, list[str]]] = run_units,
+    machines: Machines = HERE,
+    execute: Callable[..., dict[int, list[str]]] | None = None,
     command: Sequence[str] = (),
     ahead: int = DEFAULT_AHEAD,
     keep_source: bool = False,
     beside: Beside = NOTHING_BESIDE,
+    least_bytes: int = 0,
 ) -> RunResult:
-    """Write the planned checkpoint into the folder ``target``; ``execute`` decides in which order units run.
+    """Write the planned checkpoint into the folder ``target``; ``machines`` run its units, in the order that ``execute``
+    decides, which is given what ``machines.run_units`` is given and takes its place.
 
     ``command`` is what a person typed: transform, source and options; a stopped run keeps it with the folder it was typed in,
     so that it can be continued without typing it again.
@@ -87,12 +91,14 @@ def run_plan(
     A source on the Hub is fetched while the run lasts, ``ahead`` shards before they are read; each goes when all that reads
     it is done, unless ``keep_source`` has it in the Hub's cache, where it stays.
 
+    ``least_bytes`` is what each of several machines has to have room for, where units are not all that it does.
+
     Neither ``workers`` nor ``max_ram_bytes`` changes a byte of it. Raises TargetError before anything is written
     if the folder cannot be used, ExecutionError if the run stops, which ``resume`` then continues.
     """
     if plan.needs_codes and not plan.calibration:
         # Rounding to nearest instead would be the silent kind of garbage.
-        raise RecipeError("a step chooses codes by calibration (method gptq or imatrix); give data to calibrate on")
+        raise RecipeError("a step chooses codes by calibration (method gptq, imatrix or signround); give data to calibrate on")
     if not os.fspath(target):
         # Of a variable of the shell that was never set; a path of nothing is the current folder.
         raise TargetError("TARGET is empty; name a folder, or . for this one")
@@ -114,6 +120,7 @@ def run_plan(
         command=command,
         beside=beside.files,
         spool_bytes=0 if streaming is None else streaming.spool_bytes,
+        before=lambda: machines.check(plan, target, least_bytes),
     )
     if prepared is None:
         return RunResult(target, len(plan.units), len(plan.units), True)
@@ -126,7 +133,7 @@ def run_plan(
         try:
             sink.open()
             done = _trusted(plan, sink, claimed, progress, threads, stop)
-            digests = execute(
+            digests = (execute or machines.run_units)(
                 plan,
                 source,
                 sink,

@@ -15,6 +15,7 @@ from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import CheckpointError, SurgeonError
 from tensorsurgeon.machine.limits import usable_cores
 from tensorsurgeon.verifying.against import dropped_by_record
+from tensorsurgeon.verifying.coded_stacks import check_coded_stacks
 from tensorsurgeon.verifying.comparing import compare_pairs, pair_by_content
 from tensorsurgeon.verifying.described import Described, check_config_copies, check_described
 from tensorsurgeon.verifying.dialects import quantization_of, read_claims
@@ -107,6 +108,7 @@ def verify(
         check_siblings(checkpoint.specs, described, findings)
         check_experts(checkpoint.specs, checkpoint.specs.config_value, findings)
         check_expert_shapes(checkpoint.specs, described, findings)
+        check_coded_stacks(reader, findings, count)
         global_scales = check_values(reader, described.modules.values(), findings, count)
         check_global_scales(checkpoint.specs, global_scales, findings)
         if digested is not None and not any(fault.kind in ("digest", "record") for fault in findings.faults):

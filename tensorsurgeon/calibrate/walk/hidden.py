@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -27,15 +28,24 @@ class HiddenStates:
 
     ``shape`` and ``dtype`` are what is expected: new states have those of what is written first, for a layer's states may
     be wider than the model's dtype (Mamba 2 keeps them in F32), or have an axis more (Gemma 3n). ``is_scratch``: nobody will
-    go on from them, so no digest is taken.
+    go on from them, so no digest is taken. ``joins``: another process made the file, and this one writes some of it.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, create: bool, is_scratch: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        create: bool,
+        is_scratch: bool = False,
+        joins: bool = False,
+    ) -> None:
         self.path = path
         self.shape = shape
         self.dtype = dtype
         self._digests: dict[int, str] | None = None if is_scratch else {}
-        self._is_empty = create
+        self._is_empty = create or joins
         self._lock = threading.Lock()
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if create else 0)
         self._fd = os.open(path, flags, 0o644)
@@ -93,6 +103,17 @@ class HiddenStates:
         done = 0
         while done < len(data):
             done += os.pwrite(self._fd, data[done:], start * self._sample_bytes + done)
+
+    @property
+    def written(self) -> dict[int, str]:
+        """The digest of each sample that was written here."""
+        return dict(self._digests or {})
+
+    def note(self, shape: tuple[int, ...], dtype: torch.dtype, written: Mapping[int, str]) -> None:
+        """Another process has written these samples, of this shape and dtype."""
+        self.adopt(shape, dtype)
+        if self._digests is not None:
+            self._digests.update(written)
 
     @property
     def digest(self) -> str:

@@ -14,21 +14,10 @@ from tensorsurgeon.calibrate.data.data import CalibrationData, load_data
 from tensorsurgeon.calibrate.data.documents import open_documents
 from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
 from tensorsurgeon.errors import RecipeError
+from tensorsurgeon.evaluating.options import TextOptions
 
-SAMPLES: Final = 64
-SEQUENCE_LENGTH: Final = 1024
 # Fewer say little: see docs/evaluation.md.
 FEW_SEQUENCES: Final = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextOptions:
-    """Which text: ``samples`` sequences of ``sequence_length`` tokens drawn by ``seed``; of lists of ids the first, cut there."""
-
-    locations: tuple[str, ...]
-    samples: int = SAMPLES
-    sequence_length: int = SEQUENCE_LENGTH
-    seed: int = 0
 
 
 @dataclass(frozen=True)
