@@ -132,12 +132,9 @@ class Checkpoint:
             try:
                 found = Stamp.of(os.stat(path))
             except OSError as error:
-                raise SourceError(
-                    f"is gone since the plan was made ({error.strerror})",
-                    where=str(path),
-                    can_resume=False,
-                    remedy="; put the very file back and run the same command with {resume}",
-                ) from error
+                remedy = "; put the very file back and run the same command with {resume}"
+                said = f"is gone since the plan was made ({error.strerror})"
+                raise SourceError(said, where=str(path), can_resume=False, remedy=remedy) from error
             if found != stamp:
                 what = "was replaced by another file" if found.inode != stamp.inode else "was written"
                 raise SourceError(
