@@ -196,7 +196,7 @@ def streaming_as_text(stream: dict[str, Any]) -> str:
         return "fetch   nothing: every shard of the source is in the Hub's cache"
     if stream["kept"]:
         return (
-            f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])} from the Hub (--ahead {stream['ahead']}); "
+            f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])} from the Hub (ahead {stream['ahead']}); "
             "they stay in the Hub's cache"
         )
     return (

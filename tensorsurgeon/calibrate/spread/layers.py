@@ -57,7 +57,9 @@ class SpreadLayers:
         inputs = stage.states
         folder = self.here.state.folder.absolute()
         if inputs is None:
-            raise JournalError(f"nothing goes into layer {stage.layer}; start over with --overwrite", where=str(folder))
+            raise JournalError(
+                f"nothing goes into layer {stage.layer}", where=str(folder), remedy="; start over with {overwrite}"
+            )
         # Files are called by their layer: a node that was given up may still be writing those of an earlier one.
         for path in folder.glob("spread-*"):
             path.unlink()
