@@ -31,6 +31,7 @@ from tensorsurgeon.planning.report import plan_as_text
 from tensorsurgeon.planning.rewriting import AnyTransform, Chain
 from tensorsurgeon.publish.push import Pushed, push_checkpoint
 from tensorsurgeon.recipes.library import load_transform
+from tensorsurgeon.running.machines import machines_at
 from tensorsurgeon.running.run import RunResult, run_plan
 from tensorsurgeon.tensors.sizes import parse_size
 from tensorsurgeon.verifying.judging import Verification
@@ -80,21 +81,24 @@ def apply(
     device: str = "cpu",
     ahead: int = DEFAULT_AHEAD,
     keep_source: bool = False,
+    ray: str | None = None,
 ) -> RunResult:
     """Write a plan's output into the folder ``target``; ``progress`` is told the bytes of each finished unit.
 
     Neither ``workers`` nor ``max_ram`` changes a byte. A run that was stopped continues with ``resume``. Steps whose
-    method is ``gptq`` or ``imatrix`` need ``calibration``, whose forward runs on ``device``. Of a source on the Hub ``ahead``
-    shards are fetched before they are read; ``keep_source`` keeps them in the Hub's cache. Where weights are quantized a first
-    card is written beside them.
+    method is another than ``rtn`` need ``calibration``, whose forward runs on ``device``. Of a source on the Hub ``ahead``
+    shards are fetched before they are read; ``keep_source`` keeps them in the Hub's cache. ``ray`` is the
+    address of a Ray cluster whose nodes do the work, ``auto`` for one that is started here; ``workers`` and ``max_ram`` are then
+    those of each node. Where weights are quantized a first card is written beside them.
     """
     from tensorsurgeon.engines.advice import advise_all
     from tensorsurgeon.publish.beside import card_beside
 
+    cap = parse_size(max_ram, "max_ram") if isinstance(max_ram, str) else max_ram
     beside = card_beside(plan, pathlib.Path(target), (), advise_all(plan), logger.warning)
     running: dict[str, Any] = {
         "workers": workers,
-        "max_ram_bytes": parse_size(max_ram, "max_ram") if isinstance(max_ram, str) else max_ram,
+        "max_ram_bytes": cap,
         "resume": resume,
         "overwrite": overwrite,
         "ahead": ahead,
@@ -102,12 +106,13 @@ def apply(
         "progress": lambda done: None if progress is None else progress(done.nbytes),
         "beside": beside,
     }
-    if calibration is None:
-        result = run_plan(plan, target, **running)
-    else:
-        from tensorsurgeon.calibrate.run import run_calibrated
+    with machines_at(ray, workers, cap) as machines:
+        if calibration is None:
+            result = run_plan(plan, target, machines=machines, **running)
+        else:
+            from tensorsurgeon.calibrate.run import run_calibrated
 
-        result = run_calibrated(plan, target, calibration, device=device, **running).run
+            result = run_calibrated(plan, target, calibration, device=device, machines=machines, **running).run
     if result.was_complete:
         beside.write()
     return result

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,11 @@ if TYPE_CHECKING:
 @transform_options
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; the cores of this machine by default.")
 @click.option("--max-ram", metavar="SIZE", help="Cap on the tensors in flight, such as 8GB; half of the free memory by default.")
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Let the nodes of a Ray cluster work, HOST:PORT, or auto to start one here; --workers and --max-ram are of each node.",
+)
 @click.option("--resume", is_flag=True, help="Continue the run that was stopped in TARGET; alone with TARGET: as it was begun.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that TARGET holds.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar and no messages.")
@@ -60,6 +67,7 @@ def apply(
     keep_source: bool,
     workers: int | None,
     max_ram: str | None,
+    ray: str | None,
     resume: bool,
     overwrite: bool,
     quiet: bool,
@@ -106,10 +114,12 @@ def apply(
         stop_on_signals() as stop,
         progress_bar(made.output_bytes, bytes_shown) as advance,
         step_bar(quiet or not made.needs_codes) as (at, say),
+        # Ray tells of lost nodes on standard output, which is for results; the run says it in a line.
+        nullcontext() if ray is None else redirect_stdout(io.StringIO()),
     ):
         try:
             result, calibrated = run_with_calibration(
-                made, target, calibration, note=None if quiet else say, advance=at, workers=workers, max_ram_bytes=cap,
+                made, target, calibration, note=None if quiet else say, advance=at, workers=workers, max_ram_bytes=cap, ray=ray,
                 resume=resume, overwrite=overwrite, stop=stop, ahead=ahead, keep_source=keep_source,
                 progress=lambda p: advance(p.nbytes), command=(transform, source, *words_given(context)),
                 beside=beside,

@@ -45,6 +45,9 @@ _OPTIONS: Final = (
                  help="Share of the Hessian's mean diagonal added to it.  [default: 0.01]"),
     click.option("--no-search", is_flag=True, help="Keep the scales of the scheme's rule."),
     click.option("--no-polish", is_flag=True, help="Plain GPTQ, without coordinate descent afterwards."),
+    click.option("--signround", metavar="RECIPE",
+                 help="How method signround tunes layers: default, or autoround, autoround-best or autoround-light for what "
+                      "AutoRound does by those names; RECIPE:STEPS takes another number of steps.  [default: default]"),
     click.option("--write-statistics", metavar="FOLDER", help="Also keep the Hessians, for other formats and bit widths."),
     click.option("--read-statistics", metavar="FOLDER", help="Use kept Hessians instead of data."),
     click.option("--device", metavar="NAME", help="Where to calibrate: cpu, or cuda for a GPU.  [default: cpu]"),
@@ -52,8 +55,8 @@ _OPTIONS: Final = (
 )  # fmt: skip
 _NAMES: Final = (
     "sources", "samples", "sequence_length", "seed", "experts", "expert_hessian", "minimum_tokens", "fallback_tokens",
-    "no_sequential", "asymmetric", "damp_percent", "no_search", "no_polish", "write_statistics", "read_statistics", "device",
-    "max_gpu_ram",
+    "no_sequential", "asymmetric", "damp_percent", "no_search", "no_polish", "signround", "write_statistics", "read_statistics",
+    "device", "max_gpu_ram",
 )  # fmt: skip
 
 
@@ -86,6 +89,7 @@ def run_with_calibration(
     *,
     note: Callable[[str], None] | None = None,
     advance: Callable[[int | None, int | None, str], None] = lambda *_: None,
+    ray: str | None = None,
     **running: Any,
 ) -> tuple[RunResult, dict[str, Any] | None]:
     """``run_plan`` or ``run_calibrated``, whichever the plan needs; ``running`` are the arguments that both take.
@@ -93,13 +97,15 @@ def run_with_calibration(
     ``note`` is told of each layer and of the summary, which is the second result; ``advance`` of where calibration is.
     Raises RecipeError where data is given that no step wants, and where it is wanted and not given.
     """
+    from tensorsurgeon.running.machines import machines_at
     from tensorsurgeon.running.run import run_plan
 
     if not plan.needs_codes:
         if calibration:
             named = ", ".join(f"--{'calibration' if name == 'sources' else name.replace('_', '-')}" for name in calibration)
             raise RecipeError(f"no step of this transform asks for statistics; leave {named} away")
-        return run_plan(plan, target, **running), None
+        with noting(note, "tensorsurgeon.running.cluster"), machines_at(ray, **_each_node(running)) as machines:
+            return run_plan(plan, target, machines=machines, **running), None
     if "sources" not in calibration and "read_statistics" not in calibration:
         raise RecipeError(
             "this transform chooses codes by calibration: give --calibration FILE (text, JSON lines, Parquet or token ids), "
@@ -111,9 +117,17 @@ def run_with_calibration(
     device = str(given.pop("device", "cpu"))
     cap = parse_size(given.pop("max_gpu_ram"), "--max-gpu-ram") if "max_gpu_ram" in given else None
     options = options_from(given)
-    with noting(note, advance=advance):
-        result = run_calibrated(plan, target, options, device=device, max_gpu_ram_bytes=cap, **running)
+    with (
+        noting(note, advance=advance),
+        noting(note, "tensorsurgeon.running.cluster"),
+        machines_at(ray, **_each_node(running)) as machines,
+    ):
+        result = run_calibrated(plan, target, options, device=device, max_gpu_ram_bytes=cap, machines=machines, **running)
     return result.run, result.summary
+
+
+def _each_node(running: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: running.get(name) for name in ("workers", "max_ram_bytes")}
 
 
 def options_from(calibration: Mapping[str, Any]) -> Any:
@@ -121,6 +135,7 @@ def options_from(calibration: Mapping[str, Any]) -> Any:
     from dataclasses import replace
 
     from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
+    from tensorsurgeon.quant.signround.options import recipe_named
 
     given = dict(calibration)
     fields: dict[str, Any] = {"sources": tuple(DataSource.parse(text) for text in given.pop("sources", ()))}
@@ -132,6 +147,8 @@ def options_from(calibration: Mapping[str, Any]) -> Any:
         gptq = replace(gptq, search=None)
     if given.pop("no_polish", False):
         gptq = replace(gptq, polish=None)
+    if "signround" in given:
+        fields["signround"] = recipe_named(given.pop("signround"))
     for name in ("write_statistics", "read_statistics"):
         if name in given:
             fields[name] = Path(given.pop(name)).expanduser()

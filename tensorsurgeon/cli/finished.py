@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 # Decide nothing of the result, or say only what this machine is like.
 _OF_THIS_MACHINE: Final = frozenset({
-    "workers", "max_ram", "resume", "overwrite", "quiet", "as_json", "backend", "require", "max_gpu_ram", "write_statistics",
-    "ahead", "keep_source",
+    "workers", "max_ram", "ray", "resume", "overwrite", "quiet", "as_json", "backend", "require", "max_gpu_ram",
+    "write_statistics", "ahead", "keep_source",
 })  # fmt: skip
 
 

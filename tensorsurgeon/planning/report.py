@@ -201,12 +201,12 @@ def streaming_as_text(stream: dict[str, Any]) -> str:
         return "fetch   nothing: every shard of the source is in the Hub's cache"
     if stream["kept"]:
         return (
-            f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])} from the Hub (--ahead {stream['ahead']}); "
+            f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])} from the Hub (ahead {stream['ahead']}); "
             "they stay in the Hub's cache"
         )
     return (
         f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])} from the Hub; at most "
-        f"{show_size(stream['spool_bytes'])} of them lie beside the output at once (--ahead {stream['ahead']})"
+        f"{show_size(stream['spool_bytes'])} of them lie beside the output at once (ahead {stream['ahead']})"
         + (f"; {len(twice)} come twice, for layers are walked first: {_few(twice)}" if twice else "")
     )
 
