@@ -112,7 +112,8 @@ def test_a_process_that_dies_costs_its_units_only(cluster, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed_is_resumed(cluster, tmp_path):
+@pytest.mark.parametrize("alone", [False, True], ids=["by the nodes", "by this machine"])
+def test_a_driver_that_is_killed_is_resumed(cluster, alone, tmp_path):
     source = large(tmp_path / "source", 600)
     assert surgeon("apply", "quark-w8a8-int8", str(source), str(tmp_path / "here"), "-q").returncode == 0
     words = ["apply", "quark-w8a8-int8", str(source), str(tmp_path / "there"), "-q", "--ray", cluster.address]
@@ -125,7 +126,8 @@ def test_a_driver_that_is_killed_is_resumed(cluster, tmp_path):
     assert process.returncode == -signal.SIGKILL
     lines = journal.read_text().count("\n")
     assert lines
-    done = surgeon("resume", str(tmp_path / "there"), "--json", "-q")
+    more = ["--ray", "none"] if alone else []
+    done = surgeon("resume", str(tmp_path / "there"), "--json", "-q", *more)
     assert done.returncode == 0, done.stderr
     assert f'"resumed_units": {lines}' in done.stdout
     assert folder_bytes(tmp_path / "there") == folder_bytes(tmp_path / "here")
