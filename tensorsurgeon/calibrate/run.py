@@ -77,12 +77,16 @@ def run_calibrated(
     that cannot be used, NumericError for a model whose hidden states are not finite, BudgetError for a card too small.
     """
     if not plan.needs_codes:
-        raise RecipeError("no step of this transform asks for statistics (method gptq or imatrix); leave --calibration away")
+        raise RecipeError(
+            "no step of this transform asks for statistics (method gptq or imatrix)", remedy="; leave {calibration} away"
+        )
     if find_spec("transformers") is None:
         raise RecipeError("calibration runs the model's own forward: pip install 'tensorsurgeon[calibrate]'")
     where = device_named(device)
     if options.write_statistics is not None and options.read_statistics is not None:
-        raise RecipeError("--write-statistics and --read-statistics together would only copy a folder")
+        raise RecipeError(
+            "statistics that are read and written would only be copied", remedy="; give {write_statistics} or {read_statistics}"
+        )
     on_card = works_on_card(where)
     if machines.crew is not None and (on_card or options.write_statistics is not None):
         what = "a GPU" if on_card else "--write-statistics"
@@ -129,8 +133,8 @@ def _check_budget(model: StreamedModel, max_ram_bytes: int) -> None:
     needed = _layer_bytes(model)
     if needed > max_ram_bytes:
         raise BudgetError(
-            f"calibration holds a decoder layer and its codes at once, {needed} bytes, more than --max-ram {max_ram_bytes}; "
-            f"give at least {-(-needed // 1_000_000)}MB"
+            f"calibration holds a decoder layer and its codes at once, {needed} bytes",
+            remedy=f", more than {{max_ram}} {max_ram_bytes}; give at least {-(-needed // 1_000_000)}MB",
         )
 
 

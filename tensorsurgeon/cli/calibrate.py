@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from tensorsurgeon.cli import completing
+from tensorsurgeon.cli.terminal import at_home
 from tensorsurgeon.errors import RecipeError
 from tensorsurgeon.tensors.sizes import parse_size
 
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     from tensorsurgeon.running.run import RunResult
 
 _OPTIONS: Final = (
-    click.option("--calibration", "sources", multiple=True, metavar="FILE[:WEIGHT]",
+    click.option("--calibration", "sources", multiple=True, callback=at_home, shell_complete=completing.texts,
+                 metavar="FILE[:WEIGHT]",
                  help="Text, JSON lines (text or messages), Parquet or token ids to calibrate on; several mix by weight. "
                       "The name of a Hub data set works where datasets is installed; builtin is a text that comes along."),
     click.option("--samples", type=click.IntRange(1), help="Chunks of text to calibrate on.  [default: 256]"),
@@ -131,7 +134,7 @@ def options_from(calibration: Mapping[str, Any]) -> Any:
     from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
 
     given = dict(calibration)
-    fields: dict[str, Any] = {"sources": tuple(DataSource.parse(os.path.expanduser(text)) for text in given.pop("sources", ()))}
+    fields: dict[str, Any] = {"sources": tuple(DataSource.parse(text) for text in given.pop("sources", ()))}
     fields["sequential"] = not given.pop("no_sequential", False)
     gptq = CalibrationOptions.default_gptq()
     if "damp_percent" in given:

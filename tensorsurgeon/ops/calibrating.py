@@ -27,7 +27,7 @@ def with_calibration(transform: AnyTransform) -> tuple[tuple[Transform, ...], li
             is_used = True
         steps.append(found)
     if not is_used:
-        raise RecipeError(f"no step can be calibrated ({_why(steps, cannot)}); leave --calibration away")
+        raise RecipeError(f"no step can be calibrated ({_why(steps, cannot)})", remedy="; leave {calibration} away")
     return tuple(steps), cannot
 
 

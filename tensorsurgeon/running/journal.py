@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -100,7 +101,7 @@ class Journal:
         whose journal is gone and which would be done again. The lock goes last, so that nobody takes a new one in a
         folder that is about to go.
         """
-        with sink_errors(self.folder, "be removed"):
+        with sink_errors(self.folder, "be removed"), suppress(FileNotFoundError):
             (self.folder / _RUN).unlink(missing_ok=True)
             for path in sorted(self.folder.iterdir(), key=lambda path: path.name == _LOCK):
                 if path.is_dir() and not path.is_symlink():

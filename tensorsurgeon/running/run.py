@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -17,9 +16,10 @@ from tensorsurgeon.checkpoint.header import read_header
 from tensorsurgeon.checkpoint.hub.stays import DEFAULT_AHEAD
 from tensorsurgeon.checkpoint.sink import Sink, publish_bytes, publish_copy, refuse_links_below
 from tensorsurgeon.checkpoint.source import Source
-from tensorsurgeon.errors import Interrupted, PlanViolationError, RecipeError, TargetError
+from tensorsurgeon.errors import HeaderError, Interrupted, PlanViolationError, RecipeError, SinkError, TargetError
 from tensorsurgeon.machine.files import make_folder_durable
 from tensorsurgeon.machine.limits import available_bytes, open_files_limit, usable_cores
+from tensorsurgeon.machine.threads import in_threads
 from tensorsurgeon.planning.codes import codes_text
 from tensorsurgeon.planning.pace import streaming_of
 from tensorsurgeon.planning.plan import Plan
@@ -190,11 +190,10 @@ def _trusted(
         )
 
     done = {}
-    with ThreadPoolExecutor(workers) as pool:
-        for number, is_whole in zip(claimed, pool.map(is_there, claimed), strict=True):
-            if is_whole:
-                done[number] = claimed[number]
-                progress(Progress(plan.units[number].written_bytes))
+    for number, is_whole in zip(claimed, in_threads(is_there, claimed, workers), strict=True):
+        if is_whole:
+            done[number] = claimed[number]
+            progress(Progress(plan.units[number].written_bytes))
     if stop.is_set():
         raise Interrupted("stopped while the work of the run before was looked at; what is done is kept")
     return done
@@ -240,7 +239,15 @@ def _publish(plan: Plan, sink: Sink, target: Path, digests: dict[int, list[str]]
 def _check_headers(plan: Plan, target: Path) -> None:
     """Read back what readers will read first; a header that differs from the plan must never be published."""
     for shard in plan.layout.shards:
-        header = read_header(target / f"{shard.name}.partial")
+        try:
+            header = read_header(target / f"{shard.name}.partial")
+        except HeaderError as error:
+            raise SinkError(
+                f"was written and is gone or changed before it was published ({error.message}); another program works in this "
+                "folder",
+                where=error.where,
+                remedy="; end that and run the same command with {resume}",
+            ) from error
         if header.specs != shard.specs:
             raise PlanViolationError(
                 f"{shard.name}: the header on disk is not the planned one; the disk or another program changed it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -68,7 +69,15 @@ def prepare_target(
         before()
         return Journal.start(target, identity, clear=lambda: _clear(target)), {}
     except OSError as error:
-        raise TargetError(f"cannot be used: {error.strerror}", where=str(error.filename or target)) from error
+        where = str(error.filename or target)
+        raise TargetError(f"cannot be used: {error.strerror}", where=where, remedy=_way_out(error)) from error
+
+
+def _way_out(error: OSError) -> str:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "; make it writable for you, or name another folder"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "; make room or name another disk" if full else "; mend that or name another folder"
 
 
 def identity_of(plan: Plan) -> dict[str, Any]:

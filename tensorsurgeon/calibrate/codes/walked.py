@@ -74,7 +74,9 @@ class WalkedLayers:
         inputs = stage.states
         if inputs is None:
             raise JournalError(
-                f"nothing goes into layer {stage.layer}; start over with --overwrite", where=str(self.state.folder)
+                f"nothing goes into layer {stage.layer}",
+                where=str(self.state.folder),
+                remedy="; start over with {overwrite}",
             )
         with self.model.layer(stage.layer, self.walk.read) as module:
             outputs = None if is_last else self._states(stage.layer + 1, create=True)

@@ -86,7 +86,9 @@ class HiddenStates:
         while done < nbytes:
             count = os.preadv(self._fd, [view[done:]], start * self._sample_bytes + done)
             if not count:
-                raise JournalError("ends early; another program changed it, start over with --overwrite", where=str(self.path))
+                raise JournalError(
+                    "ends early; another program changed it", where=str(self.path), remedy="; start over with {overwrite}"
+                )
             done += count
         return torch.from_numpy(buffer).view(self.dtype).view(stop - start, *self.shape[1:])
 
@@ -128,8 +130,9 @@ class HiddenStates:
         found = os.fstat(self._fd).st_size
         if found != self._nbytes:
             raise JournalError(
-                f"holds {found} bytes of hidden states, {self._nbytes} are needed; start over with --overwrite",
+                f"holds {found} bytes of hidden states, {self._nbytes} are needed",
                 where=str(self.path),
+                remedy="; start over with {overwrite}",
             )
         self._digests = {}
         for number in range(self.shape[0]):
