@@ -77,9 +77,10 @@ class Judge:
 
 
 def _log_probabilities(folder: Path, ids: Tensor) -> Iterator[Tensor]:
-    from transformers import AutoModelForImageTextToText
+    import transformers
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16, experts_implementation="eager").eval()
+    (name,) = transformers.AutoConfig.from_pretrained(folder).architectures
+    model = getattr(transformers, name).from_pretrained(folder, dtype=torch.bfloat16, experts_implementation="eager").eval()
     with torch.inference_mode():
         for batch in ids.split(8):
             yield model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)

@@ -8,7 +8,8 @@ Checkpoints are made and scored as in bench_kl.py: compressed-tensors' packed la
 the mean over seeds first: a share of the mean, with its standard error over sequences. Seconds are CPU seconds of the process.
 
 llm-compressor's oneshot at its best settings is a row where its environment is there (llmcompressor_env.sh makes it); else the
-row says "not run".
+row says "not run". So is AutoRound where ``--autoround`` names an interpreter that has it (``pip install auto-round==0.16.1
+torch==2.13.0 transformers``); ``signround-autoround`` is our own walk with its recipe.
 """
 
 from __future__ import annotations
@@ -25,22 +26,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import bench_kl
 import numpy as np
 import torch
 from bench_kl import Judge, nll_of, row_of
+from their_autoround import autoround_run
 
+from tensorsurgeon.calibrate.data.data import load_data
 from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
 from tensorsurgeon.calibrate.run import run_calibrated
+from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.planning.plan import Plan, make_plan
 from tensorsurgeon.planning.rewriting import steps_of
+from tensorsurgeon.quant.signround.options import RECIPES
 from tensorsurgeon.recipes.library import load_transform
 from tensorsurgeon.running.run import run_plan
 
 _FIXTURES = Path(__file__).parents[1] / "fixtures"
 GRIDS = {"int4-g32": (4, 32), "int4-g128": (4, 128), "int3-g128": (3, 128), "int2-g32": (2, 32)}
+OTHER_GRIDS = {"int4-g64": (4, 64), "int3-g64": (3, 64)}
 BASE = "unsigned"
 PEER = "routed-imatrix"
 
@@ -63,11 +68,13 @@ WAYS = {
     "unsigned-asymmetric": Way("gptq", False, {"asymmetric": 0.5}),
     "asymmetric-1": Way("gptq", True, {"asymmetric": 1.0}),
     "default": Way("gptq", True, {}),
+    "signround": Way("signround", True, {}),
+    "signround-autoround": Way("signround", True, {"signround": RECIPES["autoround"]}),
 }
 
 
 def plan_for(model: Path, grid: str, way: Way) -> Plan:
-    bits, group_size = GRIDS[grid]
+    bits, group_size = (GRIDS | OTHER_GRIDS)[grid]
     steps = steps_of(load_transform("quantize-linears", {"format": "ct-packed", "num_bits": bits, "group_size": group_size}))
     method: Any = way.method
     return make_plan(
@@ -99,15 +106,11 @@ def peer_runs(
         return []
     import bench_oneshot
 
-    from tensorsurgeon.calibrate.data.data import load_data
-    from tensorsurgeon.calibrate.walk.model import StreamedModel
-
-    num_bits, group_size = bench_kl.GRIDS.get(grid) or GRIDS[grid]
+    num_bits, group_size = (GRIDS | OTHER_GRIDS)[grid]
     planned = set(plan_for(given.model, grid, WAYS["unsigned"]).quantized)
-    rows = StreamedModel(open_checkpoint(given.model), device="cpu").vocabulary_rows
     orders = []
     for seed in given.seeds:
-        np.save(work / f"{seed}.npy", load_data(options(seed), given.model, rows).tokens)
+        np.save(work / f"{seed}.npy", tokens_of(given, options(seed)))
         orders.append(
             {
                 "setting": PEER, "folder": str(work / f"peer-{seed}"), "tokens": str(work / f"{seed}.npy"),
@@ -116,6 +119,11 @@ def peer_runs(
         )  # fmt: skip
     bench_oneshot.run_oneshot(given.llmcompressor, orders, given.workers, work)
     return [bench_oneshot.score_oneshot(judge, given.model, Path(o["folder"]), planned, False, work) for o in orders]
+
+
+def tokens_of(given: argparse.Namespace, options: CalibrationOptions) -> np.ndarray:
+    """The chunks that ours are calibrated on."""
+    return load_data(options, given.model, StreamedModel(open_checkpoint(given.model)).vocabulary_rows).tokens
 
 
 def main() -> None:
@@ -131,6 +139,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=24, help="held-out sequences of 250 tokens")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--llmcompressor", type=Path, default=Path(__file__).parents[1] / ".venvs/llmcompressor/bin/python")
+    parser.add_argument("--autoround", type=Path, help="an interpreter that has auto-round 0.16.1: also run that")
+    parser.add_argument("--autoround-steps", type=lambda text: [int(n) for n in text.split(",")], default=[200])
     parser.add_argument("--json", type=Path, help="also write the table here")
     given = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -170,6 +180,21 @@ def main() -> None:
                 table.append(_row(grid, peer, runs, reference_nll))
             else:
                 print(f"| {grid} | {peer} | not run | | | | |", flush=True)
+            for steps in given.autoround_steps if given.autoround is not None else []:
+                peer = f"AutoRound, {steps} iterations"
+                runs[peer] = [
+                    autoround_run(
+                        given.autoround,
+                        judge,
+                        given.model,
+                        tokens_of(given, options(seed)),
+                        (GRIDS | OTHER_GRIDS)[grid],
+                        steps,
+                        Path(folder),
+                    )
+                    for seed in given.seeds
+                ]
+                table.append(_row(grid, peer, runs, reference_nll))
     perplexity = math.exp(float(reference_nll.mean()))
     print(f"\nBF16 perplexity {perplexity:.3f} on {judge.ids.numel()} held-out tokens; n = {given.samples}")
     if given.json:

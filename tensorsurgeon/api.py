@@ -86,7 +86,7 @@ def apply(
     """Write a plan's output into the folder ``target``; ``progress`` is told the bytes of each finished unit.
 
     Neither ``workers`` nor ``max_ram`` changes a byte. A run that was stopped continues with ``resume``. Steps whose
-    method is ``gptq`` or ``imatrix`` need ``calibration``, whose forward runs on ``device``. Of a source on the Hub ``ahead``
+    method is another than ``rtn`` need ``calibration``, whose forward runs on ``device``. Of a source on the Hub ``ahead``
     shards are fetched before they are read; ``keep_source`` keeps them in the Hub's cache. ``ray`` is the
     address of a Ray cluster whose nodes do the work, ``auto`` for one that is started here; ``workers`` and ``max_ram`` are then
     those of each node. Where weights are quantized a first card is written beside them.
@@ -94,8 +94,8 @@ def apply(
     from tensorsurgeon.engines.advice import advise_all
     from tensorsurgeon.publish.beside import card_beside
 
-    beside = card_beside(plan, pathlib.Path(target), (), advise_all(plan), logger.warning)
     cap = parse_size(max_ram, "max_ram") if isinstance(max_ram, str) else max_ram
+    beside = card_beside(plan, pathlib.Path(target), (), advise_all(plan), logger.warning)
     running: dict[str, Any] = {
         "workers": workers,
         "max_ram_bytes": cap,

@@ -124,7 +124,7 @@ class Driver:
 
         last = max(by_layer, default=-1)
         with ExitStack() as held:
-            layers = self._layers(plan, source, state, workers, stop, held)
+            layers = self._layers(plan, source, state, workers, max_ram_bytes, stop, held)
             reached, stage = _begin(state, layers, shards, by_layer, done)
             done = write(shards.before_layers(done), outside, done)
             shards.begun()
@@ -151,7 +151,14 @@ class Driver:
         return digests
 
     def _layers(
-        self, plan: Plan, source: Source, state: CalibrationState, workers: int, stop: threading.Event, held: ExitStack
+        self,
+        plan: Plan,
+        source: Source,
+        state: CalibrationState,
+        workers: int,
+        max_ram_bytes: int,
+        stop: threading.Event,
+        held: ExitStack,
     ) -> Layers:
         def original(linear: Linear) -> np.ndarray:
             return linear.read(plan, source)
@@ -175,7 +182,7 @@ class Driver:
         walk = Walk(self.model, read_weights(reader), self.data.tokens, folder=state.folder)
         here = WalkedLayers(
             model=self.model, original=original, options=self.options, walk=walk, state=state, workers=workers, stop=stop,
-            asymmetric=is_asymmetric(self.linears, self.options),
+            asymmetric=is_asymmetric(self.linears, self.options), max_ram_bytes=max_ram_bytes,
         )  # fmt: skip
         crew = self.machines.crew
         if crew is None:

@@ -20,9 +20,9 @@ _COLUMNS: Final = ("layer", "module", "expert", "method", "tokens", "damp_percen
 class LogRow(NamedTuple):
     """How one module was quantized.
 
-    ``method``: ``gptq``, ``imatrix`` or ``rtn``. ``loss``: tr(D H D^T) over its calibration tokens, D being the change of
-    the weight; ``relative_loss``: that over tr(W H W^T). Empty where no statistics were at hand. ``seconds`` are
-    worker time and differ between runs.
+    ``method``: ``gptq``, ``imatrix``, ``signround`` or ``rtn``. ``loss``: tr(D H D^T) over its calibration tokens, D being the
+    change of the weight; ``relative_loss``: that over tr(W H W^T). Empty where no statistics were at hand, and behind SignRound,
+    whose note has the layer's error before and after. ``seconds`` are worker time and differ between runs.
     """
 
     layer: int | None

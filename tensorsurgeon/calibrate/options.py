@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 from tensorsurgeon.errors import RecipeError, did_you_mean
 from tensorsurgeon.quant.gptq.gptq import GptqOptions
 from tensorsurgeon.quant.gptq.polish import Polish
+from tensorsurgeon.quant.signround.options import SignRound
 
 ExpertFeeding = Literal["routed", "all", "balanced"]
 ExpertHessian = Literal["shared", "own"]
@@ -54,6 +55,7 @@ class CalibrationOptions:
     ``asymmetric``: how far a linear's target leans towards what the original layers' outputs would give, 0 to 1
     (``quant.gptq.asymmetric``); None: half at up to 4 bits with signed scales, else not at all. It carries the original layers'
     states beside the others, and needs ``sequential``.
+    ``signround``: how layers are tuned whose linears have that method; None: by default.
     ``write_statistics`` and ``read_statistics`` name a folder of statistics to keep, or to use instead of a walk.
     """
 
@@ -68,6 +70,7 @@ class CalibrationOptions:
     sequential: bool = True
     asymmetric: float | None = None
     gptq: GptqOptions = field(default_factory=lambda: CalibrationOptions.default_gptq())
+    signround: SignRound | None = None
     write_statistics: Path | None = None
     read_statistics: Path | None = None
 
@@ -101,9 +104,16 @@ class CalibrationOptions:
         """GPTQ as it is run where nothing is said."""
         return GptqOptions(polish=Polish())
 
+    @property
+    def tuning(self) -> SignRound:
+        """How layers are tuned, where a step asks for it."""
+        return self.signround or SignRound()
+
     def identity(self) -> dict[str, Any]:
         """What decides the result apart from the data, in a form that JSON holds; no paths of this machine."""
         known = asdict(self)
         for name in ("sources", "write_statistics", "read_statistics"):
             del known[name]
+        if self.signround is None:
+            del known["signround"]
         return known

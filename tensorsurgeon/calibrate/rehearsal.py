@@ -16,6 +16,8 @@ from typing import Any, Final
 import torch
 
 from tensorsurgeon.calibrate.codes.linears import Linear, find_linears
+from tensorsurgeon.calibrate.codes.rules import is_tuned
+from tensorsurgeon.calibrate.codes.tuned import HELD, HELD_BY_WORKER
 from tensorsurgeon.calibrate.data.data import CalibrationData, load_data
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
@@ -32,6 +34,8 @@ _BESIDE_LAYER_BYTES: Final = 1_500_000_000
 # Products of out x in x in that choosing codes takes, in those of one pass over a matrix: 115 s for a layer of 1.2 T on cores
 # of 50 G a second each (docs/calibration.md), search and polishing included.
 _CODES: Final = 4.5
+# Forwards that a forward with its gradient, and what is done with it, come to.
+_GRADIENT: Final = 4
 _PROBE: Final = 1024
 
 
@@ -39,10 +43,12 @@ def rehearse(plan: Plan, options: CalibrationOptions, *, workers: int) -> dict[s
     """What ``run_calibrated`` would do on the CPU: data, model, linears, bytes, seconds; its errors are those of that."""
     if not plan.needs_codes:
         raise RecipeError(
-            "no step of this transform asks for statistics (method gptq or imatrix)", remedy="; leave {calibration} away"
+            "no step of this transform asks for statistics (method gptq, imatrix or signround)",
+            remedy="; leave {calibration} away",
         )
     if not options.sources:
         raise RecipeError("a dry run of calibration needs its data", remedy="; give them with {calibration}")
+    tuned = is_tuned(plan, options)
     model = StreamedModel(plan.source)
     data = load_data(options, plan.source.root, model.vocabulary_rows)
     linears = find_linears(plan, model)
@@ -50,6 +56,12 @@ def rehearse(plan: Plan, options: CalibrationOptions, *, workers: int) -> dict[s
     largest = max(map(model.layer_bytes, range(len(model.layers))))
     states = data.tokens.size * model.hidden_size * model.dtype.itemsize
     per_layer = _seconds_of_layer(model, data, linears, workers)
+    memory = largest + largest // 2 + _BESIDE_LAYER_BYTES
+    if tuned:
+        memory += largest * (HELD + HELD_BY_WORKER)
+        tuning = options.tuning
+        tokens = min(tuning.batch, len(data.tokens)) * data.tokens.shape[1] * tuning.steps * _GRADIENT
+        per_layer["signround"] = per_layer["walk"] / 2 * (tokens / data.tokens.size + 1 + tuning.checks)
     return {
         "model": type(model.model).__name__,
         "layers": len(model.layers),
@@ -63,7 +75,7 @@ def rehearse(plan: Plan, options: CalibrationOptions, *, workers: int) -> dict[s
             "calibrated": sum(linear.layer is not None for linear in linears),
             "rounded": dict(Counter(linear.reason for linear in linears if linear.layer is None)),
         },
-        "memory_bytes": largest + largest // 2 + _BESIDE_LAYER_BYTES,
+        "memory_bytes": memory,
         "scratch_bytes": 3 * states,
         "seconds": {
             "per_layer": {what: round(value, 2) for what, value in per_layer.items()},

@@ -24,7 +24,8 @@ from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.card.budget import capped, plan_card
 from tensorsurgeon.calibrate.codes.linears import Linear, find_linears
 from tensorsurgeon.calibrate.codes.originals import is_asymmetric
-from tensorsurgeon.calibrate.codes.rules import share_for
+from tensorsurgeon.calibrate.codes.rules import is_tuned, share_for
+from tensorsurgeon.calibrate.codes.tuned import HELD, HELD_BY_WORKER
 from tensorsurgeon.calibrate.data.data import CalibrationData, load_data
 from tensorsurgeon.calibrate.device import device_named, identity_of, works_on_card
 from tensorsurgeon.calibrate.driver import Driver
@@ -78,7 +79,8 @@ def run_calibrated(
     """
     if not plan.needs_codes:
         raise RecipeError(
-            "no step of this transform asks for statistics (method gptq or imatrix)", remedy="; leave {calibration} away"
+            "no step of this transform asks for statistics (method gptq, imatrix or signround)",
+            remedy="; leave {calibration} away",
         )
     if find_spec("transformers") is None:
         raise RecipeError("calibration runs the model's own forward: pip install 'tensorsurgeon[calibrate]'")
@@ -94,8 +96,11 @@ def run_calibrated(
             f"{what} is for one machine, and --ray for several that calibrate on their CPUs; leave one of them away"
         )
     model = StreamedModel(plan.source, device=where, experts_implementation="grouped_mm" if on_card else "eager")
+    tuned = is_tuned(plan, options)
+    if tuned and machines.crew is not None:
+        raise RecipeError("SignRound tunes a layer on one machine, and --ray is for several; leave one of them away")
     if max_ram_bytes is not None and machines.crew is None:
-        _check_budget(model, max_ram_bytes)
+        _check_budget(model, max_ram_bytes, tuned)
     data = None
     if options.sources:
         announce(None, None, "reading text")
@@ -109,7 +114,7 @@ def run_calibrated(
     card = None
     if on_card and data is not None:
         card = plan_card(
-            model, (*data.tokens.shape, model.hidden_size), where, max_gpu_ram_bytes, is_asymmetric(linears, options)
+            model, (*data.tokens.shape, model.hidden_size), where, max_gpu_ram_bytes, is_asymmetric(linears, options), tuned
         )
     driver = Driver(
         model=model, data=data, options=options, linears=linears, target=Path(target), card=card, ahead=ahead,
@@ -128,12 +133,16 @@ def run_calibrated(
     return CalibratedResult(result, summary)
 
 
-def _check_budget(model: StreamedModel, max_ram_bytes: int) -> None:
+def _check_budget(model: StreamedModel, max_ram_bytes: int, tuned: bool) -> None:
     """Raise BudgetError if one layer's weights and codes do not fit the memory cap; hidden states lie in files."""
     needed = _layer_bytes(model)
+    beside = ""
+    if tuned:
+        needed += max(map(model.layer_bytes, range(len(model.layers)))) * (HELD + HELD_BY_WORKER)
+        beside = ", and what SignRound needs beside them"
     if needed > max_ram_bytes:
         raise BudgetError(
-            f"calibration holds a decoder layer and its codes at once, {needed} bytes",
+            f"calibration holds a decoder layer and its codes at once{beside}, {needed} bytes",
             remedy=f", more than {{max_ram}} {max_ram_bytes}; give at least {-(-needed // 1_000_000)}MB",
         )
 

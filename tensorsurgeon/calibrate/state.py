@@ -115,6 +115,11 @@ class CalibrationState:
         """The hidden states that go into a layer."""
         return self.folder / f"hidden-{number:05d}.bin"
 
+    @property
+    def targets_path(self) -> Path:
+        """What an original layer puts out, while its codes are tuned and nobody else keeps that."""
+        return self.folder / "targets.bin"
+
     def original_path(self, number: int) -> Path:
         """What the original layers before a layer put out, where it is carried beside the hidden states."""
         return self.folder / f"original-{number:05d}.bin"

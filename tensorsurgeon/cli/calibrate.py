@@ -45,6 +45,9 @@ _OPTIONS: Final = (
                  help="Share of the Hessian's mean diagonal added to it.  [default: 0.01]"),
     click.option("--no-search", is_flag=True, help="Keep the scales of the scheme's rule."),
     click.option("--no-polish", is_flag=True, help="Plain GPTQ, without coordinate descent afterwards."),
+    click.option("--signround", metavar="RECIPE",
+                 help="How method signround tunes layers: default, or autoround, autoround-best or autoround-light for what "
+                      "AutoRound does by those names; RECIPE:STEPS takes another number of steps.  [default: default]"),
     click.option("--write-statistics", metavar="FOLDER", help="Also keep the Hessians, for other formats and bit widths."),
     click.option("--read-statistics", metavar="FOLDER", help="Use kept Hessians instead of data."),
     click.option("--device", metavar="NAME", help="Where to calibrate: cpu, or cuda for a GPU.  [default: cpu]"),
@@ -52,8 +55,8 @@ _OPTIONS: Final = (
 )  # fmt: skip
 _NAMES: Final = (
     "sources", "samples", "sequence_length", "seed", "experts", "expert_hessian", "minimum_tokens", "fallback_tokens",
-    "no_sequential", "asymmetric", "damp_percent", "no_search", "no_polish", "write_statistics", "read_statistics", "device",
-    "max_gpu_ram",
+    "no_sequential", "asymmetric", "damp_percent", "no_search", "no_polish", "signround", "write_statistics", "read_statistics",
+    "device", "max_gpu_ram",
 )  # fmt: skip
 
 
@@ -132,6 +135,7 @@ def options_from(calibration: Mapping[str, Any]) -> Any:
     from dataclasses import replace
 
     from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
+    from tensorsurgeon.quant.signround.options import recipe_named
 
     given = dict(calibration)
     fields: dict[str, Any] = {"sources": tuple(DataSource.parse(text) for text in given.pop("sources", ()))}
@@ -143,6 +147,8 @@ def options_from(calibration: Mapping[str, Any]) -> Any:
         gptq = replace(gptq, search=None)
     if given.pop("no_polish", False):
         gptq = replace(gptq, polish=None)
+    if "signround" in given:
+        fields["signround"] = recipe_named(given.pop("signround"))
     for name in ("write_statistics", "read_statistics"):
         if name in given:
             fields[name] = Path(given.pop(name)).expanduser()

@@ -54,7 +54,7 @@ class Quantize:
     where: tuple[str, ...]
     format: str
     exclude: tuple[str, ...] = ()
-    method: Literal["rtn", "imatrix", "gptq"] = "rtn"
+    method: Literal["rtn", "imatrix", "gptq", "signround"] = "rtn"
     num_bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None

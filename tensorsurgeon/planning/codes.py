@@ -13,6 +13,7 @@ METHODS: Final = {
     "rtn": "rounded to nearest (RTN)",
     "gptq": "chosen by GPTQ",
     "imatrix": "chosen by importance matrix",
+    "signround": "chosen by SignRound",
     "kept": "with the codes they had",
 }
 NAMED_AS_ALGORITHMS: Final = {

@@ -13,6 +13,7 @@ from tensorsurgeon.version import __version__
 METHODS: Final = {
     "rtn": "rounded to nearest (RTN), without calibration",
     "gptq": "chosen by GPTQ on calibration data",
+    "signround": "chosen by SignRound on calibration data",
     "kept": "those that the original has, in another layout",
     "imatrix": "chosen with weighted errors (importance matrix) on calibration data",
 }

@@ -98,7 +98,7 @@ def run_plan(
     """
     if plan.needs_codes and not plan.calibration:
         # Rounding to nearest instead would be the silent kind of garbage.
-        raise RecipeError("a step chooses codes by calibration (method gptq or imatrix); give data to calibrate on")
+        raise RecipeError("a step chooses codes by calibration (method gptq, imatrix or signround); give data to calibrate on")
     if not os.fspath(target):
         # Of a variable of the shell that was never set; a path of nothing is the current folder.
         raise TargetError("TARGET is empty; name a folder, or . for this one")

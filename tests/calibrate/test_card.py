@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.run import CalibratedResult, run_calibrated
 from tensorsurgeon.calibrate.state import CalibrationState, Reached
 from tensorsurgeon.errors import BudgetError, JournalError, NumericError
+from tensorsurgeon.quant.signround.options import SignRound
 from tests.calibrate.models import comparable, options_of, plan_of
 from tests.checkpoints import FIXTURE, read_all
 
@@ -165,3 +167,16 @@ def test_what_does_not_fit_the_card_lies_beside_it(tmp_path: Path) -> None:
     assert places[1][0] != "card"
     assert places[1][1] == "card"
     assert places[2][1] != "card"
+
+
+def test_layers_are_tuned_as_on_the_cpu_and_the_same_in_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = options_of(samples=16, sequence_length=64, signround=SignRound(steps=4))
+    for name in ("card", "again"):
+        calibrate(tmp_path / name, asked, method="signround", num_bits=3)
+    on_cpu(tmp_path / "cpu", asked, monkeypatch, method="signround", num_bits=3)
+    assert comparable(tmp_path / "card") == comparable(tmp_path / "again")
+    rows = [{row.layer: row for row in read_log(tmp_path / name / LOG_NAME)} for name in ("card", "cpu")]
+    for layer in range(4):
+        errors = [[float(number) for number in re.findall(r"error (\S+), (\S+) at", of[layer].note)[0]] for of in rows]
+        assert all(after < before for before, after in errors), errors
+        assert errors[0] == pytest.approx(errors[1], rel=0.1)

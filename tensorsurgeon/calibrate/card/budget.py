@@ -10,6 +10,7 @@ from typing import Final
 import torch
 
 from tensorsurgeon.calibrate.card.states import Place
+from tensorsurgeon.calibrate.codes.tuned import HELD, HELD_BY_WORKER
 from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.errors import BudgetError
 from tensorsurgeon.machine.limits import available_bytes
@@ -23,6 +24,8 @@ _FORWARD_STATES: Final = 64
 _BATCH_BYTES: Final = 8 * (64 << 20) * 4 + 3 * (128 << 20) * 4
 # And with cross products: them, and what turns them into a correction.
 _CROSS_BYTES: Final = 4 * (128 << 20) * 4
+# Of a forward whose gradient is wanted, in those: reckoned, not measured.
+_GRADIENT_STATES: Final = 4
 # Share of a card that is used where nothing is said.
 _DEFAULT_SHARE: Final = 0.9
 
@@ -42,10 +45,12 @@ def plan_card(
     device: torch.device,
     max_gpu_ram_bytes: int | None,
     asymmetric: bool = False,
+    tuned: bool = False,
 ) -> CardPlan:
     """Lay out a run over states of ``shape``; BudgetError with the number to give where the least does not fit.
 
-    ``asymmetric``: original states are carried beside the others, and cross products beside Hessians.
+    ``asymmetric``: original states are carried beside the others, and cross products beside Hessians. ``tuned``: SignRound
+    holds offsets and slopes beside a layer, and what a batch leaves behind for its gradient.
     """
     cap = card_bytes(device) if max_gpu_ram_bytes is None else max_gpu_ram_bytes
     specs = model.weights.specs
@@ -56,10 +61,10 @@ def plan_card(
     embedding = int(model.model.get_input_embeddings().weight.numel()) * width
     batch = max(BATCH_TOKENS, shape[1])
     codes = _BATCH_BYTES + (_CROSS_BYTES if asymmetric else 0)
-    working = max(
-        max(layers, default=0) + max(codes, batch * token * _FORWARD_STATES),
-        embedding,
-    )
+    largest, forward = max(layers, default=0), batch * token * _FORWARD_STATES
+    working = max(largest + max(codes, forward), embedding)
+    if tuned:
+        working = max(working, largest * (1 + HELD + HELD_BY_WORKER) + forward * _GRADIENT_STATES)
     if working > cap:
         raise BudgetError(
             f"calibration holds a decoder layer and a batch of codes on the card, {show_size(working)}",

@@ -20,8 +20,9 @@ from tensorsurgeon.calibrate.card.weights import WeightsAhead
 from tensorsurgeon.calibrate.codes.assembly import Assemblies
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, stored_turned
 from tensorsurgeon.calibrate.codes.originals import carries_original, observing, passing, reopened
-from tensorsurgeon.calibrate.codes.rules import NOT_REACHED
+from tensorsurgeon.calibrate.codes.rules import NOT_REACHED, TUNED
 from tensorsurgeon.calibrate.codes.stage import Layer, Stage, layer_of
+from tensorsurgeon.calibrate.codes.tuned import Tuner
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.state import CalibrationState
 from tensorsurgeon.calibrate.walk.crosses import Crosses
@@ -85,7 +86,7 @@ class CardLayers:
                 where=str(self.state.folder),
                 remedy="; start over with {overwrite}",
             )
-        with self.model.layer(stage.layer, self.weights.tensor) as module, torch.no_grad():
+        with self.model.layer(stage.layer, self.weights.tensor) as module, torch.no_grad(), ExitStack() as held:
             self.weights.settle()
             if not is_last:
                 self.weights.start(self.model.source_names(stage.layer + 1))
@@ -99,10 +100,17 @@ class CardLayers:
             original = None
             if outputs is not None and self.asymmetric and carries_original(self.walk, self.options, stage, parts):
                 original = self._open(self.state.original_path(stage.layer + 1), create=True)
+            tuned = any(linears[part.linear].method == TUNED for part in parts)
             following = Stage(stage.layer + 1, outputs, original)
-            made = self._quantized(stage, module, following, linears, parts, stacks)
+            targets = original
+            if tuned and targets is None:
+                targets = held.enter_context(self._open(self.state.targets_path, create=True))
+            made = self._quantized(stage, module, following, linears, parts, stacks, targets if original is None else None)
             if original is not None and stage.original is not None and not parts:
                 self._run(stage.layer, module, stage.original, original)
+            if targets is not None and tuned:
+                tuner = Tuner(walk=self.walk, options=self.options, original=self.original, workers=1, stop=self.stop)
+                tuner.tune(stage.layer, module, inputs, targets, linears, parts, made)
             if outputs is not None and (self.options.sequential or not parts):
                 self.model.keep_shared(stage.layer)
                 self._run(stage.layer, module, inputs, outputs)
@@ -116,6 +124,7 @@ class CardLayers:
         linears: Sequence[Linear],
         parts: Sequence[Part],
         stacks: Sequence[ExpertStack],
+        targets: HiddenStates | None,
     ) -> Assemblies:
         """Statistics from one pass over the layer's inputs, and codes; the weights as a reader of the output has them."""
         keep = self.options.write_statistics if linears else None
@@ -124,12 +133,13 @@ class CardLayers:
         made = Assemblies(linears, parts)
         if parts:
             with ExitStack() as scratch:
-                statistics = self._watched(stage, module, following, stacks, parts, scratch)
+                statistics = self._watched(stage, module, following, stacks, parts, scratch, targets)
                 quantizer = CardQuantizer(
                     linears=linears, statistics=statistics, options=self.options, model=self.model, original=self.original,
                     device=self.device,
                 )  # fmt: skip
                 put_back = self.options.sequential and following.states is not None
+                put_back = put_back or any(linears[part.linear].method == TUNED for part in parts)
                 made = quantizer.run(parts, put_back=put_back, used=None if keep is None else used)
                 aliases = {part.key: statistics.shared_key(part.key) for part in parts}
         if keep is not None:
@@ -144,6 +154,7 @@ class CardLayers:
         stacks: Sequence[ExpertStack],
         parts: Sequence[Part],
         scratch: ExitStack,
+        targets: HiddenStates | None,
     ) -> WatchedOnCard:
         """Run the layer and sum what the linears of ``parts`` see; ``scratch`` lets go of what experts were fed."""
         number, inputs = stage.layer, stage.states
@@ -174,7 +185,7 @@ class CardLayers:
             crosses=Crosses(lambda features: CardCross(features, self.device)),
         )  # fmt: skip
         with observer.watching():
-            observe = observing(self.walk, stage, module, following.original, observer)
+            observe = observing(self.walk, stage, module, following.original, observer, targets)
             self._run(number, module, inputs, passing(stage, following, self.options), observe)
         experts = {}
         for stack in used:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tensorsurgeon.calibrate.card.made import Made
 from tensorsurgeon.calibrate.card.states import host_buffer
+from tensorsurgeon.calibrate.codes import rules
 from tensorsurgeon.calibrate.codes.assembly import Assemblies, Rounded
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal
-from tensorsurgeon.calibrate.codes.rules import ALL_ZERO, damping_for, ridge_for, share_for, store_scale_of, why_rounded
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.walk.experts import InputStatistics
 from tensorsurgeon.calibrate.walk.lines import lines_of
@@ -106,8 +106,8 @@ class CardQuantizer:
         by_key: dict[tuple[str, Scheme, str, DType, int], list[Part]] = {}
         for part in parts:
             linear = self.linears[part.linear]
-            group = (self.statistics.shared_key(part.key), linear.scheme, linear.method, linear.weight.dtype)
-            by_key.setdefault((*group, linear.weight.shape[1]), []).append(part)
+            group = (self.statistics.shared_key(part.key), linear.scheme, rules.chosen_by(linear.method, self.options))
+            by_key.setdefault((*group, linear.weight.dtype, linear.weight.shape[1]), []).append(part)
         alike: dict[_Alike, list[tuple[str, list[Part]]]] = {}
         for (key, scheme, method, dtype, columns), members in by_key.items():
             for some in _cut_rows(members, max(1, _BATCH_WEIGHTS // columns)):
@@ -155,10 +155,11 @@ class CardQuantizer:
         finite = torch.isfinite(hessian).flatten(1).all(1)
         some_input = (hessian.diagonal(dim1=1, dim2=2) > 0).any(1)
         sound, seen = torch.stack([finite, some_input]).cpu().tolist()
-        results = [_Result("rtn", None, why_rounded(tokens[b], sound[b], self.options.fallback_tokens)) for b in range(len(keys))]
+        fewest = self.options.fallback_tokens
+        results = [_Result("rtn", None, rules.why_rounded(tokens[b], sound[b], fewest)) for b in range(len(keys))]
         grid = Grid(
             qmin=kind.scheme.qmin, qmax=kind.scheme.qmax, group_size=kind.scheme.group_size,
-            store_scale=store_scale_of(kind.scheme),
+            store_scale=rules.store_scale_of(kind.scheme),
         )  # fmt: skip
         made.measure(hessian, [b for b in range(len(keys)) if results[b].note and tokens[b] and sound[b]])
         chosen = [b for b in range(len(keys)) if not results[b].note]
@@ -166,15 +167,15 @@ class CardQuantizer:
             self._imatrix(made, hessian, chosen, grid)
             for b in chosen:
                 results[b] = _Result("imatrix", None, "")
-        else:
+        elif kind.method != "rtn":
             dark = [b for b in chosen if not seen[b]]
             made.measure(hessian, dark)
             for b in dark:
-                results[b] = _Result("rtn", None, ALL_ZERO)
+                results[b] = _Result("rtn", None, rules.ALL_ZERO)
             lit = [b for b in chosen if seen[b]]
-            share = share_for(kind.scheme, kind.method, self.options)
+            share = rules.share_for(kind.scheme, kind.method, self.options)
             if cross is not None and share and lit:
-                ridge = [ridge_for(tokens[b], kind.columns) for b in lit]
+                ridge = [rules.ridge_for(tokens[b], kind.columns) for b in lit]
                 self._lean(made, kind, correction(cross[lit], hessian[lit], ridge), share, lit)
             for b, damping in zip(lit, self._gptq(made, hessian, tokens, lit, grid), strict=True):
                 results[b] = _Result("gptq", damping, "")
@@ -202,7 +203,7 @@ class CardQuantizer:
     def _gptq(self, made: Made, hessian: Tensor, tokens: Sequence[int], which: list[int], grid: Grid) -> list[float]:
         if not which:
             return []
-        damping = [damping_for(self.options.gptq.damp_percent, tokens[b], hessian.shape[1]) for b in which]
+        damping = [rules.damping_for(self.options.gptq.damp_percent, tokens[b], hessian.shape[1]) for b in which]
         whole = len(which) == len(hessian)
         zero_point = made.zero_point
         found = gptq_batch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -68,6 +68,25 @@ class Assemblies:
                 made.damping.append(rounded.damp_percent)
             if rounded.loss is not None and rounded.energy is not None:
                 made.losses[part.start] = float(rounded.loss[rows].sum()), float(rounded.energy[rows].sum())
+
+    def is_as_started(self, part: Part, method: str) -> bool:
+        """Whether a part's linear got its codes by ``method`` and nothing was to be said of it."""
+        made = self._made[part.linear]
+        return made.methods == {method} and made.notes == {""}
+
+    def rows_of(self, part: Part) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Codes, scales and zero points of a part's rows; they may be written to."""
+        made, rows = self._made[part.linear], slice(part.start, part.stop)
+        return made.codes[rows], made.scale[rows], None if made.zero_point is None else made.zero_point[rows]
+
+    def tuned(self, linears: Collection[int], method: str | None, note: str, seconds: float) -> None:
+        """Linears were tuned with their layer: ``method`` if that changed codes, which then have no loss of their own."""
+        for number in linears:
+            made = self._made[number]
+            made.seconds += seconds / len(linears)
+            made.notes.add(note)
+            if method is not None:
+                made.methods, made.losses = {method}, {}
 
     def quantized(self) -> dict[int, Quantized]:
         """Codes by the linear's number."""

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from tensorsurgeon.calibrate.codes.assembly import Assemblies, Rounded
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal
-from tensorsurgeon.calibrate.codes.rules import ALL_ZERO, damping_for, ridge_for, share_for, store_scale_of, why_rounded
+from tensorsurgeon.calibrate.codes.rules import (
+    ALL_ZERO,
+    chosen_by,
+    damping_for,
+    ridge_for,
+    share_for,
+    store_scale_of,
+    why_rounded,
+)
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.walk.experts import InputStatistics
 from tensorsurgeon.calibrate.walk.statistics import LayerStatistics, is_finite
@@ -55,7 +63,7 @@ def quantize_on_cpu(
 
     ``used`` is filled with the statistics by key, where somebody wants to keep them.
     """
-    jobs = jobs_of(linears, parts, statistics)
+    jobs = jobs_of(linears, parts, statistics, options)
     assemblies = Assemblies(linears, parts)
     shared = SharedFactors(statistics, jobs, options, used)
 
@@ -118,7 +126,7 @@ def _round(
     scale = torch.from_numpy(base.scale)
     is_sound = statistics is not None and is_finite(statistics)
     note = why_rounded(0 if statistics is None else statistics.tokens, is_sound, options.fallback_tokens)
-    if statistics is not None and not note:
+    if statistics is not None and not note and job.method != "rtn":
         if job.method == "imatrix":
             return _imatrix(weight, scale, zero_point, scheme, statistics)
         if found.factor is not None:
@@ -136,18 +144,21 @@ def _round(
         note = ALL_ZERO
     codes = torch.from_numpy(base.codes)
     loss = energy = None
-    if statistics is not None and statistics.tokens and is_sound:
+    if statistics is not None and statistics.tokens and is_sound and job.method != "rtn":
         loss, energy = _measured(weight, codes, scale, zero_point, statistics)
     return Rounded(codes, scale, zero_point, loss, energy, "rtn", None, note)
 
 
-def jobs_of(linears: Sequence[Linear], parts: Sequence[Part], statistics: LayerStatistics) -> list[Job]:
+def jobs_of(
+    linears: Sequence[Linear], parts: Sequence[Part], statistics: LayerStatistics, options: CalibrationOptions
+) -> list[Job]:
     """Parts that share an input and a scheme, at most ``STACK_ROWS`` rows together; a fixed number, so that bits stay."""
     groups: dict[tuple[str, Scheme, str, DType, int], list[Part]] = {}
     for part in parts:
         linear = linears[part.linear]
         weight = linear.weight
-        group = (statistics.shared_key(part.key), linear.scheme, linear.method, weight.dtype, weight.shape[1])
+        method = chosen_by(linear.method, options)
+        group = (statistics.shared_key(part.key), linear.scheme, method, weight.dtype, weight.shape[1])
         groups.setdefault(group, []).append(part)
     jobs = []
     for (key, scheme, method, _, _), members in groups.items():

@@ -58,7 +58,7 @@ ReadOriginal = Callable[[Linear], np.ndarray]
 
 
 def find_linears(plan: Plan, model: StreamedModel | None) -> list[Linear]:
-    """Every weight that a step with method ``gptq`` or ``imatrix`` quantizes, in the order of the plan's units.
+    """Every weight that a step with method ``gptq``, ``imatrix`` or ``signround`` quantizes, in the order of the plan's units.
 
     ``layer`` is None, with a reason, for weights that no statistics can be had for: outside the decoder layers, or not
     made of lines of checkpoint tensors. Those are rounded to nearest. Raises PlanError for grids that GPTQ does not know.

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from tensorsurgeon.calibrate.codes.linears import Linear, Part
-from tensorsurgeon.calibrate.codes.rules import share_for
+from tensorsurgeon.calibrate.codes.rules import TUNED, share_for
 from tensorsurgeon.calibrate.codes.stage import Stage
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.state import CalibrationState
@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 def is_asymmetric(linears: Sequence[Linear], options: CalibrationOptions) -> bool:
-    """Whether any linear of a run has a target that leans."""
-    return any(share_for(linear.scheme, linear.method, options) for linear in linears)
+    """Whether a run carries what original layers put out: any linear has a target that leans, or a layer is tuned towards it."""
+    leans = any(share_for(linear.scheme, linear.method, options) for linear in linears)
+    return leans or (options.sequential and any(linear.method == TUNED for linear in linears))
 
 
 def carries_original(walk: Walk, options: CalibrationOptions, stage: Stage, parts: Sequence[Part]) -> bool:
@@ -66,11 +67,22 @@ def passing(stage: Stage, following: Stage, options: CalibrationOptions) -> Hidd
     return following.original if stage.original is None else None
 
 
-def observing(walk: Walk, stage: Stage, module: nn.Module, outputs: HiddenStates | None, observer: LayerObserver) -> Observer:
-    """What watches a batch: with original states, the layer's original forward goes first, into ``outputs``."""
+def observing(
+    walk: Walk,
+    stage: Stage,
+    module: nn.Module,
+    outputs: HiddenStates | None,
+    observer: LayerObserver,
+    targets: HiddenStates | None = None,
+) -> Observer:
+    """What watches a batch: with original states, the layer's original forward goes first, into ``outputs``.
+
+    ``targets`` take what the original layer puts out where nothing else does: of original states, else of those that it has.
+    """
     inputs = stage.original
     if inputs is None:
-        return observer.observe
+        return observer.observe if targets is None else _keeping(walk, observer, targets)
+    outputs = outputs if targets is None else targets
 
     def observe(batch: int, first_token: int, forward: Callable[[], Tensor]) -> Tensor:
         def original() -> None:
@@ -79,5 +91,14 @@ def observing(walk: Walk, stage: Stage, module: nn.Module, outputs: HiddenStates
                 outputs.write(walk.batches[batch][0], made)
 
         return observer.observe(batch, first_token, forward, original)
+
+    return observe
+
+
+def _keeping(walk: Walk, observer: LayerObserver, targets: HiddenStates) -> Observer:
+    def observe(batch: int, first_token: int, forward: Callable[[], Tensor]) -> Tensor:
+        made = observer.observe(batch, first_token, forward)
+        targets.write(walk.batches[batch][0], walk.by_sample(made))
+        return made
 
     return observe

@@ -7,12 +7,15 @@ from typing import Final
 import torch
 
 from tensorsurgeon.calibrate.options import CalibrationOptions
+from tensorsurgeon.errors import RecipeError
 from tensorsurgeon.formats.scales import scale_dtype_of
+from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.gptq.asymmetric import RIDGE
 from tensorsurgeon.quant.gptq.scale_search import StoreScale
 from tensorsurgeon.quant.rtn.plain_torch import TORCH_DTYPES
 from tensorsurgeon.quant.scheme import Scheme
 
+TUNED: Final = "signround"
 _MOST_DAMPING: Final = 2.0
 _SHARE: Final = 0.5
 _RIDGE_TOKENS: Final = 1.0
@@ -30,12 +33,29 @@ def damping_for(damp_percent: float, tokens: int, in_features: int) -> float:
     return max(damp_percent, min(_MOST_DAMPING, _MOST_DAMPING * in_features / max(1, tokens)))
 
 
+def chosen_by(method: str, options: CalibrationOptions) -> str:
+    """The method by which a linear alone gets its codes: ``signround`` begins with those of another."""
+    if method != TUNED:
+        return method
+    return "rtn" if options.tuning.start == "rtn" else "gptq"
+
+
+def is_tuned(plan: Plan, options: CalibrationOptions) -> bool:
+    """Whether layers of a plan go through SignRound; RecipeError where that has no text, or is described and not asked for."""
+    tuned = any(written.method == TUNED for written in plan.written.values())
+    if tuned and not options.sources:
+        raise RecipeError("method signround runs the layers on text, which statistics are not; give --calibration FILE")
+    if options.signround is not None and not tuned:
+        raise RecipeError("no step has method signround, which --signround is for; give --set method=signround, or leave it away")
+    return tuned
+
+
 def share_for(scheme: Scheme, method: str, options: CalibrationOptions) -> float:
     """How far a linear's target leans towards the original layers' outputs (``quant.gptq.asymmetric``).
 
     With signed scales it takes 5 to 8 % of KL off at 4, 3 and 2 bits; docs/quality.md has the figures.
     """
-    if method != "gptq" or not options.sequential:
+    if chosen_by(method, options) != "gptq" or not options.sequential:
         return 0.0
     if options.asymmetric is not None:
         return options.asymmetric

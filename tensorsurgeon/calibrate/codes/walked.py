@@ -17,8 +17,9 @@ from tensorsurgeon.calibrate.codes.layer import quantize_on_cpu
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, stored_turned
 from tensorsurgeon.calibrate.codes.originals import carries_original, observing, passing, reopened
 from tensorsurgeon.calibrate.codes.putting import put_back
-from tensorsurgeon.calibrate.codes.rules import NOT_REACHED
+from tensorsurgeon.calibrate.codes.rules import NOT_REACHED, TUNED
 from tensorsurgeon.calibrate.codes.stage import Layer, Stage, layer_of
+from tensorsurgeon.calibrate.codes.tuned import Tuner
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.state import CalibrationState
 from tensorsurgeon.calibrate.walk.experts import ExpertInputs, ExpertStatistics, InputStatistics
@@ -46,6 +47,14 @@ class WalkedLayers:
     workers: int
     stop: threading.Event
     asymmetric: bool = False
+    max_ram_bytes: int | None = None
+
+    @property
+    def _tuner(self) -> Tuner:
+        return Tuner(
+            walk=self.walk, options=self.options, original=self.original, workers=self.workers, stop=self.stop,
+            max_ram_bytes=self.max_ram_bytes,
+        )  # fmt: skip
 
     def first(self) -> Stage:
         states = self._states(0, create=True)
@@ -78,7 +87,7 @@ class WalkedLayers:
                 where=str(self.state.folder),
                 remedy="; start over with {overwrite}",
             )
-        with self.model.layer(stage.layer, self.walk.read) as module:
+        with self.model.layer(stage.layer, self.walk.read) as module, ExitStack() as held:
             outputs = None if is_last else self._states(stage.layer + 1, create=True)
             name = self.model.layer_names[stage.layer]
             stacks = find_stacks(name, module)
@@ -89,13 +98,20 @@ class WalkedLayers:
             original = None
             if outputs is not None and self.asymmetric and carries_original(self.walk, self.options, stage, parts):
                 original = self._open(self.state.original_path(stage.layer + 1), create=True)
+            tuned = any(linears[part.linear].method == TUNED for part in parts)
             following = Stage(stage.layer + 1, outputs, original)
-            made = self._quantized(stage, module, following, linears, parts, stacks)
+            targets = original
+            if tuned and targets is None:
+                targets = held.enter_context(self._open(self.state.targets_path, create=True))
+            made = self._quantized(stage, module, following, linears, parts, stacks, targets if original is None else None)
             if original is not None and stage.original is not None and not parts:
                 self._run(stage.layer, module, stage.original, original)
+            if tuned or (outputs is not None and self.options.sequential):
+                put_back(self.model.model, parts, made.quantized(), workers=self.workers, stop=self.stop)
+            if targets is not None and tuned:
+                self._tuner.tune(stage.layer, module, inputs, targets, linears, parts, made)
             if outputs is not None and (self.options.sequential or not parts):
                 announce(None, None, f"layer {stage.layer}: its outputs")
-                put_back(self.model.model, parts, made.quantized(), workers=self.workers, stop=self.stop)
                 self.model.keep_shared(stage.layer)
                 self._run(stage.layer, module, inputs, outputs)
             return layer_of(linears, made, without, following)
@@ -108,6 +124,7 @@ class WalkedLayers:
         linears: Sequence[Linear],
         parts: Sequence[Part],
         stacks: Sequence[ExpertStack],
+        targets: HiddenStates | None,
     ) -> Assemblies:
         """Statistics from one pass over the layer's inputs, and codes; the original layer's outputs where those are wanted."""
         keep = self.options.write_statistics if linears else None
@@ -117,7 +134,7 @@ class WalkedLayers:
         if parts:
             with ExitStack() as scratch:
                 announce(None, None, f"layer {stage.layer}: statistics")
-                statistics = self._watched(stage, module, following, stacks, parts, scratch)
+                statistics = self._watched(stage, module, following, stacks, parts, scratch, targets)
                 announce(None, None, f"layer {stage.layer}: codes")
                 made = quantize_on_cpu(
                     linears, parts, statistics, self.options, self.original, workers=self.workers, stop=self.stop,
@@ -136,6 +153,7 @@ class WalkedLayers:
         stacks: Sequence[ExpertStack],
         parts: Sequence[Part],
         scratch: ExitStack,
+        targets: HiddenStates | None,
     ) -> WalkedStatistics:
         """Run the layer and sum what the linears of ``parts`` see; ``scratch`` lets go of what experts were fed."""
         number, inputs = stage.layer, stage.states
@@ -163,7 +181,7 @@ class WalkedLayers:
         turns = Turns()
         observer = LayerObserver(linears, used, fed, turns, originals=originals)
         with observer.watching():
-            observe = observing(self.walk, stage, module, following.original, observer)
+            observe = observing(self.walk, stage, module, following.original, observer, targets)
             self._run(number, module, inputs, passing(stage, following, self.options), observer=observe, turns=turns)
         experts = {}
         for stack in used:

@@ -185,7 +185,7 @@ class SpreadLayers:
 
     def _choose(self, layer: int, linears: Sequence[Linear], parts: Sequence[Part], keys: SpreadKeys, made: Assemblies) -> None:
         slots = sum(member.slots for member in self.crew.members.values())
-        jobs = jobs_of(linears, parts, keys)
+        jobs = jobs_of(linears, parts, keys, self.here.options)
         by_key: dict[str, list[int]] = {}
         for number, job in enumerate(jobs):
             by_key.setdefault(job.key, []).append(number)

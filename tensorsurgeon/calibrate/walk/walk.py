@@ -111,7 +111,7 @@ class Walk:
                 for key, value in of_text(self._calls[stop - start], found.calls, type(whole).__name__).items():
                     self._carried.put(key, number, value)
                 if write is not None:
-                    hidden = self._by_sample(found.hidden)
+                    hidden = self.by_sample(found.hidden)
                     check_finite(hidden, "the embeddings", start)
                     write(start, hidden)
 
@@ -127,7 +127,8 @@ class Walk:
         self._slots = slots
         self._calls[len(ids)] = calls
 
-    def _by_sample(self, hidden: Tensor) -> Tensor:
+    def by_sample(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the model with samples on the first axis, as files have them."""
         return hidden.movedim(self._axis, 0) if self._axis else hidden
 
     def run_layer(
@@ -182,7 +183,7 @@ class Walk:
             return states
 
         result = forward() if observer is None else observer(batch, start * self.tokens.shape[1], forward)
-        result = self._by_sample(result)
+        result = self.by_sample(result)
         check_finite(result, name, start)
         if outputs is not None:
             outputs.write(start, result)
@@ -194,7 +195,7 @@ class Walk:
         call, _ = self._bound(self._calls[stop_at - start][number], batch)
         with own_forward(type(self.model.model).__name__, f"in {self.model.layer_names[number]}"):
             returned = layer(self._read(inputs, batch), *call.args, **call.kwargs)
-        result = self._by_sample(next(leaves(returned))[1])
+        result = self.by_sample(next(leaves(returned))[1])
         check_finite(result, self.model.layer_names[number], start)
         return result
 
