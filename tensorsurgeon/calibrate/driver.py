@@ -61,7 +61,11 @@ class Codes:
             return found
         rows = slice(start, stop)
         zero_point = None if found.zero_point is None else found.zero_point[rows]
-        return Quantized(found.codes[rows], found.scale[rows], zero_point)
+        # Of a block of rows the first is at a multiple of its height.
+        all_rows, all_scales = len(found.codes), len(found.scale)
+        last = all_scales if stop == all_rows else stop * all_scales // all_rows
+        scale = found.scale[start * all_scales // all_rows : last]
+        return Quantized(found.codes[rows], scale, zero_point, found.global_scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,7 @@ from tensorsurgeon.calibrate.state import file_digest
 from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.calibrate.walk.statistics import layer_path
 from tensorsurgeon.checkpoint.hub.stays import DEFAULT_AHEAD
-from tensorsurgeon.errors import BudgetError, NoMatchError, RecipeError
+from tensorsurgeon.errors import BudgetError, NoMatchError, PlanError, RecipeError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.threads import one_torch_thread
 from tensorsurgeon.running.executor import Progress
@@ -108,6 +108,11 @@ def run_calibrated(
     linears = find_linears(plan, model)
     if not linears:
         raise NoMatchError("the steps that ask for statistics quantize nothing")
+    narrow = next((linear for linear in linears if linear.scheme.type != "int"), None)
+    if on_card and narrow is not None:
+        raise PlanError(
+            f"{narrow.weight.name}: {narrow.scheme.type} codes are chosen on the CPU only, so far; calibrate with device cpu"
+        )
     # A source that was calibrated itself has a log, which must not take the place of this run's.
     files = plan.files._replace(copied=tuple(name for name in plan.files.copied if name != LOG_NAME))
     plan = replace(plan, files=files, calibration=_identity(options, data, where, linears), extra_files=(LOG_NAME,))

@@ -13,7 +13,7 @@ import click
 
 from tensorsurgeon.cli import completing
 from tensorsurgeon.cli.calibrate import calibrates, calibration_options, noting, options_from
-from tensorsurgeon.cli.terminal import Place, Sectioned, Stop, at_home, emit, json_option, note
+from tensorsurgeon.cli.terminal import Place, Sectioned, Stop, at_home, emit, json_option
 from tensorsurgeon.errors import NoMatchError, RecipeError, did_you_mean
 from tensorsurgeon.tensors.sizes import parse_size
 
@@ -80,9 +80,7 @@ def plan_named(
     if calibrated:
         from tensorsurgeon.ops.calibrating import with_calibration
 
-        chain, cannot = with_calibration(chain)
-        for why in dict.fromkeys(cannot):
-            note(f"note: {why}, whatever data is given")
+        chain = with_calibration(chain)
     # The plan stays to the end of the command and holds no cycles: a collector that walks through it again and again takes a
     # third of a run of a few GB. This is the process of the command; one that uses the library keeps its collector as it is.
     gc.disable()

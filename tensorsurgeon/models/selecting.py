@@ -88,8 +88,8 @@ def _refuse_transposed(specs: SpecMap, model: Model, linears: Sequence[str]) -> 
         if any(pattern.match(specs[name].module) is not None for pattern in patterns):
             raise SpecError(
                 f"{specs[name]}: this family stores it [in, out] (table of {model.family.name if model.family else ''}), but "
-                "codes are made of [out, in], and quantize does not turn a weight round, nor dequantize its values back; exclude it to "
-                "leave it as it is"
+                "codes are made of [out, in], and quantize does not turn a weight round, nor dequantize its values back; "
+                "exclude it to leave it as it is"
             )
 
 

@@ -258,8 +258,21 @@ class CellJudge:
         return cross / signal if signal else 1.0
 
     def _errors(self) -> np.ndarray:
-        """The errors of some rows of the whole weight, in steps."""
-        return np.concatenate([error.reshape(-1) for _, _, error in self._sampled])
+        """The errors of some rows of the whole weight, in steps.
+
+        Steps of FP8 grow with the weight, and calibration makes up for the errors of large weights in small ones, by many of
+        their own steps: there no step counts as smaller than the usual one of its row.
+        """
+        if self._is_integer or self._claim.layout != "plain":
+            return np.concatenate([error.reshape(-1) for _, _, error in self._sampled])
+        found = []
+        for weight, value, error in self._sampled:
+            off = np.where(np.isfinite(value), np.abs(value - weight), 0)
+            step = np.divide(off, error, out=np.full_like(off, np.nan), where=error > 0)
+            usual = np.nan_to_num(np.nanmedian(step, axis=1, keepdims=True)) if np.isfinite(step).any() else 0.0
+            least = np.maximum(np.nan_to_num(step), usual)
+            found.append(np.divide(off, least, out=np.zeros_like(off), where=least > 0).reshape(-1))
+        return np.concatenate(found)
 
     def _is_nearest(self) -> bool:
         """Whether codes are the nearest ones, so that their scales are their own. Where the source has few values, as one that

@@ -14,7 +14,7 @@ from torch import nn
 from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.codes.assembly import Assemblies
 from tensorsurgeon.calibrate.codes.layer import quantize_on_cpu
-from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, stored_turned
+from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, schemes_of, stored_turned
 from tensorsurgeon.calibrate.codes.originals import carries_original, observing, passing, reopened
 from tensorsurgeon.calibrate.codes.putting import put_back
 from tensorsurgeon.calibrate.codes.rules import NOT_REACHED, TUNED
@@ -107,7 +107,8 @@ class WalkedLayers:
             if original is not None and stage.original is not None and not parts:
                 self._run(stage.layer, module, stage.original, original)
             if tuned or (outputs is not None and self.options.sequential):
-                put_back(self.model.model, parts, made.quantized(), workers=self.workers, stop=self.stop)
+                schemes = schemes_of(linears, parts)
+                put_back(self.model.model, parts, schemes, made.quantized(), workers=self.workers, stop=self.stop)
             if targets is not None and tuned:
                 self._tuner.tune(stage.layer, module, inputs, targets, linears, parts, made)
             if outputs is not None and (self.options.sequential or not parts):

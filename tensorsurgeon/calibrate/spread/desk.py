@@ -25,6 +25,7 @@ from tensorsurgeon.calibrate.walk.walk import Walk
 from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.machine.limits import usable_cores
 from tensorsurgeon.planning.plan import Plan
+from tensorsurgeon.quant.scheme import Scheme
 
 
 class StatesAt(NamedTuple):
@@ -88,10 +89,11 @@ class Watched(NamedTuple):
 
 
 class PutBack(NamedTuple):
-    """Codes by linear in a file, and the parts of the layer that they replace."""
+    """Codes by linear in a file, their schemes, and the parts of the layer that they replace."""
 
     path: Path
     parts: tuple[Part, ...]
+    schemes: Mapping[int, Scheme]
 
 
 class Standing(NamedTuple):
@@ -150,7 +152,8 @@ class WalkDesk:
         self._watching.close()
         if codes is not None:
             stop = threading.Event()
-            put_back(self.model.model, codes.parts, read_codes(codes.path), workers=usable_cores(), stop=stop)
+            found = read_codes(codes.path, codes.schemes)
+            put_back(self.model.model, codes.parts, codes.schemes, found, workers=usable_cores(), stop=stop)
         return standing._replace(hooks=None if watched is None else self._hooks(layer, standing, watched))
 
     def _hooks(self, layer: int, standing: Standing, watched: Watched) -> Hooks:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.codes.assembly import Assemblies
 from tensorsurgeon.calibrate.codes.layer import jobs_of, put
-from tensorsurgeon.calibrate.codes.linears import Linear, Part, keys_of, parts_of
+from tensorsurgeon.calibrate.codes.linears import Linear, Part, keys_of, parts_of, schemes_of
 from tensorsurgeon.calibrate.codes.originals import carries_original, passing
 from tensorsurgeon.calibrate.codes.putting import write_codes
 from tensorsurgeon.calibrate.codes.rules import NOT_REACHED
@@ -88,7 +88,7 @@ class SpreadLayers:
             announce(None, None, f"layer {stage.layer}: its outputs")
             codes = None
             if parts:
-                codes = PutBack(folder / f"spread-{stage.layer}-codes.pt", tuple(parts))
+                codes = PutBack(folder / f"spread-{stage.layer}-codes.pt", tuple(parts), schemes_of(linears, parts))
                 write_codes(codes.path, made.quantized())
             self._forward(stage.layer, inputs, outputs, codes)
         for path in folder.glob("spread-*"):
