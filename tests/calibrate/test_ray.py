@@ -62,6 +62,8 @@ def on_nodes(cluster, plan: Plan, target: Path, options: CalibrationOptions, **m
         pytest.param({}, {"samples": 24, "experts": "all", "expert_hessian": "own"}, marks=pytest.mark.slow),
         pytest.param({}, {"sequential": False, "experts": "routed"}, marks=pytest.mark.slow),
         pytest.param({"method": "imatrix"}, {}, marks=pytest.mark.slow),
+        pytest.param({"layout": "ct-nvfp4", "num_bits": None, "group_size": None}, {}, marks=pytest.mark.slow),
+        pytest.param({"layout": "hf-fp8", "num_bits": None, "group_size": None}, {}, marks=pytest.mark.slow),
     ],
 )
 def test_two_nodes_give_the_bytes_of_one_process(fields, options, cluster, tmp_path):
