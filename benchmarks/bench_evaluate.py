@@ -39,9 +39,9 @@ _LENGTH = 512
 
 def measured(source: Path, target: Path, tokens: Path, workers: int) -> dict[str, Any]:
     """One evaluation in this process: seconds of the layers and of the logits."""
-    from tensorsurgeon.evaluate.run import evaluate
-    from tensorsurgeon.evaluate.step import Step
-    from tensorsurgeon.evaluate.text import TextOptions
+    from tensorsurgeon.evaluating.options import TextOptions
+    from tensorsurgeon.evaluating.run import evaluate
+    from tensorsurgeon.evaluating.step import Step
 
     at: dict[str, list[float]] = {"layers": [], "logits": []}
 

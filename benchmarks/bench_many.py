@@ -4,7 +4,8 @@
 
 The source is a model of numbered experts whose weights are holes in sparse files: headers are what counts. Each command is a
 process of its own, and its peak is what the kernel says of it (``VmHWM``). ``plan`` quantizes, so that its output has two
-tensors for each weight.
+tensors for each weight. What ``apply`` made of it by renaming the routers is verified too: with its record, and against the
+source, whose recipe is replayed then.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 COMMANDS: Final = (("inspect",), ("verify",), ("plan", "fuse-experts"), ("plan", "ct-w8a8-int8"))
+_RECIPE: Final = "description: Routers renamed.\nsteps: [{rename: {where: '{path*}.gate.weight', to: '{path}.router.weight'}}]\n"
 _ROOT: Final = Path(__file__).parents[1]
 _LAYERS, _WIDTH, _PARTS = 50, 16, ("gate_proj", "up_proj", "down_proj")
 
@@ -66,13 +68,12 @@ def write_many(folder: Path, tensors: int) -> int:
     return len(weight_map)
 
 
-def seen(arguments: tuple[str, ...], source: Path) -> Seen:
-    """One command on the source, in a process of its own."""
-    words = [*arguments, str(source)]
+def seen(*words: str) -> Seen:
+    """One command, in a process of its own."""
     code = (
         "import re, sys\n"
         "from tensorsurgeon.cli import main\n"
-        f"try: main({words!r}, standalone_mode=False)\n"
+        f"try: main({[*words]!r}, standalone_mode=False)\n"
         "finally: print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1], file=sys.stderr)\n"
     )
     began = time.perf_counter()
@@ -91,9 +92,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench-many-") as folder:
         count = write_many(Path(folder) / "source", given.tensors)
         print(f"{count} tensors; peak in MB, seconds")
-        for arguments in COMMANDS:
-            found = seen(arguments, Path(folder) / "source")
-            print(f"{' '.join(arguments):24}{found.peak / 1e6:8.0f}{found.seconds:8.1f}", flush=True)
+        source, target, recipe = (str(Path(folder) / name) for name in ("source", "target", "recipe.yaml"))
+        Path(recipe).write_text(_RECIPE)
+        commands = {" ".join(words): (*words, source) for words in COMMANDS}
+        commands["apply, renaming"] = ("apply", recipe, source, target, "--max-shard-size", "8MB")
+        commands["verify with record"] = ("verify", target)
+        commands["verify --against"] = ("verify", target, "--against", source)
+        for label, words in commands.items():
+            found = seen(*words)
+            print(f"{label:24}{found.peak / 1e6:8.0f}{found.seconds:8.1f}", flush=True)
     return 0
 
 

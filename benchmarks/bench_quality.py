@@ -46,6 +46,13 @@ from tensorsurgeon.running.run import run_plan
 _FIXTURES = Path(__file__).parents[1] / "fixtures"
 GRIDS = {"int4-g32": (4, 32), "int4-g128": (4, 128), "int3-g128": (3, 128), "int2-g32": (2, 32)}
 OTHER_GRIDS = {"int4-g64": (4, 64), "int3-g64": (3, 64)}
+# Narrow floats, which have no signed scales: "unsigned" and "asymmetric" are the methods to compare with "rtn".
+FLOATS = {
+    "nvfp4": {"format": "ct-nvfp4"},
+    "mxfp4": {"format": "ct-mxfp4"},
+    "fp8-channel": {"format": "ct-float"},
+    "fp8-block": {"format": "hf-fp8"},
+}
 BASE = "unsigned"
 PEER = "routed-imatrix"
 
@@ -74,11 +81,14 @@ WAYS = {
 
 
 def plan_for(model: Path, grid: str, way: Way) -> Plan:
-    bits, group_size = (GRIDS | OTHER_GRIDS)[grid]
-    steps = steps_of(load_transform("quantize-linears", {"format": "ct-packed", "num_bits": bits, "group_size": group_size}))
+    given: dict[str, Any] = {**FLOATS[grid]} if grid in FLOATS else {"format": "ct-packed"}
+    if grid not in FLOATS:
+        given["num_bits"], given["group_size"] = (GRIDS | OTHER_GRIDS)[grid]
+    steps = steps_of(load_transform("quantize-linears", given))
     method: Any = way.method
+    signed = None if grid in FLOATS else way.signed
     return make_plan(
-        [replace(s, method=method, signed=way.signed) if isinstance(s, Quantize) else s for s in steps], open_checkpoint(model)
+        [replace(s, method=method, signed=signed) if isinstance(s, Quantize) else s for s in steps], open_checkpoint(model)
     )
 
 
@@ -102,7 +112,7 @@ def peer_runs(
     given: argparse.Namespace, judge: Judge, grid: str, options: Callable[[int], CalibrationOptions], work: Path
 ) -> list[dict[str, Any]]:
     """llm-compressor's oneshot on the same chunks; nothing where its environment is not there."""
-    if not given.llmcompressor.exists():
+    if not given.llmcompressor.exists() or grid in FLOATS:
         return []
     import bench_oneshot
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from tensorsurgeon.version import __version__
 
 if TYPE_CHECKING:
-    from tensorsurgeon.api import apply, describe, diff, inspect, plan, push, transform, verify
+    from tensorsurgeon.api import apply, card, describe, diff, evaluate, inspect, page, plan, push, transform, verify
     from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
     from tensorsurgeon.checkpoint.folder import Checkpoint, open_checkpoint
     from tensorsurgeon.errors import SurgeonError
+    from tensorsurgeon.evaluating.result import Evaluation
     from tensorsurgeon.ops.cast import Cast
     from tensorsurgeon.ops.concat import Concat
     from tensorsurgeon.ops.dequantize import Dequantize
@@ -40,10 +41,23 @@ if TYPE_CHECKING:
     from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 _HOMES = {
-    "tensorsurgeon.api": ("apply", "describe", "diff", "inspect", "plan", "push", "transform", "verify"),
+    "tensorsurgeon.api": (
+        "apply",
+        "card",
+        "describe",
+        "diff",
+        "evaluate",
+        "inspect",
+        "page",
+        "plan",
+        "push",
+        "transform",
+        "verify",
+    ),
     "tensorsurgeon.calibrate.options": ("CalibrationOptions", "DataSource"),
     "tensorsurgeon.checkpoint.folder": ("Checkpoint", "open_checkpoint"),
     "tensorsurgeon.errors": ("SurgeonError",),
+    "tensorsurgeon.evaluating.result": ("Evaluation",),
     "tensorsurgeon.ops.cast": ("Cast",),
     "tensorsurgeon.ops.concat": ("Concat",),
     "tensorsurgeon.ops.dequantize": ("Dequantize",),
@@ -70,10 +84,11 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "CalibrationOptions", "Cast", "Chain", "Checkpoint", "Concat", "DataSource", "Dequantize", "Drop", "Expect", "Keep",
-    "Plan", "Quantize", "Region", "Rename", "Repack", "Reshape", "Rewrite", "RunResult", "SpecMap", "Split", "SplitExperts",
-    "Squeeze", "Stack", "StackExperts", "SurgeonError", "TensorSpec", "Transform", "Transpose", "Unsqueeze", "Unstack",
-    "__version__", "apply", "describe", "diff", "inspect", "open_checkpoint", "plan", "push", "transform", "verify",
+    "CalibrationOptions", "Cast", "Chain", "Checkpoint", "Concat", "DataSource", "Dequantize", "Drop", "Evaluation",
+    "Expect", "Keep", "Plan", "Quantize", "Region", "Rename", "Repack", "Reshape", "Rewrite", "RunResult", "SpecMap",
+    "Split", "SplitExperts", "Squeeze", "Stack", "StackExperts", "SurgeonError", "TensorSpec", "Transform", "Transpose",
+    "Unsqueeze", "Unstack", "__version__", "apply", "card", "describe", "diff", "evaluate", "inspect",
+    "open_checkpoint", "page", "plan", "push", "transform", "verify",
 ]  # fmt: skip
 
 

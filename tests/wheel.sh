@@ -8,6 +8,14 @@ trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check ${PIP_FLAGS:-} -c "$root/constraints.txt" "$wheel"
 cd "$work"
+venv/bin/python - <<'END'
+from importlib.metadata import metadata
+
+found = metadata("tensorsurgeon")
+text = found.get_payload()
+assert "](https://" in text and "](docs/" not in text and "](tensorsurgeon/" not in text, "links of the long description lead nowhere"
+assert {url.partition(",")[0] for url in found.get_all("Project-URL")} == {"Homepage", "Documentation", "Issues"}
+END
 venv/bin/surgeon --version
 venv/bin/python -m tensorsurgeon --version
 venv/bin/python -c 'import pathlib, tensorsurgeon; assert (pathlib.Path(tensorsurgeon.__file__).parent / "py.typed").exists()'

@@ -12,14 +12,14 @@ def device_named(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise RecipeError(f"--device {name}: is no device; cpu, cuda and cuda:0, cuda:1 ... are") from error
+        raise RecipeError(f"device {name}: is no device; cpu, cuda and cuda:0, cuda:1 ... are") from error
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise RecipeError(f"--device {name}: calibration runs on cpu or cuda, not on {device.type}")
+        raise RecipeError(f"device {name}: calibration runs on cpu or cuda, not on {device.type}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not 0 <= (device.index or 0) < count:
-        raise RecipeError(f"--device {name}: this torch sees no such device; torch {torch.__version__} sees {count} of CUDA")
+        raise RecipeError(f"device {name}: this torch sees no such device; torch {torch.__version__} sees {count} of CUDA")
     return torch.device("cuda", device.index or 0)
 
 

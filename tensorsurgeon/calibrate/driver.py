@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,8 @@ from tensorsurgeon.calibrate.data.data import CalibrationData
 from tensorsurgeon.calibrate.layer_shards import LayerShards
 from tensorsurgeon.calibrate.log import LOG_NAME, LogRow, log_bytes, rounded_row, summarize
 from tensorsurgeon.calibrate.options import CalibrationOptions
+from tensorsurgeon.calibrate.spread.desk import WalkJob
+from tensorsurgeon.calibrate.spread.layers import SpreadLayers
 from tensorsurgeon.calibrate.state import CalibrationState, Reached
 from tensorsurgeon.calibrate.walk.allocator import give_back_memory
 from tensorsurgeon.calibrate.walk.model import StreamedModel, read_weights
@@ -36,8 +38,10 @@ from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.errors import JournalError, PlanViolationError, RecipeError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.scheme import Quantized
+from tensorsurgeon.running.cluster.units import absolute
 from tensorsurgeon.running.executor import Progress, run_units
 from tensorsurgeon.running.journal import Journal, state_folder
+from tensorsurgeon.running.machines import HERE, Machines
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +61,11 @@ class Codes:
             return found
         rows = slice(start, stop)
         zero_point = None if found.zero_point is None else found.zero_point[rows]
-        return Quantized(found.codes[rows], found.scale[rows], zero_point)
+        # Of a block of rows the first is at a multiple of its height.
+        all_rows, all_scales = len(found.codes), len(found.scale)
+        last = all_scales if stop == all_rows else stop * all_scales // all_rows
+        scale = found.scale[start * all_scales // all_rows : last]
+        return Quantized(found.codes[rows], scale, zero_point, found.global_scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +79,7 @@ class Driver:
     target: Path
     card: CardPlan | None
     ahead: int
+    machines: Machines = HERE
 
     def execute(
         self,
@@ -97,7 +106,9 @@ class Driver:
         ) -> dict[int, list[str]]:
             if units is not None and not units:
                 return digests
-            return run_units(
+            # Codes of a layer are here: to send them would cost more than to write them.
+            run = self.machines.run_units if units is None else run_units
+            return run(
                 plan, source, sink, journal, done=digests, workers=workers, max_ram_bytes=max_ram_bytes, stop=stop,
                 progress=progress, only=None if units is None else sorted(units), codes=Codes(codes),
             )  # fmt: skip
@@ -173,10 +184,16 @@ class Driver:
                 plan=self.card, device=device, stop=stop, asymmetric=is_asymmetric(self.linears, self.options),
             )  # fmt: skip
         walk = Walk(self.model, read_weights(reader), self.data.tokens, folder=state.folder)
-        return WalkedLayers(
+        here = WalkedLayers(
             model=self.model, original=original, options=self.options, walk=walk, state=state, workers=workers, stop=stop,
             asymmetric=is_asymmetric(self.linears, self.options), max_ram_bytes=max_ram_bytes,
         )  # fmt: skip
+        crew = self.machines.crew
+        if crew is None:
+            return here
+        by_layer = linears_by_layer(self.linears, len(self.model.layers))
+        job = WalkJob(replace(plan, source=absolute(plan.source)), self.options, self.data.tokens, by_layer)
+        return SpreadLayers(here=here, crew=crew, session=held.enter_context(crew.session(job)))
 
 
 class _Finished(NamedTuple):

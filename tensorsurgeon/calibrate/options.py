@@ -37,7 +37,7 @@ class DataSource:
         except ValueError:
             return cls(text)
         if not 0 < share < float("inf"):
-            raise RecipeError(f"--calibration {text}: the weight must be positive, found {weight}")
+            raise RecipeError(f"calibration data {text}: the weight must be positive, found {weight}")
         return cls(location, share)
 
 
@@ -90,9 +90,14 @@ class CalibrationOptions:
             if getattr(self, name) not in known:
                 raise RecipeError(f"unknown {name} {getattr(self, name)!r}{did_you_mean(getattr(self, name), known)}")
         if not self.sources and self.read_statistics is None:
-            raise RecipeError("calibration needs data: give --calibration FILE, or --read-statistics FOLDER")
+            raise RecipeError(
+                "calibration needs data", remedy="; give files with {calibration}, or a folder with {read_statistics}"
+            )
         if self.sources and self.read_statistics is not None:
-            raise RecipeError("--read-statistics replaces the walk, so --calibration would not be read; give one of them")
+            raise RecipeError(
+                "statistics that are read replace the walk, and data would not be looked at",
+                remedy="; give {read_statistics} or {calibration}, and not both",
+            )
 
     @staticmethod
     def default_gptq() -> GptqOptions:

@@ -43,10 +43,11 @@ def rehearse(plan: Plan, options: CalibrationOptions, *, workers: int) -> dict[s
     """What ``run_calibrated`` would do on the CPU: data, model, linears, bytes, seconds; its errors are those of that."""
     if not plan.needs_codes:
         raise RecipeError(
-            "no step of this transform asks for statistics (method gptq, imatrix or signround); leave --calibration away"
+            "no step of this transform asks for statistics (method gptq, imatrix or signround)",
+            remedy="; leave {calibration} away",
         )
     if not options.sources:
-        raise RecipeError("a dry run of calibration needs its data: give --calibration FILE")
+        raise RecipeError("a dry run of calibration needs its data", remedy="; give them with {calibration}")
     tuned = is_tuned(plan, options)
     model = StreamedModel(plan.source)
     data = load_data(options, plan.source.root, model.vocabulary_rows)
@@ -64,6 +65,7 @@ def rehearse(plan: Plan, options: CalibrationOptions, *, workers: int) -> dict[s
     return {
         "model": type(model.model).__name__,
         "layers": len(model.layers),
+        "workers": workers,
         "sequences": int(data.tokens.shape[0]),
         "sequence_length": int(data.tokens.shape[1]),
         "tokens": int(data.tokens.size),
@@ -94,9 +96,10 @@ def _seconds_of_layer(model: StreamedModel, data: CalibrationData, linears: list
         stop = threading.Event()
         with model.layer(0, walk.read) as layer:
             walk.run_layer(0, layer, states, None, workers=1, stop=stop)  # what is done once is done
-            began = time.monotonic()
+            # Of the processor: what else runs here now would be taken for this machine's speed.
+            began = time.process_time()
             walk.run_layer(0, layer, states, None, workers=1, stop=stop)
-            forward = time.monotonic() - began
+            forward = time.process_time() - began
         rate = workers * _products_per_second()
     mean = max(1, len({linear.layer for linear in linears if linear.layer is not None}))
     shapes = Counter(linear.weight.shape for linear in linears if linear.layer is not None)
@@ -107,13 +110,13 @@ def _seconds_of_layer(model: StreamedModel, data: CalibrationData, linears: list
 
 
 def _products_per_second() -> float:
-    """Multiplications of F32 matrices that one thread does in a second."""
+    """Multiplications of F32 matrices that one thread does in a second of the processor."""
     one = torch.rand(768, 768)
     torch.mm(one, one)
-    began = time.monotonic()
+    began = time.process_time()
     for _ in range(4):
         torch.mm(one, one)
-    return 4 * 768**3 / (time.monotonic() - began)
+    return 4 * 768**3 / (time.process_time() - began)
 
 
 def rehearsal_text(found: dict[str, Any]) -> str:
@@ -129,7 +132,7 @@ def rehearsal_text(found: dict[str, Any]) -> str:
         + "".join(f", {count} rounded to nearest: {why}" for why, count in found["linears"]["rounded"].items()),
         f"  memory   about {show_size(found['memory_bytes'])}",
         f"  disk     {show_size(found['scratch_bytes'])} beside the output meanwhile",
-        f"  time     about {_time(seconds['all'])} on this machine as it is now; seconds a layer: {parts}",
+        f"  time     about {_time(seconds['all'])} on {found['workers']} cores with nothing else to do; seconds a layer: {parts}",
         "           half or twice is no surprise; of a small model most is overhead, which is not counted",
     ]
     return "\n".join(lines)

@@ -35,10 +35,11 @@ from tensorsurgeon.calibrate.state import file_digest
 from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.calibrate.walk.statistics import layer_path
 from tensorsurgeon.checkpoint.hub.stays import DEFAULT_AHEAD
-from tensorsurgeon.errors import BudgetError, NoMatchError, RecipeError
+from tensorsurgeon.errors import BudgetError, NoMatchError, PlanError, RecipeError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.quant.threads import one_torch_thread
 from tensorsurgeon.running.executor import Progress
+from tensorsurgeon.running.machines import HERE, Machines
 from tensorsurgeon.running.run import NOTHING_BESIDE, Beside, RunResult, run_plan
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def run_calibrated(
     beside: Beside = NOTHING_BESIDE,
     ahead: int = DEFAULT_AHEAD,
     keep_source: bool = False,
+    machines: Machines = HERE,
 ) -> CalibratedResult:
     """Write the planned checkpoint, with codes that calibration chooses for the steps that ask for them.
 
@@ -77,17 +79,27 @@ def run_calibrated(
     """
     if not plan.needs_codes:
         raise RecipeError(
-            "no step of this transform asks for statistics (method gptq, imatrix or signround); leave --calibration away"
+            "no step of this transform asks for statistics (method gptq, imatrix or signround)",
+            remedy="; leave {calibration} away",
         )
     if find_spec("transformers") is None:
         raise RecipeError("calibration runs the model's own forward: pip install 'tensorsurgeon[calibrate]'")
     where = device_named(device)
     if options.write_statistics is not None and options.read_statistics is not None:
-        raise RecipeError("--write-statistics and --read-statistics together would only copy a folder")
+        raise RecipeError(
+            "statistics that are read and written would only be copied", remedy="; give {write_statistics} or {read_statistics}"
+        )
     on_card = works_on_card(where)
+    if machines.crew is not None and (on_card or options.write_statistics is not None):
+        what = "a GPU" if on_card else "--write-statistics"
+        raise RecipeError(
+            f"{what} is for one machine, and --ray for several that calibrate on their CPUs; leave one of them away"
+        )
     model = StreamedModel(plan.source, device=where, experts_implementation="grouped_mm" if on_card else "eager")
     tuned = is_tuned(plan, options)
-    if max_ram_bytes is not None:
+    if tuned and machines.crew is not None:
+        raise RecipeError("SignRound tunes a layer on one machine, and --ray is for several; leave one of them away")
+    if max_ram_bytes is not None and machines.crew is None:
         _check_budget(model, max_ram_bytes, tuned)
     data = None
     if options.sources:
@@ -96,6 +108,11 @@ def run_calibrated(
     linears = find_linears(plan, model)
     if not linears:
         raise NoMatchError("the steps that ask for statistics quantize nothing")
+    narrow = next((linear for linear in linears if linear.scheme.type != "int"), None)
+    if on_card and narrow is not None:
+        raise PlanError(
+            f"{narrow.weight.name}: {narrow.scheme.type} codes are chosen on the CPU only, so far; calibrate with device cpu"
+        )
     # A source that was calibrated itself has a log, which must not take the place of this run's.
     files = plan.files._replace(copied=tuple(name for name in plan.files.copied if name != LOG_NAME))
     plan = replace(plan, files=files, calibration=_identity(options, data, where, linears), extra_files=(LOG_NAME,))
@@ -104,12 +121,15 @@ def run_calibrated(
         card = plan_card(
             model, (*data.tokens.shape, model.hidden_size), where, max_gpu_ram_bytes, is_asymmetric(linears, options), tuned
         )
-    driver = Driver(model=model, data=data, options=options, linears=linears, target=Path(target), card=card, ahead=ahead)
+    driver = Driver(
+        model=model, data=data, options=options, linears=linears, target=Path(target), card=card, ahead=ahead,
+        machines=machines,
+    )  # fmt: skip
     with one_torch_thread(), nullcontext() if card is None else capped(where, card, max_gpu_ram_bytes):
         result = run_plan(
             plan, target, workers=workers, max_ram_bytes=max_ram_bytes, resume=resume, overwrite=overwrite, stop=stop,
             progress=progress, execute=driver.execute, command=command, ahead=ahead, keep_source=keep_source,
-            beside=beside,
+            beside=beside, machines=machines, least_bytes=_layer_bytes(model),
         )  # fmt: skip
     log = Path(target) / LOG_NAME
     summary = summarize(read_log(log)) if log.exists() else summarize([])
@@ -120,17 +140,22 @@ def run_calibrated(
 
 def _check_budget(model: StreamedModel, max_ram_bytes: int, tuned: bool) -> None:
     """Raise BudgetError if one layer's weights and codes do not fit the memory cap; hidden states lie in files."""
-    largest = max(map(model.layer_bytes, range(len(model.layers))))
-    needed = largest + largest // 2
+    needed = _layer_bytes(model)
     beside = ""
     if tuned:
-        needed += largest * (HELD + HELD_BY_WORKER)
+        needed += max(map(model.layer_bytes, range(len(model.layers)))) * (HELD + HELD_BY_WORKER)
         beside = ", and what SignRound needs beside them"
     if needed > max_ram_bytes:
         raise BudgetError(
-            f"calibration holds a decoder layer and its codes at once{beside}, {needed} bytes, more than --max-ram "
-            f"{max_ram_bytes}; give at least {-(-needed // 1_000_000)}MB"
+            f"calibration holds a decoder layer and its codes at once{beside}, {needed} bytes",
+            remedy=f", more than {{max_ram}} {max_ram_bytes}; give at least {-(-needed // 1_000_000)}MB",
         )
+
+
+def _layer_bytes(model: StreamedModel) -> int:
+    """What a machine holds that calibrates: the weights of the largest layer, and its codes."""
+    largest = max(map(model.layer_bytes, range(len(model.layers))))
+    return largest + largest // 2
 
 
 def _identity(

@@ -6,6 +6,7 @@ A checkpoint is a folder with or without an index, a single ``.safetensors`` fil
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -24,7 +25,7 @@ from tensorsurgeon.checkpoint.layout import STEMS
 from tensorsurgeon.checkpoint.places import Location, Locations, in_order
 from tensorsurgeon.checkpoint.quantization import with_quantization_beside
 from tensorsurgeon.checkpoint.side_files import SideFiles
-from tensorsurgeon.checkpoint.small_files import Stamp
+from tensorsurgeon.checkpoint.small_files import Stamp, unreadable
 from tensorsurgeon.checkpoint.store import Folder, Store
 from tensorsurgeon.checkpoint.weight_files import shards_without_index
 from tensorsurgeon.errors import CheckpointError, IndexMismatchError, MissingTensorError, SourceError, did_you_mean
@@ -133,7 +134,10 @@ class Checkpoint:
                 found = Stamp.of(os.stat(path))
             except OSError as error:
                 raise SourceError(
-                    f"is gone since the plan was made: {error.strerror}", where=str(path), can_resume=False
+                    f"is gone since the plan was made ({error.strerror})",
+                    where=str(path),
+                    can_resume=False,
+                    remedy="; put the very file back and run the same command with {resume}",
                 ) from error
             if found != stamp:
                 what = "was replaced by another file" if found.inode != stamp.inode else "was written"
@@ -154,6 +158,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, tolerant: bool = False) -> 
     text, path = os.fspath(path), Path(path)
     try:
         if path.is_dir():
+            if not os.access(path, os.R_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), text)
             if (path / STATE_FOLDER / "run.json").exists() and not tolerant:
                 raise _unfinished(path)
             return open_store(Folder(path), tolerant)
@@ -164,27 +170,29 @@ def open_checkpoint(path: str | os.PathLike[str], *, tolerant: bool = False) -> 
         if (address := hub_address(text)) is not None and not path.exists():
             return _open_on_the_hub(address, text, tolerant)
     except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(error.filename or path)) from error
+        raise CheckpointError(unreadable(error), where=str(error.filename or path)) from error
     except ValueError as error:
         # A path with a null byte, say.
         raise CheckpointError(f"is no path of a checkpoint: {error}", where=ascii(str(path))) from error
     if not path.exists():
-        raise CheckpointError(_missing_message(path))
+        raise CheckpointError(
+            f"{path}: no such file or folder{_meant(path)}; give a local checkpoint, or owner/name of a model on the Hub"
+        )
     raise CheckpointError("is neither a folder nor a .safetensors file", where=str(path))
 
 
 def _open_on_the_hub(address: HubAddress, text: str, tolerant: bool) -> Checkpoint:
     from tensorsurgeon.checkpoint.hub.opening import find_on_the_hub
 
+    path = Path(text)
     try:
-        store = find_on_the_hub(address)
+        store = find_on_the_hub(address, may_be_path=path.parent.is_dir() and not text.startswith("hf:"))
     except CheckpointError as error:
         if error.where != str(address) or text.startswith("hf:"):
             raise
         # It may have been meant as a folder.
-        raise type(error)(
-            f"no such file or folder here, and as a model on the Hub: {error.message}", where=text, remedy=error.remedy
-        ) from error
+        said = f"no such file or folder here, and as a model on the Hub: {error.message}{_meant(path)}"
+        raise type(error)(said, where=text, remedy=error.remedy) from error
     return open_store(store, tolerant)
 
 
@@ -196,14 +204,14 @@ def _unfinished(folder: Path) -> CheckpointError:
     )
 
 
-def _missing_message(path: Path) -> str:
+def _meant(path: Path) -> str:
+    """A clause with names like it in the same folder; empty if there are none."""
     try:
         siblings = [p.name for p in path.absolute().parent.iterdir()]
     except OSError:
         siblings = []
     hint = did_you_mean(path.name, siblings) if len(siblings) <= 1000 else ""
-    known = hint if "did you mean" in hint else ""
-    return f"{path}: no such file or folder{known}; give a local checkpoint, or owner/name of a model on the Hub"
+    return hint if "did you mean" in hint else ""
 
 
 def open_store(store: Store, tolerant: bool = False) -> Checkpoint:

@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tensorsurgeon.checkpoint.small_files import Stamp, is_lfs_pointer, open_regular
+from tensorsurgeon.checkpoint.small_files import Stamp, is_lfs_pointer, open_regular, unreadable
 from tensorsurgeon.errors import HeaderError
 from tensorsurgeon.tensors.dtypes import DTYPES, DType
 from tensorsurgeon.tensors.spec import TensorSpec
@@ -74,7 +74,7 @@ def read_header(path: Path) -> ShardHeader:
     try:
         fd = open_regular(path)
     except OSError as error:
-        what = "not a regular file" if error.errno == errno.EINVAL else f"cannot be read: {error.strerror}"
+        what = "not a regular file" if error.errno == errno.EINVAL else unreadable(error)
         raise HeaderError(what, where=str(path)) from error
     try:
         stamp = Stamp.of(os.fstat(fd))

@@ -43,6 +43,17 @@ class Sink:
                 reserve(fd, shard.file_bytes)
             self.write(number, 0, memoryview(shard.header))
 
+    def join(self) -> None:
+        """Open the shards that another process made at their final size, to write beside it.
+
+        For writing only: a client of NFS that may read would fill the rest of a page from the server, and write all of it
+        back over what another machine has put there since.
+        """
+        for path in self._paths:
+            with sink_errors(path, "be opened"):
+                self._fds.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+        self._is_dirty = [False] * len(self._paths)
+
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         done = 0
         with sink_errors(self._paths[shard], "be written"):

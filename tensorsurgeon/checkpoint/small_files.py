@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -40,6 +41,12 @@ def open_regular(path: Path) -> int:
     return fd
 
 
+def unreadable(error: OSError) -> str:
+    """What is wrong with a file that cannot be read, and where that helps, what to do."""
+    remedy = "; make it readable for you" if error.errno in (errno.EACCES, errno.EPERM) else ""
+    return f"cannot be read: {error.strerror}{remedy}"
+
+
 def read_small(path: Path, limit: int) -> tuple[bytes, Stamp]:
     """A file of at most ``limit`` bytes, and its stamp from before it was read; OSError where it is larger, or no file."""
     with open(open_regular(path), "rb") as file:
@@ -60,7 +67,7 @@ def read_json(path: Path, limit: int, error: type[SurgeonError]) -> tuple[bytes,
     except PermissionError:
         raise
     except OSError as fault:
-        raise error(f"cannot be read: {fault.strerror}", where=str(path)) from fault
+        raise error(unreadable(fault), where=str(path)) from fault
     try:
         return text, parse_json(text), stamp
     except ValueError as fault:

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from tensorsurgeon.cli import completing
 from tensorsurgeon.cli.calibrate import calibrates, calibration_options, run_with_calibration
-from tensorsurgeon.cli.finished import command_elsewhere, summary, what_goes_beside
+from tensorsurgeon.cli.finished import command_elsewhere, summary
 from tensorsurgeon.cli.plan import plan_named, transform_options
 from tensorsurgeon.cli.resume import go_on, words_given
-from tensorsurgeon.cli.terminal import Place, Sectioned, Stop, emit, json_option, note, progress_bar, step_bar, stop_on_signals
+from tensorsurgeon.cli.terminal import (
+    Place,
+    Sectioned,
+    Stop,
+    at_home,
+    emit,
+    json_option,
+    note,
+    progress_bar,
+    step_bar,
+    stop_on_signals,
+)
 from tensorsurgeon.errors import ExecutionError, NumericError, SurgeonError
 from tensorsurgeon.tensors.sizes import parse_size
 
@@ -23,22 +38,19 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Sectioned, short_help="Convert, quantize, calibrate: write a new checkpoint.")
-@click.argument("transform")
+@click.argument("transform", callback=at_home, shell_complete=completing.transforms)
 @click.argument("source", type=Place(readable=False), required=False, metavar="SOURCE")
 @click.argument("target", type=Place(readable=False), required=False, metavar="TARGET")
 @transform_options
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; the cores of this machine by default.")
 @click.option("--max-ram", metavar="SIZE", help="Cap on the tensors in flight, such as 8GB; half of the free memory by default.")
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Let the nodes of a Ray cluster work, HOST:PORT, or auto to start one here; --workers and --max-ram are of each node.",
+)
 @click.option("--resume", is_flag=True, help="Continue the run that was stopped in TARGET; alone with TARGET: as it was begun.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that TARGET holds.")
-@click.option(
-    "--ahead",
-    type=click.IntRange(1, 64),
-    default=2,
-    show_default=True,
-    help="Shards of a SOURCE on the Hub that are fetched before they are read; more need more disk.",
-)
-@click.option("--keep-source", is_flag=True, help="Keep the shards of a SOURCE on the Hub in its cache.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar and no messages.")
 @json_option
 @calibration_options
@@ -51,12 +63,13 @@ def apply(
     max_shard_size: str,
     backend: str,
     require: tuple[str, ...],
-    workers: int | None,
-    max_ram: str | None,
-    resume: bool,
-    overwrite: bool,
     ahead: int,
     keep_source: bool,
+    workers: int | None,
+    max_ram: str | None,
+    ray: str | None,
+    resume: bool,
+    overwrite: bool,
     quiet: bool,
     as_json: bool,
     calibration: Mapping[str, Any],
@@ -90,9 +103,10 @@ def apply(
             note(f"note: {oddity}")
     cap = None if max_ram is None else parse_size(max_ram, "--max-ram")
     from tensorsurgeon.engines.advice import advise_all
+    from tensorsurgeon.publish.beside import card_beside
 
     advice = advise_all(made)
-    beside = what_goes_beside(made, target, command_elsewhere(context), advice)
+    beside = card_beside(made, Path(target), command_elsewhere(context), advice, note)
     began = time.monotonic()
     # Where codes are chosen by calibration, that takes the time, and not the writing.
     bytes_shown = quiet or made.needs_codes
@@ -100,10 +114,12 @@ def apply(
         stop_on_signals() as stop,
         progress_bar(made.output_bytes, bytes_shown) as advance,
         step_bar(quiet or not made.needs_codes) as (at, say),
+        # Ray tells of lost nodes on standard output, which is for results; the run says it in a line.
+        nullcontext() if ray is None else redirect_stdout(io.StringIO()),
     ):
         try:
             result, calibrated = run_with_calibration(
-                made, target, calibration, note=None if quiet else say, advance=at, workers=workers, max_ram_bytes=cap,
+                made, target, calibration, note=None if quiet else say, advance=at, workers=workers, max_ram_bytes=cap, ray=ray,
                 resume=resume, overwrite=overwrite, stop=stop, ahead=ahead, keep_source=keep_source,
                 progress=lambda p: advance(p.nbytes), command=(transform, source, *words_given(context)),
                 beside=beside,
@@ -136,8 +152,7 @@ def _tell_streaming(made: Plan, ahead: int, keep_source: bool) -> None:
 
     streaming = streaming_of(made, ahead)
     if streaming is not None:
-        kept = "; they stay in the Hub's cache" if keep_source and streaming.shards else ""
-        note(f"source  {made.source}\n{streaming_as_text(streaming._asdict())}{kept}")
+        note(f"source  {made.source}\n{streaming_as_text({**streaming._asdict(), 'kept': keep_source})}")
 
 
 def _how_to_go_on(error: SurgeonError, target: str, is_calibrated: bool) -> str:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from tensorsurgeon.cli import completing
+from tensorsurgeon.cli.terminal import at_home
 from tensorsurgeon.errors import RecipeError
 from tensorsurgeon.tensors.sizes import parse_size
 
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     from tensorsurgeon.running.run import RunResult
 
 _OPTIONS: Final = (
-    click.option("--calibration", "sources", multiple=True, metavar="FILE[:WEIGHT]",
+    click.option("--calibration", "sources", multiple=True, callback=at_home, shell_complete=completing.texts,
+                 metavar="FILE[:WEIGHT]",
                  help="Text, JSON lines (text or messages), Parquet or token ids to calibrate on; several mix by weight. "
                       "The name of a Hub data set works where datasets is installed; builtin is a text that comes along."),
     click.option("--samples", type=click.IntRange(1), help="Chunks of text to calibrate on.  [default: 256]"),
@@ -86,6 +89,7 @@ def run_with_calibration(
     *,
     note: Callable[[str], None] | None = None,
     advance: Callable[[int | None, int | None, str], None] = lambda *_: None,
+    ray: str | None = None,
     **running: Any,
 ) -> tuple[RunResult, dict[str, Any] | None]:
     """``run_plan`` or ``run_calibrated``, whichever the plan needs; ``running`` are the arguments that both take.
@@ -93,13 +97,15 @@ def run_with_calibration(
     ``note`` is told of each layer and of the summary, which is the second result; ``advance`` of where calibration is.
     Raises RecipeError where data is given that no step wants, and where it is wanted and not given.
     """
+    from tensorsurgeon.running.machines import machines_at
     from tensorsurgeon.running.run import run_plan
 
     if not plan.needs_codes:
         if calibration:
             named = ", ".join(f"--{'calibration' if name == 'sources' else name.replace('_', '-')}" for name in calibration)
             raise RecipeError(f"no step of this transform asks for statistics; leave {named} away")
-        return run_plan(plan, target, **running), None
+        with noting(note, "tensorsurgeon.running.cluster"), machines_at(ray, **_each_node(running)) as machines:
+            return run_plan(plan, target, machines=machines, **running), None
     if "sources" not in calibration and "read_statistics" not in calibration:
         raise RecipeError(
             "this transform chooses codes by calibration: give --calibration FILE (text, JSON lines, Parquet or token ids), "
@@ -111,9 +117,17 @@ def run_with_calibration(
     device = str(given.pop("device", "cpu"))
     cap = parse_size(given.pop("max_gpu_ram"), "--max-gpu-ram") if "max_gpu_ram" in given else None
     options = options_from(given)
-    with noting(note, advance=advance):
-        result = run_calibrated(plan, target, options, device=device, max_gpu_ram_bytes=cap, **running)
+    with (
+        noting(note, advance=advance),
+        noting(note, "tensorsurgeon.running.cluster"),
+        machines_at(ray, **_each_node(running)) as machines,
+    ):
+        result = run_calibrated(plan, target, options, device=device, max_gpu_ram_bytes=cap, machines=machines, **running)
     return result.run, result.summary
+
+
+def _each_node(running: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: running.get(name) for name in ("workers", "max_ram_bytes")}
 
 
 def options_from(calibration: Mapping[str, Any]) -> Any:
@@ -124,7 +138,7 @@ def options_from(calibration: Mapping[str, Any]) -> Any:
     from tensorsurgeon.quant.signround.options import recipe_named
 
     given = dict(calibration)
-    fields: dict[str, Any] = {"sources": tuple(DataSource.parse(os.path.expanduser(text)) for text in given.pop("sources", ()))}
+    fields: dict[str, Any] = {"sources": tuple(DataSource.parse(text) for text in given.pop("sources", ()))}
     fields["sequential"] = not given.pop("no_sequential", False)
     gptq = CalibrationOptions.default_gptq()
     if "damp_percent" in given:

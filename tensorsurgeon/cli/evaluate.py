@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import click
 
+from tensorsurgeon.cli import completing
 from tensorsurgeon.cli.calibrate import noting
-from tensorsurgeon.cli.terminal import Place, emit, json_option, note, step_bar, stop_on_signals
+from tensorsurgeon.cli.terminal import Place, at_home, emit, json_option, note, step_bar, stop_on_signals
+from tensorsurgeon.evaluating.options import SAMPLES, SEQUENCE_LENGTH, TextOptions
 
 
 @click.command(short_help="Measure KL and perplexity, layer by layer.")
@@ -17,12 +19,14 @@ from tensorsurgeon.cli.terminal import Place, emit, json_option, note, step_bar,
     "--text",
     "texts",
     multiple=True,
+    callback=at_home,
+    shell_complete=completing.texts,
     required=True,
     metavar="FILE",
     help="What to predict: text, JSON lines, Parquet, or lists of token ids, each a sequence of its own.",
 )
-@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Sequences of text.")
-@click.option("--sequence-length", type=click.IntRange(2), default=1024, show_default=True, help="Tokens in each.")
+@click.option("--samples", type=click.IntRange(1), default=SAMPLES, show_default=True, help="Sequences of text.")
+@click.option("--sequence-length", type=click.IntRange(2), default=SEQUENCE_LENGTH, show_default=True, help="Tokens in each.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Which are drawn.")
 @click.option("--float-inputs", is_flag=True, help="Weights alone: leave inputs as they are where the config quantizes them.")
 @click.option("--no-file", is_flag=True, help="Write no evaluation.json beside the targets.")
@@ -53,15 +57,14 @@ def evaluate(
     surgeon evaluate Qwen3.6-35B-A3B-INT8 --against Qwen3.6-35B-A3B --text heldout.txt
     surgeon evaluate INT4 INT8 FP8 --against Qwen3.6-35B-A3B --text heldout.txt --samples 128
     """
-    from tensorsurgeon.evaluate.result import evaluation_as_data, evaluation_as_text, write_evaluations
-    from tensorsurgeon.evaluate.run import evaluate as run
-    from tensorsurgeon.evaluate.text import TextOptions
+    from tensorsurgeon.evaluating.result import evaluation_as_data, evaluation_as_text, write_evaluations
+    from tensorsurgeon.evaluating.run import evaluate as run
 
     options = TextOptions(locations=texts, samples=samples, sequence_length=sequence_length, seed=seed)
     with (
         stop_on_signals("before the next batch") as stop,
         step_bar(quiet) as (advance, say),
-        noting(None if quiet else say, "tensorsurgeon.evaluate"),
+        noting(None if quiet else say, "tensorsurgeon.evaluating"),
     ):
         found = run(
             targets, options, against=against, float_inputs=float_inputs, workers=workers, device=device, stop=stop,

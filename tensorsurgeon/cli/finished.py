@@ -1,4 +1,4 @@
-"""What a person is told when a conversion is through, and what is put beside it for those who get it."""
+"""What a person is told when a conversion is through, and the command as it would be typed elsewhere."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 from click.core import ParameterSource
 
-from tensorsurgeon.cli.terminal import note
-from tensorsurgeon.errors import SurgeonError
 from tensorsurgeon.planning.codes import codes_text
 from tensorsurgeon.tensors.sizes import show_size
 
 if TYPE_CHECKING:
     from tensorsurgeon.engines.advice import EngineAdvice
     from tensorsurgeon.planning.plan import Plan
-    from tensorsurgeon.running.run import Beside
 
 # Decide nothing of the result, or say only what this machine is like.
 _OF_THIS_MACHINE: Final = frozenset({
-    "workers", "max_ram", "resume", "overwrite", "quiet", "as_json", "backend", "require", "max_gpu_ram", "write_statistics",
+    "workers", "max_ram", "ray", "resume", "overwrite", "quiet", "as_json", "backend", "require", "max_gpu_ram",
+    "write_statistics", "ahead", "keep_source",
 })  # fmt: skip
 
 
@@ -48,28 +46,6 @@ def _by_name(text: str) -> str:
     if colon and Path(path).exists() and not Path(text).exists():
         return f"{Path(path).resolve().name}:{weight}"
     return Path(text).resolve().name if Path(text).exists() else text
-
-
-def what_goes_beside(plan: Plan, target: str, command: Sequence[str], advice: Sequence[EngineAdvice]) -> Beside:
-    """How it was made, and a first card, where linears were quantized: after other surgery the original's card still holds.
-
-    A card that cannot be made is told and stops nothing, for the weights are whole.
-    """
-    from tensorsurgeon.running.run import NOTHING_BESIDE, Beside
-
-    if not plan.written:
-        return NOTHING_BESIDE
-    from tensorsurgeon.publish.card import BASE_CARD, first_card
-    from tensorsurgeon.publish.made import FILE_NAME, made_bytes, made_of
-
-    def write() -> None:
-        try:
-            first_card(Path(target), {FILE_NAME: made_bytes(made_of(plan, command, advice))})
-        except (SurgeonError, OSError) as error:
-            note(f"note: no card was written: {error}")
-
-    # The card itself is in the record before it is written; by its name alone it could be a person's.
-    return Beside((FILE_NAME, BASE_CARD), write)
 
 
 def summary(

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tensorsurgeon.cli import completing
 from tensorsurgeon.cli.calibrate import calibrates, calibration_options, noting, options_from
-from tensorsurgeon.cli.terminal import Place, Sectioned, Stop, emit, json_option, note
+from tensorsurgeon.cli.terminal import Place, Sectioned, Stop, at_home, emit, json_option
 from tensorsurgeon.errors import NoMatchError, RecipeError, did_you_mean
 from tensorsurgeon.tensors.sizes import parse_size
 
@@ -23,14 +24,18 @@ if TYPE_CHECKING:
 def transform_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that plan and apply share."""
     for option in reversed((
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a parameter of the transform."),
-        click.option("--then", multiple=True, metavar="NAME",
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", shell_complete=completing.settings,
+                     help="Set a parameter of the transform."),
+        click.option("--then", multiple=True, callback=at_home, shell_complete=completing.transforms, metavar="NAME",
                      help="Chain another transform; --set KEY=VALUE goes to those that have KEY."),
         click.option("--max-shard-size", default="5GB", metavar="SIZE", show_default=True, help="Largest output shard."),
         click.option("--backend", type=click.Choice(["auto", "fast", "torch"]), default="auto", show_default=True,
                      help="Who computes: compiled CPU kernels or torch; the bits are the same."),
-        click.option("--require", multiple=True, metavar="ENGINE[:tp=N]",
+        click.option("--require", multiple=True, shell_complete=completing.engines, metavar="ENGINE[:tp=N]",
                      help="Stop if this engine would not serve the result, such as vllm:tp=4; give it as often as needed."),
+        click.option("--ahead", type=click.IntRange(1, 64), default=2, show_default=True,
+                     help="Shards of a SOURCE on the Hub that are fetched before they are read; more need more disk."),
+        click.option("--keep-source", is_flag=True, help="Keep the shards of a SOURCE on the Hub in its cache."),
     )):  # fmt: skip
         command = option(command)
     return command
@@ -75,9 +80,7 @@ def plan_named(
     if calibrated:
         from tensorsurgeon.ops.calibrating import with_calibration
 
-        chain, cannot = with_calibration(chain)
-        for why in dict.fromkeys(cannot):
-            note(f"note: {why}, whatever data is given")
+        chain = with_calibration(chain)
     # The plan stays to the end of the command and holds no cycles: a collector that walks through it again and again takes a
     # third of a run of a few GB. This is the process of the command; one that uses the library keeps its collector as it is.
     gc.disable()
@@ -94,7 +97,7 @@ def plan_named(
 
 
 @click.command(cls=Sectioned, short_help="Show what a transform would do; write nothing.")
-@click.argument("transform")
+@click.argument("transform", callback=at_home, shell_complete=completing.transforms)
 @click.argument("source", type=Place(readable=False))
 @transform_options
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads that the dry run of calibration reckons with.")
@@ -108,6 +111,8 @@ def plan(
     max_shard_size: str,
     backend: str,
     require: tuple[str, ...],
+    ahead: int,
+    keep_source: bool,
     workers: int | None,
     as_json: bool,
     calibration: Mapping[str, Any],
@@ -133,9 +138,15 @@ def plan(
     room = free_bytes(Path.cwd())
     if as_json:
         more = {} if rehearsed is None else {"calibration": rehearsed}
-        emit(plan_as_data(made) | {"free_bytes": room, "engines": advice_as_data(advice)} | more, "", True)
+        emit(
+            plan_as_data(made, ahead=ahead, keep_source=keep_source)
+            | {"free_bytes": room, "engines": advice_as_data(advice)}
+            | more,
+            "",
+            True,
+        )
         return
-    text = f"{plan_as_text(made, room)}\n\n{advice_as_text(advice)}"
+    text = f"{plan_as_text(made, room, ahead=ahead, keep_source=keep_source)}\n\n{advice_as_text(advice)}"
     if rehearsed is not None:
         from tensorsurgeon.calibrate.rehearsal import rehearsal_text
 
@@ -156,7 +167,7 @@ def _rehearsed(made: Plan, calibration: Mapping[str, Any], workers: int | None) 
 
 
 @click.command(short_help="List transforms, or show one with its parameters.")
-@click.argument("name", required=False)
+@click.argument("name", callback=at_home, shell_complete=completing.transforms, required=False)
 @json_option
 def transforms(name: str | None, as_json: bool) -> None:
     """List the built-in transforms, or show one with its parameters and steps.
@@ -191,7 +202,8 @@ def transforms(name: str | None, as_json: bool) -> None:
         f"{recipe.name}: {recipe.description}\n\n"
         + ("parameters (--set KEY=VALUE; several values with commas):\n" if parameters else "")
         + "".join(map(_parameter_text, parameters))
-        + f"{chr(10) if parameters else ''}file: {recipe.where}"
+        + (chr(10) if parameters else "")
+        + f"steps: {', '.join(map(_step_text, recipe.steps))}\nfile: {recipe.where}"
     )
     emit(data, text, as_json)
 
@@ -209,9 +221,15 @@ def _parameter_text(parameter: Mapping[str, Any]) -> str:
     else:
         lines.append(f"      default: {_shown(default)}")
     if choices:
-        words = ", ".join("null" if choice is None else str(choice) for choice in choices)
+        words = ", ".join(map(_shown, choices))
         lines += textwrap.wrap(words, 100, initial_indent="      choices: ", subsequent_indent="        ")
     return "".join(f"{line}\n" for line in lines)
+
+
+def _step_text(step: Mapping[str, Any]) -> str:
+    """A step by the op or transform that it is, and the condition it depends on."""
+    what = step.get("use") or next(key for key in step if key not in ("when", "with", "inherit"))
+    return f"{what} (when {step['when']})" if "when" in step else str(what)
 
 
 def _shown(default: Any) -> str:

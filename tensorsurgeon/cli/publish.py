@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from tensorsurgeon.cli.terminal import Place, emit, json_option, note
-from tensorsurgeon.errors import CheckpointError
 
 _against = click.option(
     "--against", type=Place(), metavar="SOURCE",
@@ -17,23 +16,14 @@ _against = click.option(
 _workers = click.option("--workers", type=click.IntRange(1, 256), help="Threads to verify with; the cores by default.")
 
 
-def _folder(target: str) -> Path:
-    folder = Path(target)
-    if not folder.is_dir():
-        raise CheckpointError("is no folder of a checkpoint", where=target)
-    return folder
-
-
 def _verify(folder: Path, against: str | None, workers: int | None) -> None:
     if against is None:
         return
-    from tensorsurgeon import verifying
-    from tensorsurgeon.publish.verified import write_verification
+    from tensorsurgeon.publish.verified import verify_and_keep
 
-    found = verifying.verify(str(folder), against, workers=workers)
+    found = verify_and_keep(folder, against, workers=workers)
     if not found.is_sound:
         note(f"note: {len(found.faults)} faults; surgeon verify {folder} --against {against} names them")
-    write_verification(folder, found)
 
 
 @click.command(short_help="Write or refresh the model card (README.md).")
@@ -51,9 +41,10 @@ def card(target: str, base_model: str | None, name: str | None, against: str | N
     \b
     surgeon card Qwen3.6-35B-A3B-INT8 --base-model Qwen/Qwen3.6-35B-A3B --against Qwen3.6-35B-A3B
     """
-    from tensorsurgeon.publish.card import known_of, write_card
+    from tensorsurgeon.publish.card import base_model_of, known_of, write_card
+    from tensorsurgeon.publish.verified import checkpoint_folder
 
-    folder = _folder(target)
+    folder = checkpoint_folder(target)
     _verify(folder, against, workers)
     path = write_card(folder, base_model=base_model, name=name)
     known = known_of(folder)
@@ -62,6 +53,7 @@ def card(target: str, base_model: str | None, name: str | None, against: str | N
         for text, found in (
             ("how it was made (surgeon_plan.json)", known.made),
             ("an evaluation: surgeon evaluate TARGET --against SOURCE --text FILE", known.evaluation),
+            ("the original's name on the Hub: surgeon card TARGET --base-model OWNER/NAME", base_model_of(path)),
             ("a verification: surgeon card TARGET --against SOURCE", known.verification),
         )
         if found is None
@@ -85,8 +77,9 @@ def page(target: str, out: str | None, against: str | None, workers: int | None,
     surgeon page Qwen3.6-35B-A3B-INT8 --against Qwen3.6-35B-A3B
     """
     from tensorsurgeon.publish.page import write_page
+    from tensorsurgeon.publish.verified import checkpoint_folder
 
-    folder = _folder(target)
+    folder = checkpoint_folder(target)
     _verify(folder, against, workers)
     path = write_page(folder, None if out is None else Path(out))
     emit({"page": str(path)}, str(path), as_json)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import click
 
+from tensorsurgeon.cli import completing
 from tensorsurgeon.cli.terminal import Place, emit
 from tensorsurgeon.errors import VerifyError
 
@@ -56,6 +57,7 @@ def inspect(path: str, as_json: bool) -> None:
 @click.option(
     "--require",
     multiple=True,
+    shell_complete=completing.engines,
     metavar="ENGINE[:tp=N]",
     help="Fail if this engine would not serve TARGET, such as vllm:tp=4; give it as often as needed.",
 )

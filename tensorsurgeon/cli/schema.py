@@ -23,6 +23,11 @@ def _object(**keys: Schema) -> Schema:
     return {"type": "object", "properties": keys, "required": list(keys)}
 
 
+def _with_some(schema: Schema, **keys: Schema) -> Schema:
+    """The same with keys that are not always there."""
+    return {**schema, "properties": {**schema["properties"], **keys}}
+
+
 def _list(items: Schema) -> Schema:
     return {"type": "array", "items": items}
 
@@ -39,22 +44,36 @@ _COMPARED: Final = {
     "kl": _NUMBER, "kl_se": _NUMBER_OR_NULL, "reverse_kl": _NUMBER, "top1_agreement": _NUMBER, "hidden_error": _list(_NUMBER),
 }  # fmt: skip
 
+_APPLIED: Final = _with_some(_object(
+    target=_TEXT, tensors=_COUNT, bytes=_COUNT, source_bytes=_COUNT, shards=_COUNT, quantized_linears=_COUNT, methods=_COUNTS,
+    seconds=_NUMBER, units=_COUNT, resumed_units=_COUNT,
+), calibration={"type": "object"})  # fmt: skip
+# Of a source on the Hub: what is fetched, and the most that lies beside the output at once.
+_STREAMING: Final = _object(
+    shards=_COUNT, fetched_bytes=_COUNT, spool_bytes=_COUNT, ahead=_COUNT, twice=_list(_TEXT), kept=_YES_OR_NO
+)
+# A dry run of calibration.
+_REHEARSED: Final = _object(
+    model=_TEXT, layers=_COUNT, sequences=_COUNT, sequence_length=_COUNT, tokens=_COUNT, memory_bytes=_COUNT,
+    scratch_bytes=_COUNT, seconds=_object(per_layer={"type": "object", "additionalProperties": _NUMBER}, all=_NUMBER),
+)  # fmt: skip
+
 SCHEMAS: Final[dict[str, Schema]] = {
     "inspect": _object(
         path=_TEXT, tensors=_COUNT, bytes=_COUNT, shards=_list(_SHARD), has_index=_YES_OR_NO, groups=_list(_TENSORS),
         quantization={"type": ["object", "null"]}, side_files=_list(_TEXT), left_behind=_list(_TEXT), oddities=_list(_TEXT),
     ),
-    "plan": _object(
+    "plan": _with_some(_object(
         source=_object(path=_TEXT, tensors=_COUNT, bytes=_COUNT),
         output=_object(tensors=_COUNT, bytes=_COUNT, shards=_list(_SHARD)),
         quantized_linears=_COUNT, linears=_COUNT, methods=_COUNTS, quantized=_COUNTS, unquantized=_COUNTS,
         why_unquantized={"type": "object", "additionalProperties": _TEXT}, disk_bytes=_COUNT, peak_unit_bytes=_COUNT,
         free_bytes=_COUNT, tensors=_list(_TENSORS), engines=_list(_ENGINE), one_way_steps=_list(_TEXT),
-    ),
-    "apply": _object(
-        target=_TEXT, tensors=_COUNT, bytes=_COUNT, source_bytes=_COUNT, shards=_COUNT, quantized_linears=_COUNT, methods=_COUNTS,
-        seconds=_NUMBER, units=_COUNT, resumed_units=_COUNT,
-    ),
+        streaming={"anyOf": [{"type": "null"}, _STREAMING]},
+    ), calibration=_REHEARSED),
+    "apply": _APPLIED,
+    "resume": {"anyOf": [_object(target=_TEXT, was_complete=_YES_OR_NO), _APPLIED]},
+    "push": _object(address=_TEXT, repository=_TEXT, commit=_TEXT, files=_COUNT, private=_YES_OR_NO),
     "verify": _object(
         path=_TEXT, sound=_YES_OR_NO, faults=_list(_FINDING), notes=_list(_FINDING), tensors=_COUNT, bytes=_COUNT,
         against=_TEXT_OR_NULL,

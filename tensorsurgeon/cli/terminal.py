@@ -29,11 +29,20 @@ class Place(click.Path):
         return super().convert(os.path.expanduser(value) if isinstance(value, str) else value, param, ctx)
 
 
+def at_home(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """A callback of click for words that may be files and may be names: ``~`` as ``Place`` has it."""
+    if isinstance(value, tuple):
+        return tuple(map(os.path.expanduser, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 class Sectioned(click.Command):
     """A command whose ``--help`` puts its options under headings; ``SECTIONS`` says which goes where, the rest comes first."""
 
     SECTIONS: Final = {
-        "Running": frozenset({"workers", "max_ram", "resume", "overwrite", "ahead", "keep_source", "device", "max_gpu_ram"}),
+        "Running": frozenset(
+            {"workers", "max_ram", "ray", "resume", "overwrite", "ahead", "keep_source", "device", "max_gpu_ram"}
+        ),
         "Output": frozenset({"quiet", "as_json"}),
     }
 
@@ -96,8 +105,8 @@ class _Flags(dict[str, str]):
         return f"--{option.replace('_', '-')}"
 
 
-# A parameter of the repack transform, no option of the command.
-_FLAGS = _Flags(inexact_scales="--set inexact_scales", verify="surgeon verify")
+# Parameters of transforms, no options of the command.
+_FLAGS = _Flags(inexact_scales="--set inexact_scales", method="--set method", verify="surgeon verify")
 
 
 def told(error: SurgeonError) -> str:

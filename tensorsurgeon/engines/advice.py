@@ -78,9 +78,7 @@ def parse_requirement(text: str) -> Target:
     for part in rest.split(",") if rest else ():
         key, equals, value = part.partition("=")
         if not equals or key not in KEYS:
-            raise RecipeError(
-                f"--require {text}: {key!r} is none of its keys{did_you_mean(key, KEYS)} (as vllm:tp=4,version=0.32)"
-            )
+            raise RecipeError(f"engine {text}: {key!r} is none of its keys{did_you_mean(key, KEYS)} (as vllm:tp=4,version=0.32)")
         given[key] = _value(text, key, value, engine.devices)
     return Target(engine=name, **given)
 
@@ -88,11 +86,11 @@ def parse_requirement(text: str) -> Target:
 def _value(text: str, key: str, value: str, devices: Sequence[str]) -> Any:
     if key == "device":
         if value not in devices:
-            raise RecipeError(f"--require {text}: device must be {' or '.join(devices)}, found {value!r}")
+            raise RecipeError(f"engine {text}: device must be {' or '.join(devices)}, found {value!r}")
         return value
     parts = value.split(".")
     if not all(part.isdecimal() for part in parts) or (key == "tp" and (len(parts) > 1 or int(value) < 1)):
-        raise RecipeError(f"--require {text}: {key} must be {'a positive number' if key == 'tp' else 'as 0.32'}, found {value!r}")
+        raise RecipeError(f"engine {text}: {key} must be {'a positive number' if key == 'tp' else 'as 0.32'}, found {value!r}")
     return int(value) if key == "tp" else tuple(map(int, parts))
 
 

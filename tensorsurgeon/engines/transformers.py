@@ -12,6 +12,7 @@ from typing import Final
 
 from tensorsurgeon.engines.base import Engine, Finding, Target
 from tensorsurgeon.engines.evidence import evidence
+from tensorsurgeon.engines.expert_names import experts_not_gathered
 from tensorsurgeon.engines.facts import Facts
 from tensorsurgeon.engines.parallel import experts_of_one_kind, stacked_experts, unreadable_config
 
@@ -92,6 +93,7 @@ TRANSFORMERS: Final = Engine(
         experts_of_one_kind,
         stacked_experts,
         split_experts,
+        experts_not_gathered,
         int8_beside_split_experts,
         libraries,
         single_process,

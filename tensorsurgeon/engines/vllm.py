@@ -13,6 +13,7 @@ from typing import Final
 
 from tensorsurgeon.engines.base import Engine, Finding, Target
 from tensorsurgeon.engines.evidence import evidence
+from tensorsurgeon.engines.expert_names import experts_nobody_looks_for
 from tensorsurgeon.engines.facts import Facts
 from tensorsurgeon.engines.mtp import mtp_left_alone
 from tensorsurgeon.engines.parallel import MARLIN_GROUPS, RULES, WORDS, ranks_of
@@ -232,6 +233,7 @@ VLLM: Final = Engine(
         integer_kinds,
         marlin_tiles,
         packed_experts,
+        experts_nobody_looks_for,
         float_experts,
         awq_substrings,
         mixed_storage,

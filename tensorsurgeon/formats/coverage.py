@@ -7,14 +7,17 @@ kept apart, because every dialect has its own word for it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from tensorsurgeon.errors import RecipeError, SpecError, did_you_mean
 from tensorsurgeon.formats.base import QuantizedModel
-from tensorsurgeon.models.describe import describe_model
+from tensorsurgeon.models.describe import Model, describe_model
 from tensorsurgeon.models.experts import experts_of, is_expert_list, stacked_experts
-from tensorsurgeon.models.fused import check_siblings, describe
+from tensorsurgeon.models.fused import check_siblings, describe, fused_name
+from tensorsurgeon.models.mtp import named_apart
+from tensorsurgeon.models.patterns import spellings
 from tensorsurgeon.quant.scheme import Scheme
 
 
@@ -27,6 +30,7 @@ class Coverage(NamedTuple):
     ``float_experts``: the same left unquantized, without the MTP head if that is wholly unquantized; then
     ``float_mtp`` has its modules, expert lists folded. ``tied_head``: engines make an ``lm_head`` of which the
     file has no tensor. ``has_parts``: the text model is one part of several, which loaders may put elsewhere.
+    ``engines_names``: what an engine calls a module, and the one that it is fused into, where that is not the file's name.
     """
 
     linears: dict[str, Scheme]
@@ -37,6 +41,22 @@ class Coverage(NamedTuple):
     float_mtp: tuple[str, ...]
     tied_head: bool
     has_parts: bool
+    engines_names: Mapping[str, tuple[str, str]]
+
+    def spelled(self, modules: Iterable[str]) -> list[str]:
+        """The modules, each followed by the name that an engine asks for where it has its own."""
+        own = self.engines_names
+        return list(dict.fromkeys(name for module in modules for name in (module, *own.get(module, ())[:1])))
+
+    def fused(self, modules: Iterable[str]) -> list[str]:
+        """What engines call the modules that these are fused into, in their own names too."""
+        found: dict[str, None] = {}
+        for module in modules:
+            usual = fused_name(module)
+            if usual is not None and not named_apart(module):
+                found[usual] = None
+            found.update(dict.fromkeys(filter(None, self.engines_names.get(module, ())[1:])))
+        return list(found)
 
     def schemes(self) -> dict[Scheme, list[str]]:
         """Linears and expert lists under each scheme."""
@@ -94,7 +114,22 @@ def cover(model: QuantizedModel) -> Coverage:
     return Coverage(
         linears, experts, tuple(leaves), tuple(float_linears), tuple(float_experts), tuple(float_mtp),
         "lm_head.weight" not in model.specs and "lm_head" not in linears, described.sizes.has_text_config,
+        _engines_names(described, (*linears, *experts, *float_linears, *float_experts)),
     )  # fmt: skip
+
+
+def _engines_names(described: Model, modules: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Where an engine's names are not the file's, whatever stands before the layers."""
+    found: dict[str, tuple[str, str]] = {}
+    answer = described.answer
+    for module in modules:
+        if answer is None or named_apart(module):
+            continue
+        whole = described.fused_name(module) or ""
+        own, fused = answer.engines_name(module), whole and answer.engines_name(whole)
+        if own not in (module, *spellings(module)) or fused not in (whole, *spellings(whole)):
+            found[module] = own, fused
+    return found
 
 
 def layout_of(scheme: Scheme) -> Scheme:

@@ -46,7 +46,8 @@ def ignore_list(coverage: Coverage) -> list[str]:
     calls modules otherwise than the file, expressions say the same in its names.
     """
     quantized = coverage.quantized_names()
-    experts = patterns_for(coverage.float_experts, coverage.float_experts, quantized)
+    lists = coverage.spelled(coverage.float_experts)
+    experts = patterns_for(lists, lists, quantized)
     return [
         *(f"re:{exact_pattern(name)}" if named_apart(name) else name for name in coverage.float_linears),
         *(f"re:{pattern}" for pattern in experts),
@@ -76,6 +77,7 @@ def target_lists(coverage: Coverage) -> dict[Scheme, list[str]]:
     targets = {}
     for scheme, modules in groups.items():
         others = [m for other, listed in groups.items() if other != scheme for m in listed]
-        patterns = patterns_for(modules, coverage.experts, [*others, *coverage.float_linears, *coverage.float_experts])
+        avoid = coverage.spelled([*others, *coverage.float_linears, *coverage.float_experts])
+        patterns = patterns_for(coverage.spelled(modules), coverage.spelled(coverage.experts), avoid)
         targets[scheme] = [f"re:{pattern}" for pattern in patterns]
     return targets

@@ -16,8 +16,7 @@ from typing import Any
 from tensorsurgeon.errors import ConfigError, SpecError
 from tensorsurgeon.formats.config_reading import TOP, boolean, integer
 from tensorsurgeon.formats.coverage import Coverage
-from tensorsurgeon.models.fused import fused_name
-from tensorsurgeon.models.mtp import MTP_RULE, MTP_WORD, head_expressions, head_paths, named_apart
+from tensorsurgeon.models.mtp import MTP_RULE, MTP_WORD, head_expressions, head_paths
 from tensorsurgeon.models.patterns import patterns_for, spellings
 from tensorsurgeon.quant.scheme import Scheme
 from tensorsurgeon.tensors.expressions import Expression
@@ -32,10 +31,10 @@ def base_scheme(coverage: Coverage) -> Scheme:
 def dynamic_rules(coverage: Coverage) -> dict[str, dict[str, Any]]:
     """Rules for everything that is not quantized under the base scheme; exclusions first."""
     quantized = coverage.quantized_names()
-    quantized += [*coverage.experts, *_fused(quantized)]
-    left = [*coverage.left_out(), *_fused(coverage.float_linears)]
+    quantized = [*coverage.spelled([*quantized, *coverage.experts]), *coverage.fused(quantized)]
+    left = [*coverage.spelled(coverage.left_out()), *coverage.fused(coverage.float_linears)]
     rules: dict[str, dict[str, Any]] = {
-        f"-:{pattern}": {} for pattern in patterns_for(dict.fromkeys(left), coverage.float_experts, quantized)
+        f"-:{pattern}": {} for pattern in patterns_for(dict.fromkeys(left), coverage.spelled(coverage.float_experts), quantized)
     }
     for path, expression in zip(head_paths(coverage.float_mtp), head_expressions(coverage.float_mtp), strict=True):
         # vLLM looks for the word itself in a rule.
@@ -50,18 +49,15 @@ def dynamic_rules(coverage: Coverage) -> dict[str, dict[str, Any]]:
         if scheme == base:
             continue
         others = [m for other, listed in groups.items() if other != scheme for m in listed]
-        named_modules = dict.fromkeys([*modules, *_fused(modules)])
-        for pattern in patterns_for(named_modules, coverage.experts, [*others, *_fused(others)]):
+        named_modules = dict.fromkeys([*coverage.spelled(modules), *coverage.fused(modules)])
+        avoid = [*coverage.spelled(others), *coverage.fused(others)]
+        for pattern in patterns_for(named_modules, coverage.spelled(coverage.experts), avoid):
             rules[f"+:{pattern}"] = {
                 "bits": scheme.num_bits,
                 "group_size": scheme.group_size,
                 "sym": scheme.symmetric,
             }
     return rules
-
-
-def _fused(modules: list[str] | tuple[str, ...]) -> list[str]:
-    return [fused for module in modules if (fused := fused_name(module)) is not None and not named_apart(module)]
 
 
 class DynamicRules:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import filecmp
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 from tensorsurgeon.checkpoint.folder import Checkpoint, open_checkpoint
 from tensorsurgeon.checkpoint.tensor_reader import CHUNK_BYTES, TensorReader
 from tensorsurgeon.machine.limits import usable_cores
+from tensorsurgeon.machine.threads import in_threads
 from tensorsurgeon.planning.report import document, group_specs, grouped_name, table
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.tensors.spec import TensorSpec
@@ -85,9 +85,8 @@ def diff_checkpoints(
     if not headers_only:
         with TensorReader(first, progress=progress) as one, TensorReader(second, progress=progress) as two:
             ordered = sorted(same, key=lambda spec: one.location(spec.name))
-            with ThreadPoolExecutor(workers or usable_cores()) as pool:
-                found = pool.map(lambda spec: _compare(one, two, spec), ordered)
-                other_bytes = [difference for difference in found if difference is not None]
+            found = in_threads(lambda spec: _compare(one, two, spec), ordered, workers or usable_cores())
+            other_bytes = [difference for difference in found if difference is not None]
     order = {name: number for number, name in enumerate(first.specs)}
     files_a, files_b = set(first.side_files), set(second.side_files)
     return Difference(

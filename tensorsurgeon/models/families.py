@@ -12,6 +12,8 @@ its quantization config, roles that a name hides. Everything else follows from `
     transposed: ["{path*}.c_attn"]              linears that are stored [in, out]
     experts:                                    tensors that hold the experts of a layer (``stacks.py``)
       - {tensor: mlp.experts.gate_up_proj, axes: [in, out], parts: [gate_proj, up_proj], interleaved: true}
+    unread_experts:                             engine -> why it does not find quantized experts that are stored one by one
+      vllm: its loader takes stacks only
 """
 
 from __future__ import annotations
@@ -32,7 +34,17 @@ _FOLDER: Final = Path(__file__).parent / "families"
 _NAMES: Final = re.compile(r"^(?:model_types|architectures): \[(.*)\]$", re.MULTILINE)
 
 
-_KEYS: Final = ("model_types", "architectures", "evidence", "roles", "without_config", "transposed", "experts", "notes")
+_KEYS: Final = (
+    "model_types",
+    "architectures",
+    "evidence",
+    "roles",
+    "without_config",
+    "transposed",
+    "experts",
+    "unread_experts",
+    "notes",
+)
 
 
 class Stack(NamedTuple):
@@ -62,6 +74,7 @@ class Family(NamedTuple):
     without_config: tuple[Pattern, ...]
     transposed: tuple[Pattern, ...]
     experts: tuple[Stack, ...]
+    unread_experts: tuple[tuple[str, str], ...] = ()
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
@@ -106,6 +119,7 @@ def read_family(path: Path) -> Family:
         tuple(map(Pattern.parse, data.get("without_config") or ())),
         tuple(map(Pattern.parse, data.get("transposed") or ())),
         tuple(_stack(path, entry) for entry in data.get("experts") or ()),
+        tuple((data.get("unread_experts") or {}).items()),
     )
 
 

@@ -78,13 +78,18 @@ def _refuse_left_over(specs: SpecMap, model: Model, chosen: Sequence[str], linea
 
 
 def _refuse_transposed(specs: SpecMap, model: Model, linears: Sequence[str]) -> None:
-    """Groups and scales run along a weight's inputs, and every reader takes the last axis for them."""
+    """Groups and scales run along a weight's inputs, and every reader takes the last axis for them.
+
+    vLLM 0.32 serves packed codes of a gpt2 that was turned before (seen, W4A16 and GPTQ); of INT8 it wants the codes turned back,
+    for it turns every tensor of these names that ends in ``.weight``.
+    """
     patterns = () if model.family is None else model.family.transposed
     for name in linears if patterns else ():
         if any(pattern.match(specs[name].module) is not None for pattern in patterns):
             raise SpecError(
-                f"{specs[name]}: this family stores it [in, out] (table of {model.family.name if model.family else ''}), and no "
-                "layout or engine here takes it so quantized; exclude it to leave it as it is"
+                f"{specs[name]}: this family stores it [in, out] (table of {model.family.name if model.family else ''}), but "
+                "codes are made of [out, in], and quantize does not turn a weight round, nor dequantize its values back; "
+                "exclude it to leave it as it is"
             )
 
 

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from tensorsurgeon.errors import RecipeError
 from tensorsurgeon.planning.rewriting import AnyTransform, Transform, op_name, steps_of
 
 
-def with_calibration(transform: AnyTransform) -> tuple[tuple[Transform, ...], list[str]]:
-    """The steps as they are with data, and the steps that cannot use it, in words.
+def with_calibration(transform: AnyTransform) -> tuple[Transform, ...]:
+    """The steps as they are with data.
 
-    What a step becomes, its class says in ``calibrated``; classes without that choose no codes. A step that names another method
-    keeps it. RecipeError where no step can use the data.
+    What a step becomes, its class says in ``calibrated``; classes without that choose no codes. RecipeError where no step can use
+    the data.
     """
-    steps: list[Transform] = []
-    cannot: list[str] = []
-    is_used = False
-    for step in steps_of(transform):
-        calibrate = getattr(type(step), "calibrated", None)
-        found = step if calibrate is None else calibrate(step)
-        if isinstance(found, str):
-            cannot.append(found)
-            found = step
-        elif calibrate is not None:
-            is_used = True
-        steps.append(found)
-    if not is_used:
-        raise RecipeError(f"no step can be calibrated ({_why(steps, cannot)}); leave --calibration away")
-    return tuple(steps), cannot
+    steps = steps_of(transform)
+    if not any(hasattr(type(step), "calibrated") for step in steps):
+        names = ", ".join(dict.fromkeys(map(op_name, steps)))
+        raise RecipeError(f"no step can be calibrated ({names}: no quantize among them)", remedy="; leave {calibration} away")
+    return tuple(_calibrated(step) for step in steps)
 
 
-def _why(steps: Sequence[Transform], cannot: Sequence[str]) -> str:
-    if cannot:
-        return "; ".join(dict.fromkeys(cannot))
-    return f"{', '.join(dict.fromkeys(map(op_name, steps)))}: no quantize among them"
+def _calibrated(step: Transform) -> Transform:
+    made: Transform = getattr(type(step), "calibrated", lambda step: step)(step)
+    return made

@@ -107,13 +107,9 @@ class Quantize:
             return replace(scheme, signed=True)
         return scheme
 
-    def calibrated(self) -> Quantize | str:
-        """This step with codes that calibration chooses, by GPTQ unless another method is named; or why it cannot, in words."""
-        if self.method != "rtn":
-            return self
-        if self.scheme.type != "int":
-            return f"{self.format}: {self.scheme.type} codes are only rounded to nearest"
-        return replace(self, method="gptq")
+    def calibrated(self) -> Quantize:
+        """This step with codes that calibration chooses, by GPTQ unless another method is named."""
+        return self if self.method != "rtn" else replace(self, method="gptq")
 
     def plan(self, specs: SpecMap) -> tuple[Rewrite, ...]:
         chosen = selected_linears(specs, self.where, self.exclude)

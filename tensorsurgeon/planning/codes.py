@@ -33,5 +33,5 @@ def codes_text(plan: Plan, chosen: Mapping[str, int] | None = None) -> str:
     names = {name_of(written.format) for written in plan.ways if written.method == "rtn"}
     algorithms = sorted({NAMED_AS_ALGORITHMS[name] for name in names if name in NAMED_AS_ALGORITHMS})
     if algorithms and set(counted) == {"rtn"}:
-        said += f"; {' and '.join(algorithms)} is the layout's name, not what chose the codes: --calibration chooses them by GPTQ"
+        said += f"; {' and '.join(algorithms)} is the layout's name, not what chose the codes: calibration chooses them by GPTQ"
     return said

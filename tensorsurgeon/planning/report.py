@@ -83,12 +83,12 @@ def table(rows: list[list[str]], right: set[int] = frozenset()) -> Table:  # typ
     return Table("\n".join(line.rstrip() for line in lines))
 
 
-def plan_as_data(plan: Plan) -> dict[str, Any]:
-    """Everything ``surgeon plan`` says, as plain data."""
+def plan_as_data(plan: Plan, *, ahead: int = DEFAULT_AHEAD, keep_source: bool = False) -> dict[str, Any]:
+    """Everything ``surgeon plan`` says, as plain data; ``ahead`` and ``keep_source`` are those of the run that is thought of."""
     kept = unquantized_linears(plan.specs, plan.quantized)
     counted = _counted_linears(plan, kept)
     inputs = {spec.name for spec in plan.source.specs.values()}
-    streaming = streaming_of(plan, DEFAULT_AHEAD)
+    streaming = streaming_of(plan, ahead)
     steps = plan.step_names()
     return {
         "family": describe_model(plan.source.specs).known_by,
@@ -114,7 +114,7 @@ def plan_as_data(plan: Plan) -> dict[str, Any]:
         "copied_bytes": plan.copied_bytes,
         "peak_unit_bytes": plan.peak_unit_bytes,
         "disk_bytes": plan.disk_bytes,
-        "streaming": None if streaming is None else streaming._asdict(),
+        "streaming": None if streaming is None else {**streaming._asdict(), "kept": keep_source},
         "steps": [
             {"op": op_name(step), "read": len(read), "made": len(made), "recipe": repr(step)}
             for step, (read, made) in zip(plan.steps, steps, strict=True)
@@ -194,16 +194,21 @@ def streaming_as_text(stream: dict[str, Any]) -> str:
     """What is fetched of a source on the Hub, in a line."""
     if not stream["shards"]:
         return "fetch   nothing: every shard of the source is in the Hub's cache"
+    if stream["kept"]:
+        return (
+            f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])} from the Hub (--ahead {stream['ahead']}); "
+            "they stay in the Hub's cache"
+        )
     return (
         f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])} from the Hub; at most "
-        f"{show_size(stream['spool_bytes'])} of them lie beside the output at once (--ahead {stream['ahead']})"
+        f"{show_size(stream['spool_bytes'])} of them lie beside the output at once (ahead {stream['ahead']})"
         + (f"; {len(stream['twice'])} come twice, for layers are walked first" if stream["twice"] else "")
     )
 
 
-def plan_as_text(plan: Plan, free_bytes: int | None = None) -> str:
+def plan_as_text(plan: Plan, free_bytes: int | None = None, *, ahead: int = DEFAULT_AHEAD, keep_source: bool = False) -> str:
     """The plan for a reader: what happens to which tensors, how large the result is, what it takes."""
-    data = plan_as_data(plan)
+    data = plan_as_data(plan, ahead=ahead, keep_source=keep_source)
     lines = [
         f"source  {data['source']['path']}: {data['source']['tensors']} tensors, "
         f"{show_size(data['source']['bytes'])} in {data['source']['shards']} shards",

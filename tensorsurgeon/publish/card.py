@@ -16,8 +16,8 @@ from tensorsurgeon.calibrate.log import LOG_NAME, read_log, summarize
 from tensorsurgeon.checkpoint.config_file import read_config
 from tensorsurgeon.checkpoint.sink import publish_bytes
 from tensorsurgeon.checkpoint.small_files import MAX_CONFIG_BYTES, read_small
-from tensorsurgeon.errors import CheckpointError, SurgeonError
-from tensorsurgeon.evaluate.kept import read_evaluation
+from tensorsurgeon.errors import CheckpointError, RecipeError, SurgeonError
+from tensorsurgeon.evaluating.kept import read_evaluation
 from tensorsurgeon.publish.card_text import Known, card_text
 from tensorsurgeon.publish.made import read_made
 from tensorsurgeon.publish.verified import read_verification
@@ -96,7 +96,12 @@ def refreshed(before: str | None, folder: Path, base_model: str | None = None, n
     own = _front_matter(before, folder / CARD) if before is not None else {}
     base = base_model or own.get("base_model") or (known.made or {}).get("source", {}).get("name")
     base_name = base[0] if isinstance(base, list) else base
-    front: dict[str, Any] = {"base_model": base_name, "base_model_relation": "quantized", "library_name": _library(folder)}
+    front: dict[str, Any] = {"library_name": _library(folder)}
+    if base_model is not None and not _is_name(base_model):
+        raise RecipeError(f"{base_model!r} is no name of a model on the Hub; give owner/name")
+    # The Hub takes no card that names a folder as its original.
+    if _is_name(base_name):
+        front = {"base_model": base_name, "base_model_relation": "quantized", **front}
     inherited = _front_matter(base_card, folder / BASE_CARD) if base_card is not None else {}
     front |= {key: inherited[key] for key in _INHERITED if key in inherited}
     tags = [*_tags(known, folder), *_texts(inherited.get("tags"))]
@@ -107,6 +112,13 @@ def refreshed(before: str | None, folder: Path, base_model: str | None = None, n
     generated = f"{BEGIN}\n\n{card_text(known, base_name)}\n\n{END}\n"
     above, below = _around(before, folder / CARD)
     return f"---\n{data.to_yaml()}\n---\n{above or chr(10)}{generated}{below}"
+
+
+def base_model_of(card: Path) -> str | None:
+    """The original by its name on the Hub, as a card has it; None where it has but the name of a folder."""
+    base = _front_matter(_text_of(card) or "", card).get("base_model")
+    first = base[0] if isinstance(base, list) and base else base
+    return first if isinstance(first, str) and "/" in first else None
 
 
 def known_of(folder: Path, name: str = NAMELESS) -> Known:
@@ -127,6 +139,20 @@ def known_of(folder: Path, name: str = NAMELESS) -> Known:
 def weights_digest(record: Mapping[str, Any]) -> str:
     """SHA-256 of the digests of all byte ranges: equal weights in equal shards have one."""
     return hashlib.sha256(json.dumps(record["shards"], sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _is_name(base: Any) -> bool:
+    """Whether the Hub could know a model by this name."""
+    from huggingface_hub import utils
+    from huggingface_hub.errors import HFValidationError
+
+    library: Any = utils  # it exports more than its types say
+
+    try:
+        library.validate_repo_id(base)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _library(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from tensorsurgeon.checkpoint.sink import publish_bytes
 from tensorsurgeon.checkpoint.small_files import MAX_INDEX_BYTES, parse_json, read_small
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.running.record import add_files
-from tensorsurgeon.verifying.judging import Verification
+from tensorsurgeon.verifying.judging import Verification, verify
 from tensorsurgeon.verifying.reporting import verification_as_data
 
 FILE_NAME: Final = "verification.json"
@@ -25,6 +26,21 @@ _FORM: Final = {
     "weights": [_WEIGHT],
     "worst": [_WEIGHT],
 }
+
+
+def checkpoint_folder(target: str | os.PathLike[str]) -> Path:
+    """The folder that card and page are about; CheckpointError for anything else, a model on the Hub included."""
+    folder = Path(target)
+    if not folder.is_dir():
+        raise CheckpointError("is no folder of a checkpoint", where=str(folder))
+    return folder
+
+
+def verify_and_keep(folder: Path, against: str | os.PathLike[str], *, workers: int | None = None) -> Verification:
+    """Verify a checkpoint against its original, and keep what was found beside it."""
+    found = verify(folder, against, workers=workers)
+    write_verification(folder, found)
+    return found
 
 
 def write_verification(folder: Path, found: Verification) -> Path:

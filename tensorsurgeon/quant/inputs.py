@@ -12,7 +12,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from tensorsurgeon.quant.rtn.fp4 import constant, e2m1_codes, values_of
+from tensorsurgeon.quant.rtn.fp4 import constant, e2m1_codes, mx_scale, values_of
 
 _E4M3_MAX: Final = 448.0
 _E2M1_MAX: Final = 6.0
@@ -71,8 +71,8 @@ def _quantized(values: Tensor, scheme: InputScheme, static: float | None) -> Ten
             over_all = constant(static, amax) if static is not None else _E4M3_MAX * _E2M1_MAX / _no_zero(values.abs().amax())
             scale = _e4m3(over_all * (amax / constant(_E2M1_MAX, amax))) / over_all
         case "mxfp4":
-            # OCP MX: the exponent of the largest magnitude, less that of 4, the largest power of two of E2M1.
-            scale = torch.exp2(torch.floor(torch.log2(_no_zero(amax))) - 2)
+            # By the rule for weights, which vLLM's reference of the format and compressed-tensors have for inputs too.
+            scale = mx_scale(amax)
     return values_of(e2m1_codes(values / _no_zero(scale))) * scale
 
 

@@ -11,7 +11,8 @@ from tensorsurgeon.planning.rewriting import Chain
 from tensorsurgeon.recipes.recipe import build
 from tensorsurgeon.recipes.transform_file import Recipe, read_recipe
 
-_SUFFIXES = (".yaml", ".yml")
+TRANSFORM_SUFFIXES = (".yaml", ".yml")
+"""Of files that hold a transform."""
 
 
 def transforms_folder() -> Path:
@@ -29,7 +30,7 @@ def builtin_names() -> list[str]:
 def find_recipe(name: str) -> Recipe:
     """The recipe of a built-in name or a YAML file; RecipeError with near matches if there is none."""
     path = Path(name)
-    if path.suffix in _SUFFIXES or "/" in name:
+    if path.suffix in TRANSFORM_SUFFIXES or "/" in name:
         if not path.is_file():
             raise RecipeError(f"{name}: no such transform file")
         return read_recipe(path, _beside)
@@ -52,6 +53,6 @@ def _find_beside(name: str, user: Recipe) -> Recipe:
 
 def _beside(name: str, user: Path) -> Recipe:
     path = Path(name)
-    if path.suffix in _SUFFIXES and not path.is_absolute():
+    if path.suffix in TRANSFORM_SUFFIXES and not path.is_absolute():
         return find_recipe(str(user.parent / path))
     return find_recipe(name)

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -48,7 +49,7 @@ class Journal:
     def start(cls, target: Path, identity: dict[str, Any], clear: Callable[[], None] = lambda: None) -> Journal:
         """Begin a new run in ``target``; ``clear`` empties it, called when no other run can be writing there."""
         folder = state_folder(target)
-        _refuse_link(folder)
+        refuse_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
         try:
@@ -75,7 +76,7 @@ class Journal:
         source was written since, so that what is done may be made of other bytes.
         """
         folder = state_folder(target)
-        _refuse_link(folder)
+        refuse_link(folder)
         lock = _lock(folder)
         try:
             _refuse_other_run(target, identity)
@@ -100,7 +101,7 @@ class Journal:
         whose journal is gone and which would be done again. The lock goes last, so that nobody takes a new one in a
         folder that is about to go.
         """
-        with sink_errors(self.folder, "be removed"):
+        with sink_errors(self.folder, "be removed"), suppress(FileNotFoundError):
             (self.folder / _RUN).unlink(missing_ok=True)
             for path in sorted(self.folder.iterdir(), key=lambda path: path.name == _LOCK):
                 if path.is_dir() and not path.is_symlink():
@@ -134,7 +135,8 @@ def has_unfinished_run(target: Path) -> bool:
     return (state_folder(target) / _RUN).exists()
 
 
-def _refuse_link(folder: Path) -> None:
+def refuse_link(folder: Path) -> None:
+    """Raise TargetError if the folder of a run's state leads elsewhere."""
     if folder.is_symlink():
         raise TargetError("is a link, which is not written through; remove it", where=str(folder))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +18,7 @@ from tensorsurgeon.checkpoint.folder import RECORD_NAME, STATE_FOLDER
 from tensorsurgeon.checkpoint.layout import STEMS
 from tensorsurgeon.checkpoint.small_files import open_regular
 from tensorsurgeon.errors import SurgeonError
+from tensorsurgeon.machine.threads import in_threads
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.running.journal import read_identity
 from tensorsurgeon.running.record import digest_of_file, read_record, recorded_files, recorded_ranges
@@ -93,10 +93,8 @@ def damaged_files(target: Path, record: dict[str, Any], workers: int) -> list[st
         sizes[shard] = max(sizes.get(shard, 0), offset + nbytes)
     damaged = {name for name, nbytes in sizes.items() if not _has_size(target / name, nbytes)}
     damaged |= {found.name for found in recorded_files(record) if _digest(target / found.name) != [found.nbytes, found.digest]}
-    with ThreadPoolExecutor(workers) as pool:
-        sound = pool.map(lambda job: job[0] in damaged or _range_digest(target / job[0], job[1], job[2]) == job[3], jobs)
-        damaged |= {job[0] for job, is_sound in zip(jobs, sound, strict=True) if not is_sound}
-    return sorted(damaged)
+    sound = in_threads(lambda job: job[0] in damaged or _range_digest(target / job[0], job[1], job[2]) == job[3], jobs, workers)
+    return sorted(damaged.union(job[0] for job, is_sound in zip(jobs, sound, strict=True) if not is_sound))
 
 
 def _present(target: Path) -> Iterator[str]:

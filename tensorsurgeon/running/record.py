@@ -15,7 +15,7 @@ import xxhash
 
 from tensorsurgeon.checkpoint.folder import RECORD_NAME
 from tensorsurgeon.checkpoint.sink import publish_bytes
-from tensorsurgeon.checkpoint.small_files import parse_json, read_small
+from tensorsurgeon.checkpoint.small_files import parse_json, read_small, unreadable
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.version import __version__
@@ -141,7 +141,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         list(recorded_ranges(record))
         list(recorded_files(record))
     except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        raise CheckpointError(unreadable(error), where=str(path)) from error
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"is damaged: {error!r}", where=str(path)) from error
     return dict(record)

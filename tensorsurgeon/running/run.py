@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -17,14 +16,16 @@ from tensorsurgeon.checkpoint.header import read_header
 from tensorsurgeon.checkpoint.hub.stays import DEFAULT_AHEAD
 from tensorsurgeon.checkpoint.sink import Sink, publish_bytes, publish_copy, refuse_links_below
 from tensorsurgeon.checkpoint.source import Source
-from tensorsurgeon.errors import Interrupted, PlanViolationError, RecipeError, TargetError
+from tensorsurgeon.errors import HeaderError, Interrupted, PlanViolationError, RecipeError, SinkError, TargetError
 from tensorsurgeon.machine.files import make_folder_durable
 from tensorsurgeon.machine.limits import available_bytes, open_files_limit, usable_cores
+from tensorsurgeon.machine.threads import in_threads
 from tensorsurgeon.planning.codes import codes_text
 from tensorsurgeon.planning.pace import streaming_of
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.work import Unit
-from tensorsurgeon.running.executor import Progress, run_units
+from tensorsurgeon.running.executor import Progress
+from tensorsurgeon.running.machines import HERE, Machines
 from tensorsurgeon.running.record import record_bytes
 from tensorsurgeon.running.target import prepare_target, spool_folder
 
@@ -73,19 +74,24 @@ def run_plan(
     overwrite: bool = False,
     stop: threading.Event | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
-    execute: Callable[..., dict[int, list[str]]] = run_units,
+    machines: Machines = HERE,
+    execute: Callable[..., dict[int, list[str]]] | None = None,
     command: Sequence[str] = (),
     ahead: int = DEFAULT_AHEAD,
     keep_source: bool = False,
     beside: Beside = NOTHING_BESIDE,
+    least_bytes: int = 0,
 ) -> RunResult:
-    """Write the planned checkpoint into the folder ``target``; ``execute`` decides in which order units run.
+    """Write the planned checkpoint into the folder ``target``; ``machines`` run its units, in the order that ``execute``
+    decides, which is given what ``machines.run_units`` is given and takes its place.
 
     ``command`` is what a person typed: transform, source and options; a stopped run keeps it with the folder it was typed in,
     so that it can be continued without typing it again.
 
     A source on the Hub is fetched while the run lasts, ``ahead`` shards before they are read; each goes when all that reads
     it is done, unless ``keep_source`` has it in the Hub's cache, where it stays.
+
+    ``least_bytes`` is what each of several machines has to have room for, where units are not all that it does.
 
     Neither ``workers`` nor ``max_ram_bytes`` changes a byte of it. Raises TargetError before anything is written
     if the folder cannot be used, ExecutionError if the run stops, which ``resume`` then continues.
@@ -114,6 +120,7 @@ def run_plan(
         command=command,
         beside=beside.files,
         spool_bytes=0 if streaming is None else streaming.spool_bytes,
+        before=lambda: machines.check(plan, target, least_bytes),
     )
     if prepared is None:
         return RunResult(target, len(plan.units), len(plan.units), True)
@@ -126,7 +133,7 @@ def run_plan(
         try:
             sink.open()
             done = _trusted(plan, sink, claimed, progress, threads, stop)
-            digests = execute(
+            digests = (execute or machines.run_units)(
                 plan,
                 source,
                 sink,
@@ -183,11 +190,10 @@ def _trusted(
         )
 
     done = {}
-    with ThreadPoolExecutor(workers) as pool:
-        for number, is_whole in zip(claimed, pool.map(is_there, claimed), strict=True):
-            if is_whole:
-                done[number] = claimed[number]
-                progress(Progress(plan.units[number].written_bytes))
+    for number, is_whole in zip(claimed, in_threads(is_there, claimed, workers), strict=True):
+        if is_whole:
+            done[number] = claimed[number]
+            progress(Progress(plan.units[number].written_bytes))
     if stop.is_set():
         raise Interrupted("stopped while the work of the run before was looked at; what is done is kept")
     return done
@@ -233,7 +239,15 @@ def _publish(plan: Plan, sink: Sink, target: Path, digests: dict[int, list[str]]
 def _check_headers(plan: Plan, target: Path) -> None:
     """Read back what readers will read first; a header that differs from the plan must never be published."""
     for shard in plan.layout.shards:
-        header = read_header(target / f"{shard.name}.partial")
+        try:
+            header = read_header(target / f"{shard.name}.partial")
+        except HeaderError as error:
+            raise SinkError(
+                f"was written and is gone or changed before it was published ({error.message}); another program works in this "
+                "folder",
+                where=error.where,
+                remedy="; end that and run the same command with {resume}",
+            ) from error
         if header.specs != shard.specs:
             raise PlanViolationError(
                 f"{shard.name}: the header on disk is not the planned one; the disk or another program changed it"

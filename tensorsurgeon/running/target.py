@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,15 @@ def prepare_target(
     command: Sequence[str] = (),
     beside: Sequence[str] = (),
     spool_bytes: int = 0,
+    before: Callable[[], None] = lambda: None,
 ) -> tuple[Journal, dict[int, list[str]]] | None:
     """Make ``target`` ready for this plan: the open journal and the units that a stopped run says are done.
 
     None if ``resume`` finds that this very run is already complete. Raises TargetError without touching anything
     if the folder holds something that nobody allowed to replace, is the source, or has too little room. ``command`` is
     kept while the run lasts, so that it can be given again; ``beside`` are files that come with the run's last step;
-    ``spool_bytes`` of the source lie beside the output meanwhile.
+    ``spool_bytes`` of the source lie beside the output meanwhile. ``before`` is called when the folder may be used and nothing
+    in it was touched, and what it raises leaves it so.
     """
     refuse_overlap(plan.source, target)
     identity = identity_of(plan) | {"files": [*files_of(plan), *beside], "command": list(command), "folder": os.getcwd()}
@@ -53,6 +56,7 @@ def prepare_target(
         if has_traces_of_run(target):
             present.remove(STATE_FOLDER)
         if has_unfinished_run(target) and resume:
+            before()
             return Journal.resume(target, identity)
         if resume and _is_complete(plan, target, workers):
             shutil.rmtree(target / STATE_FOLDER, ignore_errors=True)
@@ -62,9 +66,18 @@ def prepare_target(
         if present:
             _refuse_foreign(target)
         check_room(plan, target, _folder_bytes(target) if present else 0, spool_bytes)
+        before()
         return Journal.start(target, identity, clear=lambda: _clear(target)), {}
     except OSError as error:
-        raise TargetError(f"cannot be used: {error.strerror}", where=str(error.filename or target)) from error
+        where = str(error.filename or target)
+        raise TargetError(f"cannot be used: {error.strerror}", where=where, remedy=_way_out(error)) from error
+
+
+def _way_out(error: OSError) -> str:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "; make it writable for you, or name another folder"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "; make room or name another disk" if full else "; mend that or name another folder"
 
 
 def identity_of(plan: Plan) -> dict[str, Any]:

@@ -6,6 +6,7 @@ was one of a stack of experts that was split. What was dropped must have been dr
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from tensorsurgeon.tensors.names import Pattern
 from tensorsurgeon.tensors.spec import SpecMap, TensorSpec
 from tensorsurgeon.verifying.described import Described, Module
 from tensorsurgeon.verifying.findings import Findings
-from tensorsurgeon.verifying.lineage import PlannedTensor
+from tensorsurgeon.verifying.made import MadeTensor
 from tensorsurgeon.verifying.parts import MARKERS
 from tensorsurgeon.verifying.recipes import Call
 
@@ -41,7 +42,7 @@ class Part(NamedTuple):
 class SameBytes(NamedTuple):
     """These rows of the source, or what the recipe makes of it, are those rows of the checkpoint, byte for byte."""
 
-    source: Part | PlannedTensor
+    source: Part | MadeTensor
     target: Part
 
 
@@ -50,7 +51,7 @@ class SameWeight(NamedTuple):
     perhaps what the recipe makes of it."""
 
     name: str
-    source: Part | Module | PlannedTensor
+    source: Part | Module | MadeTensor
     target: Part | Module
     shape: tuple[int, int]
 
@@ -98,7 +99,8 @@ def pair_tensors(
     }
     # A module whose faults are known already has no pair, and its source is not lost either.
     broken = target_modules.stored.keys() - target_modules.modules.keys()
-    lost = [spec for spec in lost if not _went_into(spec, broken)]
+    in_order = sorted(broken)
+    lost = [spec for spec in lost if not _went_into(spec, broken, in_order)]
     new += [
         spec
         for name, spec in target.items()
@@ -113,11 +115,14 @@ def _is_kept(module: Module, target: Described) -> bool:
     return other is not None and other.claim == module.claim and dict(other.tensors) == dict(module.tensors)
 
 
-def _went_into(spec: TensorSpec, modules: set[str]) -> bool:
+def _went_into(spec: TensorSpec, modules: set[str], in_order: list[str]) -> bool:
     if spec.module in modules:
         return True
     parent, _, leaf = spec.name.removesuffix(".weight").rpartition(".")
-    return len(spec.shape) == 3 and leaf in _STACKED and any(m.startswith(f"{parent}.") for m in modules)
+    if len(spec.shape) != 3 or leaf not in _STACKED:
+        return False
+    at = bisect_left(in_order, f"{parent}.")
+    return at < len(in_order) and in_order[at].startswith(f"{parent}.")
 
 
 def names_in(pair: Pair, modules: Described) -> Iterator[str]:

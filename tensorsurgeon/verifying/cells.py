@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from tensorsurgeon.verifying.claims import Claim
-from tensorsurgeon.verifying.steps import Steps
+from tensorsurgeon.verifying.steps import MEDIAN_CELLS, Steps, rough_median
 from tensorsurgeon.verifying.weights import CodedWeight, Weight
 
 _LONGEST_CELL: Final = 128
@@ -28,8 +28,6 @@ _LONGEST_CELL: Final = 128
 _BLOCK_CELLS: Final = 1 << 16
 _MOST_LOOKED_AT: Final = 16
 _COMPARED_WITH: Final = 8
-# A median of so many is as good as that of all.
-_MEDIAN_CELLS: Final = 4096
 # Deviations from 1 that are worth a look, and those that chance never has.
 _ODD, _IMPOSSIBLE = 4.0, 8.0
 # A gain this near to 1 does no harm.
@@ -109,9 +107,22 @@ class CellJudge:
         self._is_integer = stored.code_range() is not None
         self._steps_of = Steps(source, stored, claim, self.size, self._order)
         self._block = _Block(0)
+        self._sample = np.unique(np.linspace(0, source.shape[0] - 1, _SAMPLE_ROWS).astype(int))
+        self._sampled: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._odd: list[OddCell] = []
         self._count = 0
         self._signal = self._cross = self._scatter = 0.0
+
+    def decoded(self, start: int, weight: np.ndarray) -> np.ndarray:
+        """float32 [rows, K]: what is stored beside the source from row ``start`` on; keeps the rows that ``facts`` looks at."""
+        stop = start + len(weight)
+        codes = self._stored.codes(start, stop)
+        rows = self._sample[(self._sample >= start) & (self._sample < stop)]
+        raw = codes[rows - start].astype(np.float32)
+        value = self._stored.decoded(codes, start, stop)
+        if len(rows):
+            self._sampled.append(self._steps_of.of_rows(rows, weight[rows - start], raw, value[rows - start]))
+        return value
 
     def take(self, start: int, weight: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """float32 [rows, K] from row ``start`` on: the source, and source minus what is stored; [rows] energies of both."""
@@ -237,23 +248,31 @@ class CellJudge:
                 words = f"is {gain[cell]:.2g} times its source, with errors of up to {largest[cell]:.2g} steps"
                 self._add(start + row, cell, words)
 
-    def _sample(self) -> np.ndarray:
-        """Some rows of the whole weight."""
-        return np.unique(np.linspace(0, self._source.shape[0] - 1, _SAMPLE_ROWS).astype(int))
-
     def _gain_inside(self) -> float:
         """The gain of some rows, without codes at the end of the grid: what is clipped is too small by choice."""
         signal = cross = 0.0
-        for row in self._sample():
-            weight, value, _ = self._steps_of.row(int(row))
+        for weight, value, _ in self._sampled:
             inside = np.isfinite(value)
             signal += float(np.square(weight[inside], dtype=np.float64).sum())
             cross += float((weight[inside].astype(np.float64) * value[inside]).sum())
         return cross / signal if signal else 1.0
 
     def _errors(self) -> np.ndarray:
-        """The errors of some rows of the whole weight, in steps."""
-        return np.concatenate([self._steps_of.row(int(row))[2] for row in self._sample()])
+        """The errors of some rows of the whole weight, in steps.
+
+        Steps of FP8 grow with the weight, and calibration makes up for the errors of large weights in small ones, by many of
+        their own steps: there no step counts as smaller than the usual one of its row.
+        """
+        if self._is_integer or self._claim.layout != "plain":
+            return np.concatenate([error.reshape(-1) for _, _, error in self._sampled])
+        found = []
+        for weight, value, error in self._sampled:
+            off = np.where(np.isfinite(value), np.abs(value - weight), 0)
+            step = np.divide(off, error, out=np.full_like(off, np.nan), where=error > 0)
+            usual = np.nan_to_num(np.nanmedian(step, axis=1, keepdims=True)) if np.isfinite(step).any() else 0.0
+            least = np.maximum(np.nan_to_num(step), usual)
+            found.append(np.divide(off, least, out=np.zeros_like(off), where=least > 0).reshape(-1))
+        return np.concatenate(found)
 
     def _is_nearest(self) -> bool:
         """Whether codes are the nearest ones, so that their scales are their own. Where the source has few values, as one that
@@ -269,11 +288,11 @@ class CellJudge:
         if self.size < _TAIL_SIZE:
             return 0.0
         errors = self._errors()
-        return float((errors > max(_TAIL * float(np.median(errors)), _ONE_STEP)).mean())
+        return float((errors > max(_TAIL * rough_median(errors), _ONE_STEP)).mean())
 
 
 def _median(values: np.ndarray, known: np.ndarray) -> float:
     """The median of cells that are known, of some of them where there are many."""
-    step = max(1, values.size // _MEDIAN_CELLS)
+    step = max(1, values.size // MEDIAN_CELLS)
     some = values.reshape(-1)[::step][known.reshape(-1)[::step]]
     return float(np.median(some if len(some) else values[known]))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import xxhash
 
 from tensorsurgeon.checkpoint.tensor_reader import CHUNK_BYTES, TensorReader
+from tensorsurgeon.machine.threads import in_threads
 from tensorsurgeon.tensors.spec import TensorSpec
 from tensorsurgeon.verifying import fidelity
 from tensorsurgeon.verifying.against import Pair, Part, SameBytes, SameWeight
@@ -18,7 +18,7 @@ from tensorsurgeon.verifying.described import Module
 from tensorsurgeon.verifying.fidelity import Fidelity
 from tensorsurgeon.verifying.findings import Findings
 from tensorsurgeon.verifying.layouts import stored_weight
-from tensorsurgeon.verifying.lineage import PlannedTensor
+from tensorsurgeon.verifying.made import MadeTensor
 from tensorsurgeon.verifying.mistaken import other_readings
 from tensorsurgeon.verifying.weights import FloatWeight, Weight
 
@@ -35,8 +35,7 @@ def compare_pairs(
 
     # In the order of the source's bytes, so that disks read forwards.
     ordered = sorted(pairs, key=lambda pair: _place(source, pair))
-    with ThreadPoolExecutor(workers) as pool:
-        results = list(pool.map(compare, ordered))
+    results = list(in_threads(compare, ordered, workers))
     return [r for r in results if isinstance(r, Fidelity)], sum(r for r in results if isinstance(r, int))
 
 
@@ -53,10 +52,10 @@ def _range(reader: TensorReader, part: Part) -> tuple[int, int]:
 
 def _same_bytes(source: TensorReader, target: TensorReader, pair: SameBytes, findings: Findings) -> int:
     second, nbytes = _range(target, pair.target)
-    first = 0 if isinstance(pair.source, PlannedTensor) else _range(source, pair.source)[0]
+    first = 0 if isinstance(pair.source, MadeTensor) else _range(source, pair.source)[0]
     for start in range(0, nbytes, CHUNK_BYTES):
         count = min(CHUNK_BYTES, nbytes - start)
-        if isinstance(pair.source, PlannedTensor):
+        if isinstance(pair.source, MadeTensor):
             one = pair.source.bytes_of(start, count)
         else:
             one = source.bytes_of(pair.source.name, first + start, count)
@@ -77,7 +76,7 @@ def _same_bytes(source: TensorReader, target: TensorReader, pair: SameBytes, fin
 def _origin(pair: SameBytes) -> str:
     if pair.source.name == pair.target.name:
         return ""
-    row = "" if isinstance(pair.source, PlannedTensor) else f", row {pair.source.first} on"
+    row = "" if isinstance(pair.source, MadeTensor) else f", row {pair.source.first} on"
     return f" ({pair.source.name}{row})"
 
 
@@ -117,8 +116,8 @@ def _rows(count: int) -> str:
     return f"{count} row{'s' if count > 1 else ''}"
 
 
-def _weight(reader: TensorReader, side: Part | Module | PlannedTensor, shape: tuple[int, int]) -> Weight:
-    if isinstance(side, PlannedTensor):
+def _weight(reader: TensorReader, side: Part | Module | MadeTensor, shape: tuple[int, int]) -> Weight:
+    if isinstance(side, MadeTensor):
         return side
     if isinstance(side, Module):
         return stored_weight(reader, side.name, side.claim, side.shape)

@@ -82,7 +82,7 @@ def compare(name: str, source: Weight, stored: Weight, claim: Claim | None) -> F
         weight = source.rows(start, stop)
         # A scale that is infinite or NaN is what this looks for, and no accident.
         with np.errstate(invalid="ignore", over="ignore"):
-            noise = stored.rows(start, stop)
+            noise = stored.rows(start, stop) if cells is None else cells.decoded(start, weight)
             np.subtract(weight, noise, out=noise)
             if has_zeros and isinstance(stored, CodedWeight):
                 error_sum -= float(noise.sum(dtype=np.float64))

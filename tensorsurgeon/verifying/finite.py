@@ -8,12 +8,12 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 import numpy as np
 
 from tensorsurgeon.checkpoint.tensor_reader import CHUNK_BYTES, TensorReader
+from tensorsurgeon.machine.threads import in_threads
 from tensorsurgeon.tensors.spec import TensorSpec
 from tensorsurgeon.verifying.findings import Findings
 
@@ -95,8 +95,8 @@ class FiniteCheck:
             for start in range(begin, end, CHUNK_BYTES):
                 self.look(shard, start, self._reader.shard_bytes(shard, start, min(CHUNK_BYTES, end - start)))
 
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(read, jobs))
+        for _ in in_threads(read, jobs, workers):
+            pass
 
     def _bits(self, spec: TensorSpec) -> _Bits | None:
         bits = _BITS.get(spec.dtype.name)

@@ -11,19 +11,19 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from tensorsurgeon.checkpoint.tensor_reader import TensorReader, elements
 from tensorsurgeon.models.stacks import ExpertCut, axes_of_stack
-from tensorsurgeon.planning.plan import Plan
-from tensorsurgeon.planning.resolving import Piece, Task
-from tensorsurgeon.planning.rewriting import Rewrite
-from tensorsurgeon.tensors.spec import Region, TensorSpec
+from tensorsurgeon.planning.resolving import Piece, Resolved, Task
+from tensorsurgeon.planning.rewriting import Rewrite, Transform
+from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 from tensorsurgeon.verifying.described import Described
 from tensorsurgeon.verifying.layouts import stored_weight
 from tensorsurgeon.verifying.layouts.mxfp4_blocks import BLOCKS, expert_of_blocks
+from tensorsurgeon.verifying.made import MadeTensor
 
 # Arrays that were computed and may be asked for again: the parts of one transposed stack come one after the other.
 _KEPT_ARRAYS: Final = 2
@@ -34,23 +34,36 @@ class UnknownStepError(Exception):
     """A step computes something that is not restated here."""
 
 
+class Replay(NamedTuple):
+    """The steps of a recipe and what they make of a source."""
+
+    steps: Sequence[Transform]
+    resolved: Resolved
+
+    @property
+    def specs(self) -> SpecMap:
+        """Every tensor that the recipe makes."""
+        return self.resolved.specs
+
+
 class Lineage:
     """Bytes of planned tensors, from any thread."""
 
-    def __init__(self, plan: Plan, source: TensorReader, modules: Described) -> None:
-        self.plan, self.source, self._modules = plan, source, modules
-        self._names = list(plan.source.specs)
+    def __init__(self, replay: Replay, source: TensorReader, modules: Described) -> None:
+        self._steps, self._resolved = replay
+        self.source, self._modules = source, modules
+        self._names = list(source.specs)
         self._lock = threading.RLock()
         self._kept: OrderedDict[int, Sequence[np.ndarray]] = OrderedDict()
 
     def task_of(self, piece: Piece) -> tuple[Task, int]:
         """The task that makes a piece that is none of the source, and which of its outputs it is."""
-        number, position = self.plan.resolved.made[-1 - piece.origin]
-        return self.plan.resolved.tasks[number], position
+        number, position = self._resolved.made[-1 - piece.origin]
+        return self._resolved.tasks[number], position
 
     def step_of(self, task: Task) -> str:
         """The op that a task belongs to: ``Cast``."""
-        return type(self.plan.steps[task.step]).__name__
+        return type(self._steps[task.step]).__name__
 
     def source_name(self, piece: Piece) -> str:
         """The source tensor that a piece is of."""
@@ -91,11 +104,11 @@ class Lineage:
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.uint8)
 
     def _made(self, origin: int) -> np.ndarray:
-        number, position = self.plan.resolved.made[-1 - origin]
+        number, position = self._resolved.made[-1 - origin]
         with self._lock:
             arrays = self._kept.get(number)
             if arrays is None:
-                arrays = [_bytes(a) for a in self._compute(self.plan.resolved.tasks[number])]
+                arrays = [_bytes(a) for a in self._compute(self._resolved.tasks[number])]
                 self._kept[number] = arrays
                 while len(self._kept) > _KEPT_ARRAYS:
                     self._kept.popitem(last=False)
@@ -134,7 +147,7 @@ class Lineage:
         if task.rewrite.inputs[0].spec.name.endswith(BLOCKS):
             blocks, exponents = (self._array(p, r) for p, r in zip(task.inputs, task.rewrite.inputs, strict=True))
             expert = expert_of_blocks(blocks, exponents)
-            axes = axes_of_stack(self.plan.source.specs, spec.name)
+            axes = axes_of_stack(self.source.specs, spec.name)
             return (expert.T if axes == ("in", "out") else expert).astype(spec.dtype.numpy)
         module = self._modules.modules.get(task.rewrite.inputs[0].spec.module)
         if module is None:
@@ -174,11 +187,14 @@ def _bytes(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-class PlannedTensor:
-    """A tensor as the recipe makes it: its bytes, and its rows as floats."""
+class PlannedTensor(MadeTensor):
+    """A tensor as the recipe makes it."""
+
+    __slots__ = ("lineage", "pieces")
 
     def __init__(self, lineage: Lineage, spec: TensorSpec, pieces: Sequence[Piece]) -> None:
-        self.lineage, self.spec, self.pieces = lineage, spec, tuple(pieces)
+        super().__init__(spec)
+        self.lineage, self.pieces = lineage, pieces if isinstance(pieces, tuple) else tuple(pieces)
 
     @property
     def name(self) -> str:
@@ -194,18 +210,6 @@ class PlannedTensor:
             return next((name for name in found if name), "")
         return ""
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[rows, last axis]."""
-        return self.spec.rows, self.spec.numel // max(self.spec.rows, 1)
-
     def bytes_of(self, start: int, nbytes: int) -> np.ndarray:
         """uint8 [nbytes]."""
         return self.lineage.read(self.pieces, start, nbytes)
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """float32 [stop - start, last axis]."""
-        row = self.spec.row_bytes
-        data = self.bytes_of(start * row, (stop - start) * row)
-        with np.errstate(over="ignore", invalid="ignore"):
-            return elements(data, self.spec).reshape(stop - start, -1).astype(np.float32)

@@ -14,10 +14,11 @@ from typing import Any, Final, NamedTuple
 from tensorsurgeon.checkpoint.folder import RECORD_NAME, Checkpoint
 from tensorsurgeon.errors import SurgeonError
 from tensorsurgeon.ops.registry import OPS
-from tensorsurgeon.planning.plan import Plan, make_plan
+from tensorsurgeon.planning.resolving import resolve
 from tensorsurgeon.planning.rewriting import Transform
 from tensorsurgeon.recipes.recipe import make_op
 from tensorsurgeon.verifying.findings import Findings
+from tensorsurgeon.verifying.lineage import Replay
 
 # A step is recorded under its class: ``SplitExperts``.
 _OPS_BY_CLASS: Final = {target.rpartition(":")[2]: name for name, target in OPS.items()}
@@ -55,8 +56,8 @@ def recorded_calls(record: Mapping[str, Any], findings: Findings) -> list[Call] 
     return calls
 
 
-def replayed(calls: list[Call], record: Mapping[str, Any], source: Checkpoint, findings: Findings) -> Plan | None:
-    """The plan of the recorded recipe over the source, from headers alone; None, and a finding, where there is none."""
+def replayed(calls: list[Call], record: Mapping[str, Any], source: Checkpoint, findings: Findings) -> Replay | None:
+    """What the recorded recipe makes of the source, from headers alone; None, and a finding, where that cannot be said."""
     said = record.get("source")
     found = {"tensors": len(source.specs), "bytes": source.weight_bytes}
     if isinstance(said, Mapping) and any(said.get(key) != value for key, value in found.items() if key in said):
@@ -80,7 +81,7 @@ def replayed(calls: list[Call], record: Mapping[str, Any], source: Checkpoint, f
             _fault(findings, f"a step {call.name} cannot be: {str(error)[:200]!a}")
             return None
     try:
-        return make_plan(steps, source)
+        return Replay(steps, resolve(steps, source.specs))
     except SurgeonError as error:
         _fault(findings, f"the recipe does not fit this source: {error.message[:300]}")
         return None

@@ -126,5 +126,5 @@ def _findings_as_text(findings: Iterable[Fault | Note], label: str = "fault  ") 
         more = f" (and {len(members) - 1} more such: {grouped_name(_tensor(members[0].where))})" if len(members) > 1 else ""
         lines.append(f"{label}{members[0]}{more}")
     if len(groups) > _SHOWN_GROUPS:
-        lines.append(f"{label}and {len(groups) - _SHOWN_GROUPS} more kinds; --json has all")
+        lines.append(f"{label}and {len(groups) - _SHOWN_GROUPS} more kinds; the JSON has all")
     return lines

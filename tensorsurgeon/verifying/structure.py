@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from tensorsurgeon.checkpoint.header import read_header
 from tensorsurgeon.checkpoint.layout import INDEX_NAME
 from tensorsurgeon.checkpoint.tensor_reader import CHUNK_BYTES, TensorReader
 from tensorsurgeon.errors import CheckpointError, HeaderError, SurgeonError
+from tensorsurgeon.machine.threads import in_threads
 from tensorsurgeon.running.record import Range, read_record, recorded_ranges
 from tensorsurgeon.verifying.findings import Findings
 from tensorsurgeon.verifying.finite import FiniteCheck
@@ -37,7 +38,7 @@ def open_for_judgement(path: Path, findings: Findings) -> Checkpoint | None:
                 findings.fault(
                     "unfinished",
                     path.name,
-                    f"an unfinished run of surgeon lies here ({error.message}); continue it with --resume",
+                    f"an unfinished run of surgeon lies here ({error.message}); resume or remove it",
                 )
                 return None
             raise
@@ -69,9 +70,7 @@ def _check_files(checkpoint: Checkpoint, path: Path, findings: Findings) -> None
     if path.is_file():
         return
     if (root / STATE_FOLDER).is_dir():
-        findings.fault(
-            "unfinished", STATE_FOLDER, "an unfinished run of surgeon lies here; finish it with --resume, or remove it"
-        )
+        findings.fault("unfinished", STATE_FOLDER, "an unfinished run of surgeon lies here; resume or remove it")
     if len(checkpoint.shards) > 1 and not checkpoint.has_index:
         findings.fault(
             "index", INDEX_NAME, f"is missing; loaders read what it names, and of {len(checkpoint.shards)} shards it names none"
@@ -88,7 +87,7 @@ def _check_files(checkpoint: Checkpoint, path: Path, findings: Findings) -> None
                 findings.note("files", oddity.where, oddity.text.removeprefix(f"{oddity.where} "))
     for name in checkpoint.left_behind:
         if name.endswith(".partial"):
-            findings.fault("leftover", name, "a part of an unfinished run; remove it, or finish the run with --resume")
+            findings.fault("leftover", name, "a part of an unfinished run; remove it, or resume the run")
         else:
             findings.note("other-weights", name, "holds weights that are no part of this checkpoint")
     if checkpoint.config_text is None:
@@ -121,21 +120,23 @@ def check_digests(reader: TensorReader, record: dict[str, Any], finite: FiniteCh
     """Compare every byte range that ``surgeon.json`` knows; the bytes compared. What is read is looked at for NaN too."""
     checkpoint = reader.checkpoint
     numbers = {shard.path.name: number for number, shard in enumerate(checkpoint.shards)}
-    ranges: dict[str, list[Range]] = {}
-    for found in recorded_ranges(record):
-        ranges.setdefault(found.shard, []).append(found)
+    known = {name for name, ranges in record["shards"].items() if ranges}
     if is_one_shard(checkpoint):
-        ranges = {name: own for name, own in ranges.items() if name in numbers}
-    for name in numbers.keys() - ranges.keys():
+        known &= numbers.keys()
+    for name in numbers.keys() - known:
         findings.fault("record", name, f"{RECORD_NAME} does not know this shard; it was added or renamed after the run")
-    jobs: list[tuple[int, Range]] = []
-    for name, own in ranges.items():
+    whole: set[str] = set()
+    # As many ranges as tensors, or more: they are looked at one by one.
+    for name, own in groupby(recorded_ranges(record), lambda found: found.shard):
+        if name not in known:
+            continue
         number = numbers.get(name)
         if number is None:
             findings.fault("record", name, f"{RECORD_NAME} says that the run wrote this shard, but it is not here")
         elif _tiles(own, checkpoint.shards[number].file_bytes, name, findings):
-            jobs += [(number, found) for found in own]
-    finite.rest(set(numbers.values()) - {number for number, _ in jobs}, workers)
+            whole.add(name)
+    jobs = ((numbers[found.shard], found) for found in recorded_ranges(record) if found.shard in whole)
+    finite.rest({number for name, number in numbers.items() if name not in whole}, workers)
     name_at = _names_by_offset(checkpoint)
 
     def compare(job: tuple[int, Range]) -> int:
@@ -154,8 +155,7 @@ def check_digests(reader: TensorReader, record: dict[str, Any], finite: FiniteCh
             )  # fmt: skip
         return found.nbytes
 
-    with ThreadPoolExecutor(workers) as pool:
-        return sum(pool.map(compare, jobs))
+    return sum(in_threads(compare, jobs, workers))
 
 
 def is_one_shard(checkpoint: Checkpoint) -> bool:
@@ -164,7 +164,7 @@ def is_one_shard(checkpoint: Checkpoint) -> bool:
     return len(names) == 1 and _OF_SEVERAL.search(names[0]) is not None and not checkpoint.has_index
 
 
-def _tiles(ranges: list[Range], file_bytes: int, name: str, findings: Findings) -> bool:
+def _tiles(ranges: Iterable[Range], file_bytes: int, name: str, findings: Findings) -> bool:
     position = 0
     for found in sorted(ranges, key=lambda r: r.offset):
         if found.offset != position or found.nbytes < 0:

@@ -7,12 +7,12 @@ is zero, which is a fault only if they are not.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 import numpy as np
 
 from tensorsurgeon.checkpoint.tensor_reader import CHUNK_BYTES, TensorReader
+from tensorsurgeon.machine.threads import in_threads
 from tensorsurgeon.verifying.bits import unpack
 from tensorsurgeon.verifying.described import Module
 from tensorsurgeon.verifying.findings import Findings
@@ -41,8 +41,7 @@ def check_values(reader: TensorReader, modules: Iterable[Module], findings: Find
     def check(module: Module) -> ScaleFacts:
         return _check(reader, module, findings)
 
-    with ThreadPoolExecutor(workers) as pool:
-        facts = list(pool.map(check, modules))
+    facts = list(in_threads(check, modules, workers))
     _judge_signs(facts, findings)
     return {f.module: f.global_scale for f in facts if f.global_scale is not None}
 

@@ -100,7 +100,7 @@ def test_kept_statistics_give_the_same_codes_or_are_refused(whole: Path, tmp_pat
     assert len(crosses) == len(second) // 2
     assert all(bool(second[name].abs().max() > 0) and bool(torch.isfinite(second[name]).all()) for name in crosses)
     run(tmp_path / "eight", samples=2, plan={"num_bits": 8}, write_statistics=tmp_path / "uncrossed")
-    with pytest.raises(RecipeError, match="--asymmetric"):
+    with pytest.raises(RecipeError, match="asymmetric"):
         run(tmp_path / "refused", read_statistics=tmp_path / "uncrossed", asymmetric=0.5)
     run(tmp_path / "off", read_statistics=tmp_path / "uncrossed", asymmetric=0.0)
     run(tmp_path / "auto", read_statistics=tmp_path / "uncrossed")

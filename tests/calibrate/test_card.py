@@ -147,7 +147,7 @@ def test_kept_statistics_are_those_that_were_used(tmp_path: Path) -> None:
 
 
 def test_a_card_too_small_is_refused_with_the_number_to_give(tmp_path: Path) -> None:
-    with pytest.raises(BudgetError, match=r"more than --max-gpu-ram 1\.00 MB; give at least \d+MB"):
+    with pytest.raises(BudgetError, match=r"more than max_gpu_ram 1\.00 MB; give at least \d+MB"):
         calibrate(tmp_path / "out", options_of(), max_gpu_ram_bytes=1_000_000)
     assert not (tmp_path / "out").exists()
 

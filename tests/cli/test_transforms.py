@@ -222,3 +222,30 @@ def test_an_export_that_needs_no_repair_is_told_so(tmp_path):
     result = surgeon("apply", "quark-export-rename", published, tmp_path / "mended")
     assert result.exit_code == 31
     assert "_quantizer.scale" in result.stderr
+
+
+def test_help_has_every_command_under_a_heading_with_its_whole_first_line():
+    listed = [name for names in main.SECTIONS.values() for name in names]
+    assert sorted(listed) == sorted(main.commands)
+    text = ok("--help")
+    assert [line.rstrip(":") for line in text.splitlines() if line.rstrip(":") in main.SECTIONS] == list(main.SECTIONS)
+    for name, command in main.commands.items():
+        assert f"  {name.ljust(10)}  {command.short_help}\n" in text
+
+
+def test_a_transform_is_shown_whole():
+    text = ok("transforms", "ct-w4a16-g32")
+    assert "      choices: true, false, null\n" in text
+    assert "\nsteps: quantize-linears\n" in text
+    assert "split-experts (when ${split_experts})" in ok("transforms", "quantize-linears")
+
+
+def test_home_is_known_wherever_a_file_may_be_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("description: x\nsteps:\n  - use: split-experts\n")
+    assert json.loads(ok("transforms", "~/mine.yaml", "--json"))["name"] == "mine"
+    ok("plan", "~/mine.yaml", FIXTURE)
+    said = surgeon("evaluate", FIXTURE, "--text=~/none.txt").stderr
+    assert f"{tmp_path}/none.txt: no such file" in said
+    said = surgeon("plan", "gptq-int4-g128", FIXTURE, "--calibration=~/none.txt").stderr
+    assert f"{tmp_path}/none.txt: no such file" in said

@@ -22,16 +22,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from gptqmodel import BACKEND, GPTQModel
+from gptqmodel.models.auto import MODEL_MAP
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 
 def load(checkpoint: Path) -> Any:
     """Through GPTQModel where the config says that it is quantized, with its plain torch kernels; else as transformers does."""
-    if "quantization_config" in json.loads((checkpoint / "config.json").read_text()):
+    config = json.loads((checkpoint / "config.json").read_text())
+    if "quantization_config" in config:
         return GPTQModel.load(str(checkpoint), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float16)
+    return getattr(transformers, config["architectures"][0]).from_pretrained(checkpoint, dtype=torch.float16)
 
 
 def main() -> int:
@@ -41,6 +43,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=Path, required=True, help="JSON: token ids, [[...], ...] of equal length")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    for definition in MODEL_MAP.values():
+        definition.require_load_processor = False  # of images: no picture is shown, and torchvision is not here
     tokens = torch.tensor(json.loads(args.tokens.read_text()))
     refused = 0
     for checkpoint in args.checkpoints:

@@ -53,6 +53,7 @@ VLLM_MOE, VLLM_DENSE = (
     f"tests/engines/test_vllm.py::{test}"
     for test in ("test_perplexity_on_held_out_text", "test_a_dense_model_scores_as_its_dequantized_weights")
 )
+VLLM_FAMILIES = "tests/engines/test_vllm_families.py::test_a_family_is_served_as_transformers_computes_it"
 NO_BACKEND = "No WNA16 MoE backend supports the deployment configuration."
 GROUPS_OF_32 = "fused_moe/experts/cpu_moe.py:862: CPUExpertsInt4 takes the key kInt4Static alone, and groups of 32 have another"
 NO_ZERO_POINT = "assert self.w_zp_name"
@@ -92,6 +93,14 @@ KNOWN = (
         NO_BACKEND,
         GROUPS_OF_32,
         ("tests/engines/test_calibrated.py::test_calibrated_codes_in_transformers[ct-w4a16-g32-calibrated]",),
+    ),
+    Refusal(
+        FIXTURE,
+        conversion("mixed", "experts=w4a16", "attention=w8a8", "mlp=w8a8"),
+        AMX,
+        NO_BACKEND,
+        GROUPS_OF_32,
+        (f"{VLLM_FAMILIES}[llama-mixed-attention-w8a8-mlp-w4a16]",),
     ),
     *(
         Refusal(DENSE, in_format(*how), AMX, NO_ZERO_POINT, MADE_UP_ZERO, (), setting="VLLM_CPU_INT4_W4A8=0")

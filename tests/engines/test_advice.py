@@ -574,6 +574,29 @@ def test_a_verdict_says_what_stands_behind_it(planned: Maker) -> None:
     check_requirements(nobody, ["vllm:tp=2"])
 
 
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "reason"),
+    [
+        ("OlmoeForCausalLM", "olmoe", None),  # looks for gate_proj, up_proj, down_proj
+        ("MixtralForCausalLM", "mixtral", None),  # for w1, w2, w3, and renames these
+        ("MiniMaxM2ForCausalLM", "minimax_m2", "down_proj, gate_proj, up_proj one by one; its loader looks for w1, w2, w3"),
+        ("GptOssForCausalLM", "gpt_oss", "takes the experts of a layer in one tensor"),
+    ],
+)
+def test_experts_that_vllm_does_not_look_for_are_garbage(
+    planned: Maker, architecture: str, model_type: str, reason: str | None
+) -> None:
+    config = {**CONFIG, "architectures": [architecture], "model_type": model_type, "text_config": {}}
+    tensors = {name: spec for name, spec in headers(split=(0, 1)).items() if not name.startswith("mtp.")}
+    plan = planned("ct-w4a16-g32", config=config, tensors=tensors)
+    wrong = found(advise(plan, "vllm", 1), "silent-garbage", "experts")
+    assert [reason in one.reason for one in wrong] == ([] if reason is None else [True])
+    assert bool(found(advise(plan, "transformers", 1), "silent-garbage", "experts", "gathers none")) == (model_type == "gpt_oss")
+    if reason is not None:
+        with pytest.raises(EngineError):
+            check_requirements(plan, ["vllm"])
+
+
 def test_every_layout_that_is_said_to_be_served_is_one() -> None:
     table = yaml.safe_load(resources.files("tensorsurgeon.engines").joinpath("served.yaml").read_text())
     assert table.keys() == set(ENGINES)

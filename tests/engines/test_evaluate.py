@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tensorsurgeon.evaluate.run import evaluate
-from tensorsurgeon.evaluate.text import TextOptions
+from tensorsurgeon.evaluating.options import TextOptions
+from tensorsurgeon.evaluating.run import evaluate
 from tests.checkpoints import FIXTURE
 from tests.engines.conftest import Convert
 from tests.engines.judging import HELDOUT, Engine, conversion

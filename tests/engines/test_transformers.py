@@ -10,7 +10,7 @@ import pytest
 
 from tests.checkpoints import FIXTURE, assert_same, read_all
 from tests.engines.conftest import Convert
-from tests.engines.judging import DENSE, Conversion, Engine, Judgement, Row, conversion, in_format
+from tests.engines.judging import DENSE, Conversion, Engine, Judgement, Row, calibrated, conversion, in_format
 
 pytestmark = pytest.mark.engine
 
@@ -21,6 +21,8 @@ MOE = (
     conversion("ct-w4a16-g32"),
     conversion("fp8-block"),
     in_format("ct-mxfp4"),
+    calibrated("fp8-block"),
+    calibrated("mxfp4a16"),
 )
 # The others on the dense model: for the MoE one, transformers 5.23 refuses compressed-tensors' int-quantized and
 # float-quantized ("automatic conversion of the weights") and loads NVFP4 into experts that are wrong, without a word.
@@ -45,6 +47,8 @@ DECOMPRESSED = (
     (DENSE, conversion("nvfp4a16")),
     (FIXTURE, conversion("nvfp4a16")),
     (FIXTURE, in_format("ct-mxfp4")),
+    (FIXTURE, calibrated("nvfp4a16")),
+    (FIXTURE, calibrated("mxfp4a16")),
 )
 
 

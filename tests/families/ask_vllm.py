@@ -48,6 +48,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe import config as fused_moe
 from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as plain_moe
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.model_loader.utils import initialize_model
@@ -170,8 +171,24 @@ def expert_names(model: nn.Module) -> dict[str, str]:
     try:
         rows = mapping() if mapping else []
     except (AttributeError, NotImplementedError, TypeError):
-        return {}
+        rows = []
+    lists = [module for module in model.modules() if type(module) is RoutedExperts]  # others load by hand
+    if not rows and lists:
+        found = lists[0]
+        names = named_by_hand(model) or (found.ckpt_gate_proj_name, found.ckpt_down_proj_name, found.ckpt_up_proj_name)
+        return {shard: name for shard, name in zip(("w1", "w2", "w3"), names, strict=True) if name}
     return {shard: re.sub(r"^experts\.\d+\.|\.$", "", weight) for _, weight, expert, shard in rows if expert == 0}
+
+
+def named_by_hand(model: nn.Module) -> tuple[str, ...]:
+    """Names of gate, down and up that a `load_weights` of the class's own file looks for instead of the experts' own."""
+    keys = ("ckpt_gate_proj_name", "ckpt_down_proj_name", "ckpt_up_proj_name")
+    for node in ast.walk(ast.parse(inspect.getsource(sys.modules[type(model).__module__]))):
+        given = {word.arg: word.value for word in node.keywords} if isinstance(node, ast.Call) else {}
+        names = [given[key].value for key in keys if isinstance(given.get(key), ast.Constant)]
+        if len(names) == len(keys) and "gate_up_proj" not in names:
+            return tuple(map(str, names))
+    return ()
 
 
 def stacked_on_loading(model: nn.Module, leaves: set[str]) -> dict[str, list[str]]:

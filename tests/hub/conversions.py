@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -24,11 +25,28 @@ def in_shards(folder: Path, shards: int = 12, *, layers: int = 12) -> Path:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Every file by name; of the record all but where the source lay."""
+    """Every file by name; of the record all but where the source lay, and of card and plan all but what it is called."""
     found: dict[str, Any] = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     record = json.loads(found.pop("surgeon.json"))
     record["source"].pop("hub", None)
+    if "surgeon_plan.json" in found:
+        plan = json.loads(found["surgeon_plan.json"])
+        name = plan["source"].pop("name")
+        found["surgeon_plan.json"] = plan
+        card = re.sub(r"\n\nThe original was read at commit `[0-9a-f]{40}`\.", "", found["README.md"].decode())
+        found["README.md"] = _without_name(card, name)
+        assert record["files"].pop("README.md")
+        assert record["files"].pop("surgeon_plan.json")
     return {**found, "record": record}
+
+
+def _without_name(card: str, name: str) -> str:
+    """A card whose three words for the original are replaced: in the front matter, the title and the first sentence."""
+    link = f"[{name}](https://huggingface.co/{name})" if "/" in name else name
+    for before, word in (("\nbase_model: ", name), ("\n# ", name.rpartition("/")[2]), ("\nA quantized version of ", link)):
+        assert card.count(before + word) == 1
+        card = card.replace(before + word, before + "SOURCE")
+    return card
 
 
 def convert(transform: Any, source: str | Path, target: Path, **more: Any) -> Any:

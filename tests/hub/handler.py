@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.hub.cards import errors_of
 from tests.hub.faults import Fault
 from tests.hub.repositories import LFS_BYTES, LFS_SUFFIXES, Blob, Repository
 
@@ -150,7 +151,9 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"type": "user", "name": "owner", "orgs": []})
 
     def _validate_yaml(self) -> None:
-        self._json({"errors": [], "warnings": []})
+        errors = [{"message": message} for message in errors_of(json.loads(self.body)["content"])]
+        said = json.dumps({"errors": errors, "warnings": [], "error": "; ".join(one["message"] for one in errors)})
+        self._send(400 if errors else 200, said.encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, repo: str, revision: str, file: str) -> None:
         repository = self._repository(repo)

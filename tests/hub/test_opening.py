@@ -243,6 +243,39 @@ def test_a_hub_that_cannot_be_reached(hub: Hub, model: Path, waits: list[float],
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(CheckpointError, match="the Hub cannot be reached"):
         open_checkpoint("owner/tiny")
+    # Nothing was fetched yet: a person without a network is told within seconds.
+    assert waits == [1.0, 3.0]
+
+
+def test_a_mistyped_folder_is_told_at_once(
+    hub: Hub, model: Path, tmp_path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "tiny-moe").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(CheckpointError) as told:
+        open_checkpoint("models/tiny-meo")
+    assert str(told.value).startswith(
+        "models/tiny-meo: no such file or folder here, and as a model on the Hub: the Hub cannot be"
+    )
+    assert str(told.value).endswith("check the connection, or HF_ENDPOINT; did you mean 'tiny-moe'?")
+    assert not waits
+    # Whoever says that it is a model of the Hub is waited for.
+    with pytest.raises(CheckpointError, match="the Hub cannot be reached"):
+        open_checkpoint("hf://models/tiny-meo")
+    assert waits == [1.0, 3.0]
+    # The Hub is asked all the same: a folder beside it says nothing of the name.
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    hub.storage.add_model("models/tiny", model)
+    same(open_checkpoint("models/tiny"), open_checkpoint(model))
+
+
+def test_offline_a_mistyped_folder_is_told_at_once(hub: Hub, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"models/tiny: no such file or folder here, and .*HF_HUB_OFFLINE is set"):
+        open_checkpoint("models/tiny")
+    assert not waits
+    assert not hub.requests
 
 
 def test_a_server_without_ranges_is_not_downloaded(hub: Hub, tmp_path: Path) -> None:

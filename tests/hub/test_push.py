@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from jsonschema import Draft202012Validator
 
 from tensorsurgeon import api
 from tensorsurgeon.cli import main
+from tensorsurgeon.cli.schema import SCHEMAS
 from tensorsurgeon.errors import PublishError, RecipeError, VerifyError
 from tests.checkpoints import FIXTURE
 from tests.hub.conversions import contents
@@ -72,6 +74,7 @@ def test_partial_files_and_the_state_of_a_run_never_go(hub: Hub, target: Path) -
 
 def test_json_says_where_it_lies(hub: Hub, target: Path) -> None:
     found = json.loads(push(target, "--json", "--quiet").stdout)
+    Draft202012Validator(SCHEMAS["push"]).validate(found)
     repository = hub.storage.repositories["owner/out"]
     assert found["address"] == f"{hub.endpoint}/owner/out"
     assert found["commit"] == repository.refs["main"]

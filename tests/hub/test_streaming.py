@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants, snapshot_download
+from jsonschema import Draft202012Validator
 
 import tensorsurgeon as ts
 from tensorsurgeon import api
 from tensorsurgeon.checkpoint.hub.stays import Stays
 from tensorsurgeon.cli import main
+from tensorsurgeon.cli.schema import SCHEMAS
 from tensorsurgeon.errors import Interrupted, JournalError, SourceError, TargetError
 from tests.checkpoints import FIXTURE, tiny_moe, write_checkpoint
 from tests.hub.conftest import use
@@ -73,6 +75,23 @@ def test_the_plan_says_what_disk_it_takes(hub: Hub, tmp_path: Path) -> None:
     said = f"fetch   12 shards, {sum(sizes) / 1e6:.2f} MB from the Hub; at most {three / 1e6:.2f} MB of them lie beside"
     assert said in api.describe(plan)
     assert "fetch" not in api.describe(api.plan("split-experts", folder)).replace("fetched", "")
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_the_plan_of_another_ahead_says_the_disk_of_that_run(hub: Hub, tmp_path: Path, ahead: int) -> None:
+    folder = in_shards(tmp_path / "model")
+    hub.storage.add_model("owner/large", folder)
+    command = ["plan", "split-experts", "owner/large", "--ahead", str(ahead)]
+    sizes = [(folder / name).stat().st_size for name in shard_names(folder)]
+    most = max(sum(sizes[n : n + ahead + 1]) for n in range(12 - ahead))
+    said = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)["streaming"]
+    Draft202012Validator(SCHEMAS["plan"]["properties"]["streaming"]).validate(said)
+    assert (said["spool_bytes"], said["ahead"], said["kept"]) == (most, ahead, False)
+    text = CliRunner().invoke(main, command).stdout
+    assert f"at most {most / 1e6:.2f} MB of them lie beside the output at once (--ahead {ahead})" in text
+    assert text.startswith(api.describe(api.plan("split-experts", "owner/large"), ahead=ahead).partition("\ndisk")[0])
+    kept = CliRunner().invoke(main, [*command, "--keep-source"]).stdout
+    assert f"fetch   12 shards, {sum(sizes) / 1e6:.2f} MB from the Hub (--ahead {ahead}); they stay in the Hub's cache\n" in kept
 
 
 def test_tensors_that_belong_together_may_lie_in_shards_far_apart(hub: Hub, tmp_path: Path) -> None:
@@ -284,7 +303,7 @@ def test_the_command_says_what_it_fetches(hub: Hub, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["apply", "split-experts", "owner/tiny", str(tmp_path / "out"), *options])
     assert done.exit_code == 0, done.output
     assert f"source  owner/tiny@{repository.refs['main']}\nfetch   4 shards, " in done.stderr
-    assert "(--ahead 3); they stay in the Hub's cache" in done.stderr
+    assert "(ahead 3); they stay in the Hub's cache" in done.stderr
     done = CliRunner().invoke(main, ["apply", "split-experts", "owner/tiny", str(tmp_path / "again"), "--quiet"])
     assert done.exit_code == 0
     assert not done.stderr

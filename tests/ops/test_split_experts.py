@@ -62,7 +62,7 @@ LAYOUTS: dict[str, Any] = {
     "granitemoe": lambda g, u, d: (
         {"block_sparse_moe.input_linear.weight": halves(g, u), "block_sparse_moe.output_linear.weight": np.stack(d)},
         "block_sparse_moe.experts",
-        ("w1", "w3", "w2"),
+        None,
     ),
     "step3p5": lambda g, u, d: (
         {"moe.gate_proj.weight": np.stack(g), "moe.up_proj.weight": np.stack(u), "moe.down_proj.weight": np.stack(d)},

@@ -113,7 +113,10 @@ def test_a_calibrated_card_names_its_data(tmp_path: Path) -> None:
         "64", "-q",
     )  # fmt: skip
     run = surgeon("card", tmp_path / "out", "--json")
-    assert json.loads(run.stdout)["missing"] == ["a verification: surgeon card TARGET --against SOURCE"]
+    assert json.loads(run.stdout)["missing"] == [
+        "the original's name on the Hub: surgeon card TARGET --base-model OWNER/NAME",
+        "a verification: surgeon card TARGET --against SOURCE",
+    ]
     text = (tmp_path / "out" / "README.md").read_text()
     assert "Calibrated on 4 sequences of 64 tokens, drawn with seed 3, from:" in text
     assert "- calibration.txt (text, 4 sequences, digest `xxh3_128:" in text

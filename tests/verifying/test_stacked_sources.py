@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
+from tensorsurgeon.models.stacks import Stacked
+from tensorsurgeon.ops import split_experts
 from tensorsurgeon.planning.plan import make_plan
+from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.recipes.library import load_transform
 from tensorsurgeon.running.run import run_plan
 from tensorsurgeon.verifying.judging import verify
@@ -68,3 +72,26 @@ def test_an_expert_that_is_gone_is_missed(tmp_path: Path) -> None:
     left = {key: array for key, array in wanted.items() if key != name}
     target = write_checkpoint(tmp_path / "out", left, config=open_checkpoint(source).config)
     assert ("lost", name) in {(fault.kind, fault.where) for fault in verify(target, source).faults}
+
+
+@pytest.mark.parametrize("transform", ["ct-w8a8-int8", "split-experts"])
+@pytest.mark.parametrize("model_type", ["unheard_of", "qwen3_vl_moe", "gpt_oss", "dbrx"])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_wrong_split_is_not_shared(
+    model_type: str, transform: str, recorded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The op takes the last expert first, and so when the judge plans the recorded recipe: he says himself which lies where."""
+    source, _ = source_of(tmp_path / "source", model_type)
+    right = split_experts._rewrites
+
+    def wrong(stacked: Stacked) -> Iterator[Rewrite]:
+        made = list(right(stacked))
+        return (one._replace(inputs=other.inputs) for one, other in zip(made, reversed(made), strict=True) if one.outputs)
+
+    monkeypatch.setattr(split_experts, "_rewrites", wrong)
+    run_plan(make_plan(load_transform(transform), open_checkpoint(source)), tmp_path / "out")
+    if not recorded:
+        (tmp_path / "out" / "surgeon.json").unlink()
+    kinds = {fault.kind for fault in verify(tmp_path / "out", source).faults}
+    assert kinds
+    assert kinds <= {"bytes", "fidelity"}

@@ -133,14 +133,14 @@ def test_a_leftover_part(sharded: Path) -> None:
 
 def test_the_state_of_an_unfinished_run(sharded: Path) -> None:
     (sharded / ".surgeon").mkdir()
-    assert "--resume" in the_fault(sharded, "unfinished", ".surgeon").message
+    assert "resume" in the_fault(sharded, "unfinished", ".surgeon").message
 
 
 def test_a_run_that_was_stopped_before_its_only_shard_was_whole(tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     (folder / ".surgeon").mkdir(parents=True)
     (folder / "model.safetensors.partial").write_bytes(bytes(100))
-    assert "--resume" in the_fault(folder, "unfinished", "stopped").message
+    assert "resume" in the_fault(folder, "unfinished", "stopped").message
 
 
 def test_other_weights_beside_are_a_note(sharded: Path) -> None:

@@ -67,8 +67,8 @@ def plan_card(
         working = max(working, largest * (1 + HELD + HELD_BY_WORKER) + forward * _GRADIENT_STATES)
     if working > cap:
         raise BudgetError(
-            f"calibration holds a decoder layer and a batch of codes on the card, {show_size(working)}, more than "
-            f"--max-gpu-ram {show_size(cap)}; give at least {-(-working // 1_000_000)}MB"
+            f"calibration holds a decoder layer and a batch of codes on the card, {show_size(working)}",
+            remedy=f", more than {{max_gpu_ram}} {show_size(cap)}; give at least {-(-working // 1_000_000)}MB",
         )
     # The states before and after a layer, and one more of what its experts are fed.
     room = cap - working
@@ -104,8 +104,8 @@ def capped(device: torch.device, plan: CardPlan, max_gpu_ram_bytes: int | None) 
     except torch.cuda.OutOfMemoryError as error:
         cap = total if max_gpu_ram_bytes is None else max_gpu_ram_bytes
         raise BudgetError(
-            f"calibration was planned to hold {show_size(plan.nbytes)} of the card and needs more than {show_size(cap)}; give "
-            "a larger --max-gpu-ram, or a shorter --sequence-length"
+            f"calibration was planned to hold {show_size(plan.nbytes)} of the card and needs more than {show_size(cap)}",
+            remedy="; give a larger {max_gpu_ram}, or a shorter {sequence_length}",
         ) from error
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)

@@ -82,7 +82,9 @@ class CardLayers:
         inputs = stage.states
         if inputs is None:
             raise JournalError(
-                f"nothing goes into layer {stage.layer}; start over with --overwrite", where=str(self.state.folder)
+                f"nothing goes into layer {stage.layer}",
+                where=str(self.state.folder),
+                remedy="; start over with {overwrite}",
             )
         with self.model.layer(stage.layer, self.weights.tensor) as module, torch.no_grad(), ExitStack() as held:
             self.weights.settle()

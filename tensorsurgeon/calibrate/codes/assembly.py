@@ -7,16 +7,18 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 from torch import Tensor
 
 from tensorsurgeon.calibrate.codes.linears import Linear, Part
 from tensorsurgeon.calibrate.log import LogRow
-from tensorsurgeon.quant.scheme import Quantized
+from tensorsurgeon.quant.scheme import Quantized, Scheme
 
 
 class Rounded(NamedTuple):
-    """The result for a stack of rows, on the CPU; losses are per row, or None where nothing could be measured."""
+    """The result for a stack of rows, on the CPU, as it is packed (FP8 codes as bytes); losses are per row, or None where
+    nothing could be measured."""
 
     codes: Tensor
     scale: Tensor
@@ -26,6 +28,7 @@ class Rounded(NamedTuple):
     method: str
     damp_percent: float | None
     note: str
+    global_scale: np.ndarray | None = None
 
 
 @dataclass
@@ -34,6 +37,8 @@ class _Assembly:
     scale: np.ndarray
     zero_point: np.ndarray | None
     expert: int | None
+    scheme: Scheme
+    global_scale: np.ndarray | None = None
     methods: set[str] = field(default_factory=set)
     notes: set[str] = field(default_factory=set)
     tokens: list[int] = field(default_factory=list)
@@ -57,7 +62,8 @@ class Assemblies:
         here = slice(part.start, part.stop)
         with self._lock:
             made.codes[here] = rounded.codes[rows].numpy()
-            made.scale[here] = rounded.scale[rows].numpy()
+            made.scale[scale_rows(here, made.scheme)] = rounded.scale[scale_rows(rows, made.scheme)].numpy()
+            made.global_scale = rounded.global_scale
             if made.zero_point is not None and rounded.zero_point is not None:
                 made.zero_point[here] = rounded.zero_point[rows].numpy()
             made.methods.add(rounded.method)
@@ -90,7 +96,7 @@ class Assemblies:
 
     def quantized(self) -> dict[int, Quantized]:
         """Codes by the linear's number."""
-        return {number: Quantized(made.codes, made.scale, made.zero_point) for number, made in self._made.items()}
+        return {number: _quantized(made) for number, made in self._made.items()}
 
     def rows(self) -> list[LogRow]:
         """What the log says, in the order of the linears."""
@@ -109,6 +115,19 @@ class Assemblies:
 
 def _empty(linear: Linear, expert: int | None) -> _Assembly:
     rows, columns = linear.weight.shape
-    groups = linear.scheme.groups(columns)
-    zero_point = None if linear.scheme.symmetric else np.zeros((rows, groups), np.int8)
-    return _Assembly(np.empty((rows, columns), np.int8), np.empty((rows, groups), np.float32), zero_point, expert)
+    scheme = linear.scheme
+    height, width = scheme.block or (1, -(-columns // scheme.groups(columns)))
+    zero_point = None if scheme.symmetric else np.zeros((rows, scheme.groups(columns)), np.int8)
+    codes = np.empty((rows, columns), np.int8 if scheme.type == "int" else np.uint8)
+    return _Assembly(codes, np.empty((-(-rows // height), -(-columns // width)), np.float32), zero_point, expert, scheme)
+
+
+def _quantized(made: _Assembly) -> Quantized:
+    codes = made.codes.view(ml_dtypes.float8_e4m3fn) if made.scheme.type == "fp8" else made.codes
+    return Quantized(codes, made.scale, made.zero_point, made.global_scale)
+
+
+def scale_rows(rows: slice, scheme: Scheme) -> slice:
+    """The rows of scales that belong to rows of codes; blocks are whole, but for the last."""
+    height = 1 if scheme.block is None else scheme.block[0]
+    return slice(rows.start // height, -(-rows.stop // height))

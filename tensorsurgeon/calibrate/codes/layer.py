@@ -10,27 +10,19 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tensorsurgeon.calibrate.codes.assembly import Assemblies, Rounded
+from tensorsurgeon.calibrate.codes.grids import LevelGrid, grid_of, largest_magnitude
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal
-from tensorsurgeon.calibrate.codes.rules import (
-    ALL_ZERO,
-    chosen_by,
-    damping_for,
-    ridge_for,
-    share_for,
-    store_scale_of,
-    why_rounded,
-)
+from tensorsurgeon.calibrate.codes.rules import ALL_ZERO, chosen_by, damping_for, ridge_for, share_for, why_rounded
 from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.walk.experts import InputStatistics
 from tensorsurgeon.calibrate.walk.statistics import LayerStatistics, is_finite
 from tensorsurgeon.calibrate.walk.workers import run_parallel
 from tensorsurgeon.errors import NumericError
 from tensorsurgeon.quant.gptq.asymmetric import correction, leaning
-from tensorsurgeon.quant.gptq.gptq import STACK_ROWS, GptqResult, gptq, output_energy
+from tensorsurgeon.quant.gptq.gptq import STACK_ROWS, gptq, output_energy
 from tensorsurgeon.quant.gptq.hessian import FlippedFactor, flipped_cholesky
 from tensorsurgeon.quant.gptq.scale_search import dequantize, round_to_nearest, search_scale
 from tensorsurgeon.quant.rtn.backend import choose_backend
@@ -39,7 +31,7 @@ from tensorsurgeon.quant.scheme import Quantized, Scheme
 from tensorsurgeon.tensors.dtypes import F32, DType, dtype_of
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
     """Parts that go by one input and one scheme, stacked as rows."""
 
     key: str
@@ -63,34 +55,50 @@ def quantize_on_cpu(
 
     ``used`` is filled with the statistics by key, where somebody wants to keep them.
     """
-    jobs = _jobs(linears, parts, statistics, options)
+    jobs = jobs_of(linears, parts, statistics, options)
     assemblies = Assemblies(linears, parts)
-    shared = _SharedFactors(statistics, Counter(job.key for job in jobs), options, used)
+    shared = SharedFactors(statistics, jobs, options, used)
 
     def run(number: int) -> None:
-        job = jobs[number]
-        began = time.monotonic()
-        arrays = [_weight(part, linears[part.linear], original) for part in job.parts]
-        found = shared.take(job)
-        try:
-            weight, base = _base(arrays, job)
-            rounded = _round(weight, base, job, found, options)
-        except NumericError as error:
-            raise NumericError(f"{linears[job.parts[0].linear].weight.name}: {error.message}") from error
-        finally:
-            shared.done(job.key)
-        seconds = time.monotonic() - began
-        start = 0
-        for part in job.parts:
-            stop_row = start + part.stop - part.start
-            share = seconds * (stop_row - start) / weight.shape[0]
-            assemblies.put(
-                part, rounded, slice(start, stop_row), 0 if found.statistics is None else found.statistics.tokens, share
-            )
-            start = stop_row
+        put(assemblies, jobs[number], do(jobs[number], linears, shared, options, original))
 
     run_parallel(len(jobs), run, workers=workers, stop=stop)
     return assemblies
+
+
+class Made(NamedTuple):
+    """What a job came to, from how many tokens, and the worker's time."""
+
+    rounded: Rounded
+    tokens: int
+    seconds: float
+
+
+def do(job: Job, linears: Sequence[Linear], shared: SharedFactors, options: CalibrationOptions, original: ReadOriginal) -> Made:
+    """Codes for the parts of a job, in this thread."""
+    began = time.monotonic()
+    arrays = [_weight(part, linears[part.linear], original) for part in job.parts]
+    found = shared.take(job)
+    try:
+        amax = largest_magnitude(linears[job.parts[0].linear], linears, original)
+        weight, base = _base(arrays, job, amax)
+        rounded = _round(weight, base, job, found, options, amax)
+    except NumericError as error:
+        raise NumericError(f"{linears[job.parts[0].linear].weight.name}: {error.message}") from error
+    finally:
+        shared.done(job.key)
+    return Made(rounded, 0 if found.statistics is None else found.statistics.tokens, time.monotonic() - began)
+
+
+def put(assemblies: Assemblies, job: Job, made: Made) -> None:
+    """Take what a job came to, part by part."""
+    rows = sum(part.stop - part.start for part in job.parts)
+    start = 0
+    for part in job.parts:
+        stop_row = start + part.stop - part.start
+        share = made.seconds * (stop_row - start) / rows
+        assemblies.put(part, made.rounded, slice(start, stop_row), made.tokens, share)
+        start = stop_row
 
 
 def _weight(part: Part, linear: Linear, original: ReadOriginal) -> np.ndarray:
@@ -102,61 +110,64 @@ def _weight(part: Part, linear: Linear, original: ReadOriginal) -> np.ndarray:
 def _round(
     weight: Tensor,
     base: Quantized,
-    job: _Job,
+    job: Job,
     found: _Shared,
     options: CalibrationOptions,
+    amax: float | None,
 ) -> Rounded:
     scheme, statistics = job.scheme, found.statistics
-    zero_point = None if base.zero_point is None else torch.from_numpy(base.zero_point)
-    scale = torch.from_numpy(base.scale)
+    grid = grid_of(base, scheme)
     is_sound = statistics is not None and is_finite(statistics)
     note = why_rounded(0 if statistics is None else statistics.tokens, is_sound, options.fallback_tokens)
     if statistics is not None and not note and job.method != "rtn":
         if job.method == "imatrix":
-            return _imatrix(weight, scale, zero_point, scheme, statistics)
+            return _imatrix(weight, grid, base, statistics)
         if found.factor is not None:
             if found.step is not None:
                 weight = leaning(weight, found.step, share_for(scheme, job.method, options))
-                base = choose_backend("auto", scheme, F32).quantize(weight.numpy(), scheme)
-                scale = torch.from_numpy(base.scale)
-                zero_point = None if base.zero_point is None else torch.from_numpy(base.zero_point)
+                base = choose_backend("auto", scheme, F32).quantize(weight.numpy(), scheme, global_amax=amax)
+                grid = grid_of(base, scheme)
+            search = options.gptq.search if options.gptq.search is None or grid.search is None else grid.search
             made = gptq(
-                weight, statistics.hessian, scale=scale, zero_point=zero_point, qmin=scheme.qmin, qmax=scheme.qmax,
-                group_size=scheme.group_size, options=replace(options.gptq, measure_energy=True),
-                store_scale=store_scale_of(scheme), tokens=statistics.tokens, factor=found.factor,
+                weight, statistics.hessian, scale=grid.scale, zero_point=grid.zero_point, qmin=grid.low, qmax=grid.high,
+                group_size=grid.group_size, options=replace(options.gptq, measure_energy=True, search=search),
+                store_scale=grid.store_scale, tokens=statistics.tokens, factor=found.factor, spacing=grid.spacing,
+                keep_scales=grid.keep_scales,
             )  # fmt: skip
-            return _from_gptq(made)
+            energy = None if made.row_energy is None else made.row_energy.numpy()
+            return _rounded(grid, base, made.codes, made.scale, made.row_loss.numpy(), energy, made.method, made.damp_percent, "")
         note = ALL_ZERO
-    codes = torch.from_numpy(base.codes)
     loss = energy = None
     if statistics is not None and statistics.tokens and is_sound and job.method != "rtn":
-        loss, energy = _measured(weight, codes, scale, zero_point, statistics)
-    return Rounded(codes, scale, zero_point, loss, energy, "rtn", None, note)
+        loss, energy = _measured(weight, grid.codes, grid.scale, grid.zero_point, statistics)
+    return _rounded(grid, base, grid.codes, grid.scale, loss, energy, "rtn", None, note)
 
 
-def _jobs(
+def jobs_of(
     linears: Sequence[Linear], parts: Sequence[Part], statistics: LayerStatistics, options: CalibrationOptions
-) -> list[_Job]:
+) -> list[Job]:
     """Parts that share an input and a scheme, at most ``STACK_ROWS`` rows together; a fixed number, so that bits stay."""
-    groups: dict[tuple[str, Scheme, str, DType, int], list[Part]] = {}
+    groups: dict[tuple[str, Scheme, str, DType, int, int], list[Part]] = {}
     for part in parts:
         linear = linears[part.linear]
         weight = linear.weight
         method = chosen_by(linear.method, options)
-        group = (statistics.shared_key(part.key), linear.scheme, method, weight.dtype, weight.shape[1])
+        # Blocks of rows, and a scale for the whole weight, are not stacked with another weight's.
+        alone = part.linear if linear.scheme.block is not None or linear.scheme.type == "nvfp4" else -1
+        group = (statistics.shared_key(part.key), linear.scheme, method, weight.dtype, weight.shape[1], alone)
         groups.setdefault(group, []).append(part)
     jobs = []
-    for (key, scheme, method, _, _), members in groups.items():
+    for (key, scheme, method, *_), members in groups.items():
         batch: list[Part] = []
         filled = 0
         for part in members:
             rows = part.stop - part.start
             if batch and filled + rows > STACK_ROWS:
-                jobs.append(_Job(key, scheme, method, tuple(batch)))
+                jobs.append(Job(key, scheme, method, tuple(batch)))
                 batch, filled = [], 0
             batch.append(part)
             filled += rows
-        jobs.append(_Job(key, scheme, method, tuple(batch)))
+        jobs.append(Job(key, scheme, method, tuple(batch)))
     return jobs
 
 
@@ -168,16 +179,17 @@ class _Shared(NamedTuple):
     step: Tensor | None
 
 
-class _SharedFactors:
+class SharedFactors:
     """Statistics and factors by key, computed by whoever comes first and let go when the last job has used them."""
 
     def __init__(
         self,
         statistics: LayerStatistics,
-        uses: Counter[str],
+        jobs: Sequence[Job],
         options: CalibrationOptions,
-        used: dict[str, InputStatistics] | None,
+        used: dict[str, InputStatistics] | None = None,
     ) -> None:
+        uses = Counter(job.key for job in jobs)
         self._statistics = statistics
         self._used = used
         self._left = dict(uses)
@@ -186,7 +198,7 @@ class _SharedFactors:
         self._locks = {key: threading.Lock() for key in uses}
         self._made: dict[str, _Shared] = {}
 
-    def take(self, job: _Job) -> _Shared:
+    def take(self, job: Job) -> _Shared:
         """The statistics, and for GPTQ the factor of their damped Hessian where there is one to be had."""
         key = job.key
         with self._locks[key]:
@@ -215,23 +227,23 @@ class _SharedFactors:
                 self._made.pop(key, None)
 
 
-def _base(arrays: Sequence[np.ndarray], job: _Job) -> tuple[Tensor, Quantized]:
+def _base(arrays: Sequence[np.ndarray], job: Job, amax: float | None) -> tuple[Tensor, Quantized]:
     """The stacked weight in F32, and what rounding to nearest makes of it by the scheme's own rule."""
     stacked = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
     stacked = np.ascontiguousarray(stacked)
-    base = choose_backend("auto", job.scheme, dtype_of(stacked)).quantize(stacked, job.scheme)
+    base = choose_backend("auto", job.scheme, dtype_of(stacked)).quantize(stacked, job.scheme, global_amax=amax)
     return tensor_of(stacked).float(), base
 
 
-def _imatrix(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, statistics: InputStatistics) -> Rounded:
+def _imatrix(weight: Tensor, grid: LevelGrid, base: Quantized, statistics: InputStatistics) -> Rounded:
     """Rounding to nearest, each group's scale searched for the least error weighted by the inputs' squares."""
-    found = search_scale(
-        weight, scale, zero_point, qmin=scheme.qmin, qmax=scheme.qmax, group_size=scheme.group_size,
-        store_scale=store_scale_of(scheme), importance=statistics.diagonal,
+    found = grid.scale if grid.keep_scales else search_scale(
+        weight, grid.scale, grid.zero_point, qmin=grid.low, qmax=grid.high, group_size=grid.group_size,
+        store_scale=grid.store_scale, importance=statistics.diagonal, options=grid.search, spacing=grid.spacing,
     )  # fmt: skip
-    codes = round_to_nearest(weight, found, zero_point, qmin=scheme.qmin, qmax=scheme.qmax)
-    loss, energy = _measured(weight, codes, found, zero_point, statistics)
-    return Rounded(codes, found, zero_point, loss, energy, "imatrix", None, "")
+    codes = round_to_nearest(weight, found, grid.zero_point, qmin=grid.low, qmax=grid.high, spacing=grid.spacing)
+    loss, energy = _measured(weight, codes, found, grid.zero_point, statistics)
+    return _rounded(grid, base, codes, found, loss, energy, "imatrix", None, "")
 
 
 def _measured(
@@ -242,6 +254,17 @@ def _measured(
     return output_energy(change, statistics.hessian).numpy(), output_energy(weight, statistics.hessian).numpy()
 
 
-def _from_gptq(made: GptqResult) -> Rounded:
-    energy = None if made.row_energy is None else made.row_energy.numpy()
-    return Rounded(made.codes, made.scale, made.zero_point, made.row_loss.numpy(), energy, made.method, made.damp_percent, "")
+def _rounded(
+    grid: LevelGrid,
+    base: Quantized,
+    codes: Tensor,
+    scale: Tensor,
+    loss: np.ndarray | None,
+    energy: np.ndarray | None,
+    method: str,
+    damp_percent: float | None,
+    note: str,
+) -> Rounded:
+    """Levels and their scales as they are packed."""
+    codes, scale = grid.packed(codes, scale)
+    return Rounded(codes, scale, grid.zero_point, loss, energy, method, damp_percent, note, base.global_scale)

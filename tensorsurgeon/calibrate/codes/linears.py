@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from tensorsurgeon.calibrate.codes.origins import Origins
+from tensorsurgeon.calibrate.codes.rules import TUNED
 from tensorsurgeon.calibrate.walk.lines import Lines, Traced
 from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.calibrate.walk.stacks import ExpertStack
@@ -27,6 +28,7 @@ from tensorsurgeon.tensors.spec import Region, TensorSpec
 class Linear:
     """One weight to quantize: its spec under the name it has by then, and the lines of checkpoint tensors it is made of.
 
+    ``together``: the weights, itself among them, that share a scale for the whole of them and are written as one.
     ``pieces`` are the regions of it that the plan's steps make, in order; ``units`` are the plan's units that write it.
     """
 
@@ -34,6 +36,7 @@ class Linear:
     scheme: Scheme
     method: str
     layer: int | None
+    together: tuple[str, ...]
     lines: list[Lines] = field(default_factory=list)
     pieces: list[tuple[Region, Pieces]] = field(default_factory=list)
     units: set[int] = field(default_factory=set)
@@ -61,7 +64,7 @@ def find_linears(plan: Plan, model: StreamedModel | None) -> list[Linear]:
     """Every weight that a step with method ``gptq``, ``imatrix`` or ``signround`` quantizes, in the order of the plan's units.
 
     ``layer`` is None, with a reason, for weights that no statistics can be had for: outside the decoder layers, or not
-    made of lines of checkpoint tensors. Those are rounded to nearest. Raises PlanError for grids that GPTQ does not know.
+    made of lines of checkpoint tensors. Those are rounded to nearest. Raises PlanError for grids that SignRound does not know.
     """
     layer_of = {} if model is None else {name: n for n in range(len(model.layers)) for name in model.source_names(n)}
     found: dict[tuple[int, str], Linear] = {}
@@ -71,11 +74,12 @@ def find_linears(plan: Plan, model: StreamedModel | None) -> list[Linear]:
             if written is None or not written.is_calibrated:
                 continue
             scheme = written.scheme
-            if scheme.type != "int":
-                raise PlanError(f"method {written.method} chooses integer codes; {scheme.type} has only method rtn")
+            if written.method == TUNED and scheme.type != "int":
+                raise PlanError(f"method {TUNED} tunes integer codes; {scheme.type} has rtn, gptq and imatrix")
+            together = tuple(region.spec.name for region in task.rewrite.inputs)
             for region, pieces in zip(task.rewrite.inputs, task.inputs, strict=True):
                 key = (task.step, region.spec.name)
-                linear = found.setdefault(key, Linear(region.spec, scheme, written.method, None))
+                linear = found.setdefault(key, Linear(region.spec, scheme, written.method, None, together))
                 linear.units.add(number)
                 linear.pieces.append((region, pieces))
     origins = Origins(plan)
@@ -142,11 +146,29 @@ def parts_of(linears: Sequence[Linear], traced: Traced, keys: Keys) -> tuple[lis
                 for cut, key, expert in keys.split(lines):
                     mine.append(Part(number, position, position + cut.total, cut, key, expert))
                     position += cut.total
-        if position == linear.weight.rows:
-            parts += mine
-        else:
+        if position != linear.weight.rows:
             without[number] = "is no linear layer whose input can be observed"
-    return parts, without
+        elif not _has_whole_blocks(linear, mine):
+            without[number] = "has blocks that are short, or lie in several parameters"
+        else:
+            parts += mine
+    # What is written as one has codes of its own in all of its weights or in none.
+    lost = {name for number in without for name in linears[number].together}
+    for number, linear in enumerate(linears):
+        if linear.weight.name in lost:
+            without.setdefault(number, "is written together with a weight that is rounded to nearest")
+    return [part for part in parts if part.linear not in without], without
+
+
+def _has_whole_blocks(linear: Linear, parts: Sequence[Part]) -> bool:
+    """Whether no part begins within a block of rows, and columns are whole blocks."""
+    block = linear.scheme.block
+    return block is None or not (linear.weight.shape[1] % block[1] or any(part.start % block[0] for part in parts))
+
+
+def schemes_of(linears: Sequence[Linear], parts: Sequence[Part]) -> dict[int, Scheme]:
+    """The schemes of the linears that have parts, by number."""
+    return {part.linear: linears[part.linear].scheme for part in parts}
 
 
 class Outputs(NamedTuple):

@@ -40,8 +40,8 @@ def carries_original(walk: Walk, options: CalibrationOptions, stage: Stage, part
         return True
     if options.asymmetric:
         raise PlanError(
-            "layers of this model hand on more than hidden states, and original ones are carried for hidden states alone; give "
-            "--asymmetric 0"
+            "layers of this model hand on more than hidden states, and original ones are carried for hidden states alone",
+            remedy="; give {asymmetric} 0",
         )
     if stage.layer == 0:
         logger.info("layers of this model hand on more than hidden states: targets do not lean towards original outputs")

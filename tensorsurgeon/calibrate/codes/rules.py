@@ -20,6 +20,7 @@ _MOST_DAMPING: Final = 2.0
 _SHARE: Final = 0.5
 _RIDGE_TOKENS: Final = 1.0
 _MOST_BITS: Final = 4
+_FP4: Final = ("nvfp4", "mxfp4")
 
 
 def damping_for(damp_percent: float, tokens: int, in_features: int) -> float:
@@ -53,13 +54,13 @@ def is_tuned(plan: Plan, options: CalibrationOptions) -> bool:
 def share_for(scheme: Scheme, method: str, options: CalibrationOptions) -> float:
     """How far a linear's target leans towards the original layers' outputs (``quant.gptq.asymmetric``).
 
-    With signed scales it takes 5 to 8 % of KL off at 4, 3 and 2 bits; docs/quality.md has the figures.
+    With signed scales it takes 5 to 8 % of KL off at 4, 3 and 2 bits, and 4 % in FP4; docs/quality.md has the figures.
     """
     if chosen_by(method, options) != "gptq" or not options.sequential:
         return 0.0
     if options.asymmetric is not None:
         return options.asymmetric
-    return _SHARE if scheme.num_bits <= _MOST_BITS and scheme.has_signed_scales else 0.0
+    return _SHARE if scheme.type in _FP4 or (scheme.num_bits <= _MOST_BITS and scheme.has_signed_scales) else 0.0
 
 
 def ridge_for(tokens: int, in_features: int) -> float:

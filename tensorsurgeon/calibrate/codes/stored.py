@@ -41,8 +41,8 @@ class StoredLayers:
         statistics = StoredStatistics(layer_path(self.folder, stage.layer))
         if self.options.asymmetric and not statistics.crossed:
             raise RecipeError(
-                f"{layer_path(self.folder, stage.layer)}: was written without the original layers' states, which --asymmetric "
-                "needs; write statistics with --asymmetric too, or give --asymmetric 0"
+                f"{layer_path(self.folder, stage.layer)}: was written without the original layers' states",
+                remedy=", which {asymmetric} needs; write statistics with {asymmetric} too, or give {asymmetric} 0",
             )
         name, module = self.model.layer_names[stage.layer], self.model.layers[stage.layer]
         stacks = find_stacks(name, module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,9 @@ from torch import nn
 from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.codes.assembly import Assemblies
 from tensorsurgeon.calibrate.codes.layer import quantize_on_cpu
-from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, stored_turned
+from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, schemes_of, stored_turned
 from tensorsurgeon.calibrate.codes.originals import carries_original, observing, passing, reopened
+from tensorsurgeon.calibrate.codes.putting import put_back
 from tensorsurgeon.calibrate.codes.rules import NOT_REACHED, TUNED
 from tensorsurgeon.calibrate.codes.stage import Layer, Stage, layer_of
 from tensorsurgeon.calibrate.codes.tuned import Tuner
@@ -23,16 +24,12 @@ from tensorsurgeon.calibrate.options import CalibrationOptions
 from tensorsurgeon.calibrate.state import CalibrationState
 from tensorsurgeon.calibrate.walk.experts import ExpertInputs, ExpertStatistics, InputStatistics
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
-from tensorsurgeon.calibrate.walk.lines import lines_of
 from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.calibrate.walk.stacks import ExpertStack, find_stacks
 from tensorsurgeon.calibrate.walk.statistics import LayerObserver, WalkedStatistics, write_layer
 from tensorsurgeon.calibrate.walk.walk import Walk
-from tensorsurgeon.calibrate.walk.workers import Turns, run_parallel
+from tensorsurgeon.calibrate.walk.workers import Turns
 from tensorsurgeon.errors import JournalError
-from tensorsurgeon.quant.gptq.scale_search import dequantize
-from tensorsurgeon.quant.rtn.plain_torch import tensor_of
-from tensorsurgeon.quant.scheme import Quantized
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +83,9 @@ class WalkedLayers:
         inputs = stage.states
         if inputs is None:
             raise JournalError(
-                f"nothing goes into layer {stage.layer}; start over with --overwrite", where=str(self.state.folder)
+                f"nothing goes into layer {stage.layer}",
+                where=str(self.state.folder),
+                remedy="; start over with {overwrite}",
             )
         with self.model.layer(stage.layer, self.walk.read) as module, ExitStack() as held:
             outputs = None if is_last else self._states(stage.layer + 1, create=True)
@@ -108,7 +107,8 @@ class WalkedLayers:
             if original is not None and stage.original is not None and not parts:
                 self._run(stage.layer, module, stage.original, original)
             if tuned or (outputs is not None and self.options.sequential):
-                self._put_back(parts, made.quantized())
+                schemes = schemes_of(linears, parts)
+                put_back(self.model.model, parts, schemes, made.quantized(), workers=self.workers, stop=self.stop)
             if targets is not None and tuned:
                 self._tuner.tune(stage.layer, module, inputs, targets, linears, parts, made)
             if outputs is not None and (self.options.sequential or not parts):
@@ -192,17 +192,3 @@ class WalkedLayers:
 
     def _run(self, number: int, module: nn.Module, inputs: HiddenStates, outputs: HiddenStates | None, **observing: Any) -> None:
         self.walk.run_layer(number, module, inputs, outputs, workers=self.workers, stop=self.stop, **observing)
-
-    def _put_back(self, parts: Sequence[Part], codes: Mapping[int, Quantized]) -> None:
-        """Overwrite the layer's weights by what a reader of the output will compute with."""
-
-        def put(number: int) -> None:
-            part = parts[number]
-            found = codes[part.linear]
-            rows = slice(part.start, part.stop)
-            zero_point = None if found.zero_point is None else tensor_of(found.zero_point[rows])
-            weight = dequantize(tensor_of(found.codes[rows]), tensor_of(found.scale[rows]), zero_point)
-            parameter = self.model.model.get_parameter(part.lines.name)
-            lines_of(parameter, part.lines).copy_(weight)
-
-        run_parallel(len(parts), put, workers=self.workers, stop=self.stop)

@@ -96,8 +96,8 @@ def _chunks(
             break
     if total < length:
         raise RecipeError(
-            f"{source.location}: has {total} tokens, fewer than one chunk of {length}; give more text, or a smaller "
-            "--sequence-length"
+            f"{source.location}: has {total} tokens, fewer than one chunk of {length}",
+            remedy="; give more text, or a smaller {sequence_length}",
         )
     tokens = np.concatenate(stream)
     chunks = tokens[: total // length * length].reshape(-1, length)

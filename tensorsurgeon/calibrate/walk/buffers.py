@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensorsurgeon.calibrate.walk.instead import ROUND_INSTEAD
 from tensorsurgeon.errors import PlanError
 
 
@@ -63,8 +64,8 @@ class Buffers:
         value = self._from_init.get(name)
         if value is None or value.is_meta or known is None or value.shape != known.shape:
             raise PlanError(
-                f"{name}: transformers does not say how this buffer is made; {type(self._model).__name__} cannot be walked. "
-                "--set method=rtn rounds to nearest, which needs no forward"
+                f"{name}: transformers does not say how this buffer is made; {type(self._model).__name__} cannot be walked",
+                remedy=ROUND_INSTEAD,
             )
         return value.to(known.dtype)
 

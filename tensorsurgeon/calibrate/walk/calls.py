@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tensorsurgeon.calibrate.walk.instead import ROUND_INSTEAD
 from tensorsurgeon.errors import PlanError
 
 
@@ -144,5 +145,6 @@ def same(first: Any, second: Any) -> bool:
 def _depends(model: str) -> PlanError:
     return PlanError(
         f"{model}: what its layers are called with depends on the text in a way that cannot be kept, so it cannot be walked "
-        "layer by layer; --set method=rtn rounds to nearest, which needs no forward"
+        "layer by layer",
+        remedy=ROUND_INSTEAD,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -47,6 +47,28 @@ def wanted_tokens(options: CalibrationOptions, counts: np.ndarray) -> int:
     return min(options.minimum_tokens, int(counts.sum()) // len(counts))
 
 
+class Fed(Protocol):
+    """What experts are fed from."""
+
+    def gather(self, tokens: np.ndarray | slice) -> Tensor:
+        """Hidden states [t, hidden] of these tokens; a new tensor."""
+        ...
+
+
+class ExpertRows(NamedTuple):
+    """Hidden states [tokens, hidden] in a file."""
+
+    path: Path
+    tokens: int
+    features: int
+    dtype: torch.dtype
+
+    def gather(self, tokens: np.ndarray | slice) -> Tensor:
+        """Hidden states [t, hidden] of these tokens; a new tensor."""
+        mapped = np.memmap(self.path, np.uint8, "r", shape=(self.tokens, self.features * self.dtype.itemsize))
+        return torch.from_numpy(np.array(mapped[tokens])).view(self.dtype)
+
+
 class ExpertInputs:
     """What went into one stack of experts: hidden states in a scratch file, chosen experts in memory.
 
@@ -81,12 +103,26 @@ class ExpertInputs:
         assert self._index is not None
         return np.bincount(self._index[self._index >= 0].reshape(-1), minlength=experts)[:experts]
 
+    @property
+    def states(self) -> HiddenStates:
+        """The scratch file."""
+        return self._states
+
+    @property
+    def rows(self) -> ExpertRows:
+        """The same for whoever only reads."""
+        return ExpertRows(self._states.path, self.tokens, self._states.shape[1], self._states.dtype)
+
+    def note(self, first_token: int, shape: tuple[int, ...], dtype: torch.dtype, chosen: np.ndarray) -> None:
+        """Another process has written the inputs of tokens from ``first_token`` on; ``chosen`` are their experts [t, k]."""
+        self.prepare(chosen.shape[1])
+        assert self._index is not None
+        self._states.note(shape, dtype, {})
+        self._index[first_token : first_token + len(chosen)] = chosen
+
     def gather(self, tokens: np.ndarray | slice) -> Tensor:
         """Hidden states [t, hidden] of these tokens; a new tensor."""
-        _, features = self._states.shape
-        dtype = self._states.dtype
-        mapped = np.memmap(self._states.path, np.uint8, "r", shape=(self.tokens, features * dtype.itemsize))
-        return torch.from_numpy(np.array(mapped[tokens])).view(dtype)
+        return self.rows.gather(tokens)
 
     def close(self) -> None:
         """Remove the scratch file."""
@@ -144,17 +180,23 @@ class ExpertStatistics:
 
     def compute(self, expert: int, *, first: bool) -> tuple[InputStatistics | None, InputStatistics]:
         """Of an expert's first projection (if asked for) and of its down projection; original weights."""
-        chosen = self.tokens_of(expert)
-        crossed = self._originals is not None
-        before = _Sums(self.stack.hidden, crossed) if first else None
-        after = _Sums(self.stack.inner, crossed)
-        for start in range(0, len(chosen), _TOKENS):
-            tokens = chosen[start : start + _TOKENS]
-            hidden = [inputs.gather(tokens) for inputs in (self._inputs, self._originals) if inputs is not None]
-            if before is not None:
-                before.add(*hidden)
-            after.add(*(self.stack.down_inputs(expert, states) for states in hidden))
-        return (None if before is None else before.result()), after.result()
+        return fed_statistics(self.stack, expert, self.tokens_of(expert), self._inputs, self._originals, first=first)
+
+
+def fed_statistics(
+    stack: ExpertStack, expert: int, chosen: np.ndarray, inputs: Fed, originals: Fed | None, *, first: bool
+) -> tuple[InputStatistics | None, InputStatistics]:
+    """Of the first projection (if asked for) and the down projection of an expert that is fed the tokens ``chosen``."""
+    crossed = originals is not None
+    before = _Sums(stack.hidden, crossed) if first else None
+    after = _Sums(stack.inner, crossed)
+    for start in range(0, len(chosen), _TOKENS):
+        tokens = chosen[start : start + _TOKENS]
+        hidden = [each.gather(tokens) for each in (inputs, originals) if each is not None]
+        if before is not None:
+            before.add(*hidden)
+        after.add(*(stack.down_inputs(expert, states) for states in hidden))
+    return (None if before is None else before.result()), after.result()
 
 
 class _Sums:

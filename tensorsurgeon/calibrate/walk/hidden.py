@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -27,15 +28,24 @@ class HiddenStates:
 
     ``shape`` and ``dtype`` are what is expected: new states have those of what is written first, for a layer's states may
     be wider than the model's dtype (Mamba 2 keeps them in F32), or have an axis more (Gemma 3n). ``is_scratch``: nobody will
-    go on from them, so no digest is taken.
+    go on from them, so no digest is taken. ``joins``: another process made the file, and this one writes some of it.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, *, create: bool, is_scratch: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        create: bool,
+        is_scratch: bool = False,
+        joins: bool = False,
+    ) -> None:
         self.path = path
         self.shape = shape
         self.dtype = dtype
         self._digests: dict[int, str] | None = None if is_scratch else {}
-        self._is_empty = create
+        self._is_empty = create or joins
         self._lock = threading.Lock()
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if create else 0)
         self._fd = os.open(path, flags, 0o644)
@@ -76,7 +86,9 @@ class HiddenStates:
         while done < nbytes:
             count = os.preadv(self._fd, [view[done:]], start * self._sample_bytes + done)
             if not count:
-                raise JournalError("ends early; another program changed it, start over with --overwrite", where=str(self.path))
+                raise JournalError(
+                    "ends early; another program changed it", where=str(self.path), remedy="; start over with {overwrite}"
+                )
             done += count
         return torch.from_numpy(buffer).view(self.dtype).view(stop - start, *self.shape[1:])
 
@@ -93,6 +105,17 @@ class HiddenStates:
             done += os.pwrite(self._fd, data[done:], start * self._sample_bytes + done)
 
     @property
+    def written(self) -> dict[int, str]:
+        """The digest of each sample that was written here."""
+        return dict(self._digests or {})
+
+    def note(self, shape: tuple[int, ...], dtype: torch.dtype, written: Mapping[int, str]) -> None:
+        """Another process has written these samples, of this shape and dtype."""
+        self.adopt(shape, dtype)
+        if self._digests is not None:
+            self._digests.update(written)
+
+    @property
     def digest(self) -> str:
         """Of all that was written, however it was cut into batches, behind its dtype and the shape of a sample."""
         known = self._digests or {}
@@ -107,8 +130,9 @@ class HiddenStates:
         found = os.fstat(self._fd).st_size
         if found != self._nbytes:
             raise JournalError(
-                f"holds {found} bytes of hidden states, {self._nbytes} are needed; start over with --overwrite",
+                f"holds {found} bytes of hidden states, {self._nbytes} are needed",
                 where=str(self.path),
+                remedy="; start over with {overwrite}",
             )
         self._digests = {}
         for number in range(self.shape[0]):

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from tensorsurgeon.calibrate.walk.instead import ROUND_INSTEAD
 from tensorsurgeon.errors import PlanError
 
 
@@ -28,7 +29,8 @@ def decoder_layers(model: Any) -> tuple[list[str], list[nn.Module]]:
     if len(chosen) != 1:
         raise PlanError(
             f"{type(model).__name__}: {len(chosen)} lists of {count} layers in its decoder, one is needed; this model cannot "
-            "be walked layer by layer. --set method=rtn rounds to nearest, which needs no forward"
+            "be walked layer by layer",
+            remedy=ROUND_INSTEAD,
         )
     name, layers = chosen[0]
     return [f"{name}.{number}" for number in range(len(layers))], list(layers)

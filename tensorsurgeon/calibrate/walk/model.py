@@ -219,6 +219,11 @@ class StreamedModel:
         tensors = {name: read(name).to(width) if name in self.weights.unpacked else read(name) for name in loading.names}
         return self.names.convert(loading, tensors)
 
+    def parameter(self, number: int, target: str, read: ReadWeight) -> Tensor | None:
+        """One parameter of a layer, by its name in the tree, without the others; None if no tensor of the checkpoint makes it."""
+        loading = next((loading for loading in self._by_layer[number] if loading.target == target), None)
+        return None if loading is None else self._made(loading, read)[target].to(self._dtypes[target])
+
     def _owner(self, target: str) -> nn.Module:
         module: nn.Module = self.model.get_submodule(target.rpartition(".")[0])
         return module

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorsurgeon.calibrate.walk.calls import Call, Promise, changed, leaves
+from tensorsurgeon.calibrate.walk.instead import ROUND_INSTEAD
 from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.errors import PlanError, SurgeonError
 
@@ -87,7 +88,8 @@ class Recorder:
             if last is not None and (number <= last or hidden is not replies[last]):
                 raise PlanError(
                     f"{self.name}: changes the hidden states between layers {last} and {number}, or calls a layer twice; it "
-                    "cannot be walked layer by layer. --set method=rtn rounds to nearest, which needs no forward"
+                    "cannot be walked layer by layer",
+                    remedy=ROUND_INSTEAD,
                 )
             first.append(hidden)
             calls[number] = call
@@ -160,7 +162,8 @@ def own_forward(model: str, where: str) -> Iterator[None]:
         said = (str(error).splitlines() or [""])[0]
         raise PlanError(
             f"{model}: transformers' own forward of this checkpoint fails {where} ({type(error).__name__}: {said}), so it cannot "
-            "be walked; see that the config fits the weights, or --set method=rtn, which needs no forward"
+            "be walked; see that the config fits the weights",
+            remedy=ROUND_INSTEAD,
         ) from error
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tensorsurgeon.calibrate.walk.instead import ROUND_INSTEAD
 from tensorsurgeon.calibrate.walk.recording import own_forward
 from tensorsurgeon.errors import PlanError
 
@@ -110,7 +111,7 @@ class ExpertStack:
         except _Caught as caught:
             # Choice by choice: what comes after the first is the same again.
             return caught.inputs.reshape(-1, self.inner)[: len(hidden)]
-        raise PlanError(f"{self.name}: runs an expert without its {self.down}; it cannot be calibrated, --set method=rtn can")
+        raise PlanError(f"{self.name}: runs an expert without its {self.down}; it cannot be calibrated", remedy=ROUND_INSTEAD)
 
 
 def find_stacks(layer_name: str, layer: nn.Module) -> list[ExpertStack]:

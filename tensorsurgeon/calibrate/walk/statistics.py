@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tensorsurgeon.calibrate.walk.crosses import Crosses
 from tensorsurgeon.calibrate.walk.experts import ExpertStatistics, InputStatistics
+from tensorsurgeon.calibrate.walk.seeing import Hooks, Seen
 from tensorsurgeon.calibrate.walk.stacks import ExpertStack
 from tensorsurgeon.calibrate.walk.workers import Turns
 from tensorsurgeon.errors import PlanError, RecipeError
@@ -42,11 +42,6 @@ class LayerStatistics(Protocol):
     def shared_key(self, key: str) -> str:
         """The key under which inputs that are one and the same are kept."""
         ...
-
-
-class _Seen(NamedTuple):
-    tensor: Tensor
-    identity: tuple[Any, ...]
 
 
 class Sum(Protocol):
@@ -94,41 +89,17 @@ class LayerObserver:
     ) -> None:
         self._originals = originals or {}
         self._crosses = crosses or Crosses()
-        self._linears = dict(sorted(linears.items()))
-        self._stacks = {stack.name: stack for stack in stacks}
+        self._hooks = Hooks(linears, stacks)
+        self._stacks = self._hooks.stacks
         self._inputs = inputs
         self._turns = turns
         self._leader: dict[str, str] = {}
         self._sums: dict[str, Sum] = {}
         self._new_sum = new_sum
-        self._local = threading.local()
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Hooks in place for the length of the block."""
-        handles = [module.register_forward_pre_hook(self._note(name)) for name, module in self._linears.items()]
-        handles += [
-            stack.module.register_forward_pre_hook(self._note_experts(stack), with_kwargs=True) for stack in self._stacks.values()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _note(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._local.seen.setdefault(name, []).append(_seen(args[0]))
-
-        return hook
-
-    def _note_experts(self, stack: ExpertStack) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, chosen = stack.called_with(args, kwargs)
-            self._local.seen.setdefault(stack.first_name, []).append(_seen(hidden))
-            self._local.chosen[stack.name] = (hidden, chosen)
-
-        return hook
+        return self._hooks.watching()
 
     def observe(
         self, batch: int, first_token: int, forward: Callable[[], Tensor], original: Callable[[], None] | None = None
@@ -137,21 +108,15 @@ class LayerObserver:
 
         ``original`` runs the same tokens' forward behind original layers.
         """
-        self._local.seen, self._local.chosen = {}, {}
-        if original is not None:
-            original()
-        before, fed = self._local.seen, self._local.chosen
-        self._local.seen, self._local.chosen = {}, {}
-        result = forward()
-        seen: dict[str, list[_Seen]] = self._local.seen
+        result, seen, now, before, fed = self._hooks.see(forward, original)
         with self._turns.turn("leaders", batch):
             if batch == 0:
                 self._choose_leaders(seen)
-            for name, (_, chosen) in self._local.chosen.items():
+            for name, (_, chosen) in now.items():
                 self._inputs[name].prepare(chosen.shape[1])
                 if name in self._originals:
                     self._originals[name].prepare(chosen.shape[1])
-        for name, (hidden, chosen) in self._local.chosen.items():
+        for name, (hidden, chosen) in now.items():
             self._inputs[name].add(first_token * max(1, self._stacks[name].copies), hidden, chosen)
             if original is not None and name in self._originals:
                 self._originals[name].add(first_token, *fed[name])
@@ -171,11 +136,10 @@ class LayerObserver:
                 if original is not None:
                     theirs = [] if name in gathered else before.get(name, [])
                     self._crosses.add(name, [s.tensor for s in mine], [s.tensor for s in theirs], tokens)
-        self._local.seen, self._local.chosen = {}, {}
         return result
 
-    def _choose_leaders(self, seen: Mapping[str, list[_Seen]]) -> None:
-        names = [*self._linears, *(stack.first_name for stack in self._stacks.values())]
+    def _choose_leaders(self, seen: Mapping[str, list[Seen]]) -> None:
+        names = self._hooks.names
         by_input: dict[tuple[Any, ...], str] = {}
         for name in names:
             identity = tuple(s.identity for s in seen.get(name, []))
@@ -191,11 +155,6 @@ class LayerObserver:
     def result(self, experts: Mapping[str, ExpertStatistics]) -> WalkedStatistics:
         """What was observed; ``experts`` by the name of their stack."""
         return WalkedStatistics(*self.observed(), dict(experts))
-
-
-def _seen(tensor: Tensor) -> _Seen:
-    tensor = tensor.detach()
-    return _Seen(tensor, (tensor.data_ptr(), tensor.numel(), tensor.shape[-1], tensor.dtype, tensor._version))
 
 
 class WalkedStatistics:

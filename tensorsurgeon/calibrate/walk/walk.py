@@ -87,6 +87,11 @@ class Walk:
             return True
         return any(slot.empty is not None and self._carried.holds(key) for key, slot in slots)
 
+    @property
+    def may_pass_on(self) -> bool:
+        """Whether layers could hand on more than hidden states: containers are among it before anything is put into them."""
+        return self.model.shares_blocks or any(not key.startswith("text") for key in self._slots)
+
     def embed(self, write: Callable[[int, Tensor], None] | None) -> None:
         """Run what comes before the layers; ``write`` takes the first sample's number and the first layer's inputs.
 
@@ -143,32 +148,46 @@ class Walk:
         ``observer(batch, first token, forward)`` runs the forward it is given and returns its result.
         NumericError names the first sample whose states are not finite. A layer that texts do not reach hands states on.
         """
+        run_parallel(
+            len(self.batches),
+            lambda batch: self.run_batch(number, layer, inputs, outputs, batch, observer),
+            workers=workers,
+            stop=stop,
+            turns=turns,
+        )
+
+    def run_batch(
+        self,
+        number: int,
+        layer: nn.Module,
+        inputs: HiddenStates,
+        outputs: HiddenStates | None,
+        batch: int,
+        observer: Observer | None = None,
+    ) -> None:
+        """One batch of ``run_layer``, in this thread."""
         name = self.model.layer_names[number]
-
-        def work(batch: int) -> None:
-            start, stop_at = self.batches[batch]
-            if not self.reaches(number):
-                if outputs is not None:
-                    outputs.write(start, inputs.read(start, stop_at))
-                return
-            hidden = self._read(inputs, batch)
-            call, boxes = self._bound(self._calls[stop_at - start][number], batch)
-            returned: list[Any] = []
-
-            def forward() -> Tensor:
-                with own_forward(type(self.model.model).__name__, f"in {name}"):
-                    returned.append(layer(hidden, *call.args, **call.kwargs))
-                states: Tensor = next(leaves(returned[-1]))[1]
-                return states
-
-            result = forward() if observer is None else observer(batch, start * self.tokens.shape[1], forward)
-            result = self.by_sample(result)
-            check_finite(result, name, start)
+        start, stop_at = self.batches[batch]
+        if not self.reaches(number):
             if outputs is not None:
-                outputs.write(start, result)
-                self._pass_on(number, batch, returned[-1], boxes)
+                outputs.write(start, inputs.read(start, stop_at))
+            return
+        hidden = self._read(inputs, batch)
+        call, boxes = self._bound(self._calls[stop_at - start][number], batch)
+        returned: list[Any] = []
 
-        run_parallel(len(self.batches), work, workers=workers, stop=stop, turns=turns)
+        def forward() -> Tensor:
+            with own_forward(type(self.model.model).__name__, f"in {name}"):
+                returned.append(layer(hidden, *call.args, **call.kwargs))
+            states: Tensor = next(leaves(returned[-1]))[1]
+            return states
+
+        result = forward() if observer is None else observer(batch, start * self.tokens.shape[1], forward)
+        result = self.by_sample(result)
+        check_finite(result, name, start)
+        if outputs is not None:
+            outputs.write(start, result)
+            self._pass_on(number, batch, returned[-1], boxes)
 
     def call(self, number: int, layer: nn.Module, inputs: HiddenStates, batch: int) -> Tensor:
         """What the loaded layer makes of one batch of other states; nothing is kept of what it hands on beside them."""

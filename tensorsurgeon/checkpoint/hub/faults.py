@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
 from tensorsurgeon.errors import SurgeonError
@@ -16,25 +16,33 @@ T = TypeVar("T")
 
 # Seconds before each new try: a Hub that restarts, or a connection that comes back, needs less than these together.
 _WAITS: Final = (1.0, 3.0, 10.0, 30.0)
+FIRST_WAITS: Final = (1.0, 3.0)
+"""The same where nothing has been fetched yet and nobody answers: whoever has no network, or meant a folder, is told soon."""
 # Whoever asks for more patience than this is told to a person, who may come back later.
 _MOST_PATIENCE: Final = 300.0
+# As httpx and requests call them.
+_NO_CONNECTION: Final = frozenset({"ConnectError", "ConnectTimeout", "ConnectionError"})
 _LOG_IN: Final = "log in with `hf auth login`, or give a token as HF_TOKEN"
 
 
 class Fault(NamedTuple):
-    """What happened, in words; whether it may pass, and how many seconds the Hub asked to wait."""
+    """What happened, in words; whether it may pass, how many seconds the Hub asked to wait, whether nobody answered at all."""
 
     message: str
     may_pass: bool
     wait: float = 0.0
+    is_unreached: bool = False
 
 
-def persistently(work: Callable[[], T], where: str, error: Callable[..., SurgeonError]) -> T:
+def persistently(
+    work: Callable[[], T], where: str, error: Callable[..., SurgeonError], *, unreached_waits: Sequence[float] | None = None
+) -> T:
     """The result of ``work``, tried again while what stops it may pass; raises ``error`` with one message.
 
-    Deliberate errors go through as they are.
+    Deliberate errors go through as they are. ``unreached_waits`` are the seconds before each new try where no connection comes
+    about, if they are others.
     """
-    for wait in (*_WAITS, None):
+    for number, patience in enumerate((*_WAITS, None)):
         try:
             return work()
         except SurgeonError:
@@ -43,6 +51,9 @@ def persistently(work: Callable[[], T], where: str, error: Callable[..., Surgeon
             fault = fault_of(cause)
             if fault is None:
                 raise
+            wait = patience
+            if fault.is_unreached and unreached_waits is not None:
+                wait = unreached_waits[number] if number < len(unreached_waits) else None
             if wait is None or not fault.may_pass or fault.wait > _MOST_PATIENCE:
                 raise error(fault.message, where=where) from cause
             pause = max(wait, fault.wait)
@@ -71,7 +82,9 @@ def fault_of(error: BaseException) -> Fault | None:
         case errors.HfHubHTTPError():
             return _of_status(error)
         case errors.HTTPError():  # type: ignore[attr-defined]  # of whichever HTTP library it uses
-            return Fault(f"the Hub cannot be reached ({_first_line(error)}); check the connection, or HF_ENDPOINT", True)
+            unreached = type(error).__name__ in _NO_CONNECTION
+            message = f"the Hub cannot be reached ({_first_line(error)}); check the connection, or HF_ENDPOINT"
+            return Fault(message, True, is_unreached=unreached)
         case errors.HFValidationError():
             return Fault(_first_line(error), False)
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
@@ -99,7 +112,9 @@ def _of_status(error: Any) -> Fault:
             return Fault(f"the Hub answers that there were too many requests ({status}){asked}; try again later", True, wait)
     if status >= 500:
         return Fault(f"the Hub is in trouble ({status}); try again later", True)
-    return Fault(f"the Hub refuses ({_first_line(error)})", False)
+    # What the Hub itself says, where it says something: the library's first line is of its own words.
+    said = " ".join(str(getattr(error, "server_message", None) or "").split())
+    return Fault(f"the Hub refuses: {said or _first_line(error)}", False)
 
 
 def _first_line(error: BaseException) -> str:

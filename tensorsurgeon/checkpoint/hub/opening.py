@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from tensorsurgeon.checkpoint.header import ShardHeader, header_bytes, parse_header, read_header
+from tensorsurgeon.checkpoint.hub.faults import FIRST_WAITS
 from tensorsurgeon.checkpoint.hub.repository import ask_snapshot, cached_snapshot, fetch_into_cache, is_offline, read_range
 from tensorsurgeon.checkpoint.hub.snapshot import HubAddress, HubFile, Snapshot
 from tensorsurgeon.checkpoint.side_files import SideFiles, holds_other_weights, lies_hidden, module_folders, side_files
@@ -75,8 +76,11 @@ class HubFolder:
         return here._replace(left_behind=tuple(sorted({*here.left_behind, *left})))
 
 
-def find_on_the_hub(address: HubAddress) -> HubFolder:
-    """The commit that an address means, with its small files here; CheckpointError says why that cannot be."""
+def find_on_the_hub(address: HubAddress, *, may_be_path: bool = False) -> HubFolder:
+    """The commit that an address means, with its small files here; CheckpointError says why that cannot be.
+
+    What ``may_be_path`` too is not waited for where the Hub cannot be reached.
+    """
     cached = cached_snapshot(address)
     if cached is not None:
         snapshot, folder, is_listed = cached
@@ -87,7 +91,7 @@ def find_on_the_hub(address: HubAddress) -> HubFolder:
         raise CheckpointError(
             "is not complete in the cache, and the Hub may not be asked (HF_HUB_OFFLINE is set)", where=str(address)
         )
-    snapshot = ask_snapshot(address)
+    snapshot = ask_snapshot(address, () if may_be_path else FIRST_WAITS)
     if not any(name.endswith(_SHARD) for name in snapshot.files):
         shown = ", ".join(sorted(snapshot.files)[:8])
         raise CheckpointError(f"holds no .safetensors file (found: {shown or 'nothing'})", where=str(snapshot))

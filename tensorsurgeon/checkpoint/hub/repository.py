@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from tensorsurgeon.checkpoint.hub.faults import persistently
+from tensorsurgeon.checkpoint.hub.faults import FIRST_WAITS, persistently
 from tensorsurgeon.checkpoint.hub.snapshot import HubAddress, HubFile, Snapshot, is_commit
 from tensorsurgeon.errors import CheckpointError, SourceError
 
@@ -20,14 +20,17 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _MAIN: Final = "main"
 
 
-def ask_snapshot(address: HubAddress) -> Snapshot:
-    """The commit that an address means now, and its files; CheckpointError says why there is none."""
+def ask_snapshot(address: HubAddress, waits: Sequence[float] = FIRST_WAITS) -> Snapshot:
+    """The commit that an address means now, and its files; CheckpointError says why there is none.
+
+    ``waits``: seconds before each new try while the Hub cannot be reached.
+    """
     from huggingface_hub import HfApi
 
     def ask() -> Any:
         return HfApi().model_info(address.repository, revision=address.revision, files_metadata=True, timeout=_SECONDS)
 
-    info = persistently(ask, str(address), CheckpointError)
+    info = persistently(ask, str(address), CheckpointError, unreached_waits=waits)
     files = {
         sibling.rfilename: HubFile(sibling.size or 0, sibling.blob_id or "", None if sibling.lfs is None else sibling.lfs.sha256)
         for sibling in info.siblings or ()

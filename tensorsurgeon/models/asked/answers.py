@@ -8,14 +8,18 @@ each entry says whether the class was asked, or its source read. ``transformers.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from tensorsurgeon.models.experts import is_expert_list
 from tensorsurgeon.models.fused import Fusions, fused_name
 
 _FILE: Final = Path(__file__).with_name("vllm.json")
+# What stands before the path within a layer.
+_LAYER: Final = re.compile(r".*?\.\d+\.")
 _STACKS: Final = Path(__file__).with_name("transformers.json")
 
 
@@ -24,7 +28,9 @@ class Answer(NamedTuple):
 
     ``how``: asked or read. ``takes``, ``never``: paths within a layer, numbers as ``*`` and fused as the engine has them,
     of linears that it builds with a quantization config, and without. ``fused``: the engine's linear and its parts, as it
-    declares them; ``stacked``: what its loader puts together besides.
+    declares them; ``stacked``: what its loader puts together besides. ``renames``: what it calls modules otherwise than the
+    file, one change after the other: kind (``regex``, ``substring`` or ``prefix``), what is found, what takes its place.
+    ``experts``: by what names it looks for the matrices of an expert stored by itself; none where the class was not asked.
     """
 
     engine: str
@@ -34,6 +40,26 @@ class Answer(NamedTuple):
     never: frozenset[str]
     fused: Mapping[str, tuple[str, ...]]
     stacked: Mapping[str, tuple[str, ...]]
+    renames: tuple[tuple[str, str, str], ...]
+    experts: frozenset[str]
+
+    def engines_name(self, module: str) -> str:
+        """What the engine calls a linear or an expert list of the file."""
+        name = self.renamed(module)
+        layer = _LAYER.match(name)
+        lists = {path for path in self.takes if path.rpartition(".")[2] == "experts"}
+        if layer is None or not is_expert_list(module) or name[layer.end() :] in lists or len(lists) != 1:
+            return name
+        return layer[0] + next(iter(lists))
+
+    def renamed(self, module: str) -> str:
+        """A name as the engine's WeightsMapper changes it: each change once, in its order."""
+        for kind, old, new in self.renames:
+            if kind == "regex":
+                module = re.sub(old, new, module)
+            elif kind == "substring" or module.startswith(old):
+                module = module.replace(old, new, 1)
+        return module
 
     def fusions(self) -> Fusions:
         """What this class runs as one linear."""
@@ -109,6 +135,13 @@ def _answer(architecture: str) -> Answer:
         frozenset(map(_inside, entry.get("never") or ())),
         {fused: tuple(parts) for fused, parts in (entry.get("fused") or {}).items()},
         {fused: tuple(parts) for fused, parts in (entry.get("stacked") or {}).items()},
+        tuple(
+            (kind, old, new)
+            for kind in ("regex", "substring", "prefix")
+            for old, new in ((entry.get("names") or {}).get(kind) or {}).items()
+            if new is not None
+        ),
+        frozenset((entry.get("experts") or {}).values()),
     )
 
 

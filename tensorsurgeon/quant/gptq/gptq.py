@@ -22,12 +22,12 @@ from torch import Tensor
 
 from tensorsurgeon.errors import NumericError
 from tensorsurgeon.quant.gptq.hessian import ActOrder, FlippedFactor, damp_for_tokens, flipped_cholesky
+from tensorsurgeon.quant.gptq.levels import EVEN, Spacing, code_dtype
 from tensorsurgeon.quant.gptq.polish import Polish, polish
 from tensorsurgeon.quant.gptq.scale_search import (
     ScaleSearch,
     StoreScale,
     check_grid,
-    code_dtype,
     dequantize,
     round_to_nearest,
     search_scale,
@@ -74,7 +74,7 @@ class GptqOptions:
 class GptqResult:
     """Codes and scales, and how far the layer's output moved on the calibration tokens.
 
-    ``codes``: [N, K] in [qmin, qmax], int8 where the range fits, else int16; ``scale``: F32 [N, G], as stored.
+    ``codes``: [N, K] levels in [qmin, qmax] in the grid's ``code_dtype``; ``scale``: F32 [N, G], as stored.
     ``row_loss``: F64 [N], the diagonal of D H D^T, D = W - dequantized; ``row_energy``: that of W H W^T, where measured.
     ``method``: ``rtn`` where the Hessian saw no token, and rounding to nearest is all that can be done.
     ``damp_percent``: the damping that was used.
@@ -118,6 +118,8 @@ def gptq(
     store_scale: StoreScale,
     tokens: int | None = None,
     factor: FlippedFactor | None = None,
+    spacing: Spacing = EVEN,
+    keep_scales: bool = False,
 ) -> GptqResult:
     """Quantize ``weight`` [N, K] F32 so that the layer's output on the tokens behind ``hessian`` [K, K] moves least.
 
@@ -126,6 +128,8 @@ def gptq(
     group per row. ``tokens``, how many the Hessian sums, guards against fitting the noise of too few.
     Matrices that share a Hessian share one factorisation: stacked as rows, ``STACK_ROWS`` at a time, or through ``factor``,
     the ``flipped_cholesky`` of the same Hessian, whose damping and order then stand.
+    ``spacing``: where the levels from ``qmin`` to ``qmax`` lie, those of integers if nothing is said. ``keep_scales``: scales
+    stay as they are, for other rows have them too.
     Raises NumericError for weights, scales or a Hessian that are not finite or do not fit each other.
     """
     options = options or GptqOptions()
@@ -135,27 +139,27 @@ def gptq(
     if factor is None:
         damp_percent = damp_for_tokens(options.damp_percent, tokens, weight.shape[1])
         factor = flipped_cholesky(hessian, damp_percent, options.act_order)
-    if options.search is not None:
+    if options.search is not None and not keep_scales:
         scale = search_scale(
             weight, scale, zero_point, qmin=qmin, qmax=qmax, group_size=group_size, store_scale=store_scale,
             # Column j's rounding error e costs (U_jj e)^2 once later columns have made up for it: so weigh by that, not
             # by the diagonal itself, which charges for what will be made up (0.0032 against 0.0037 on the yardstick).
-            importance=None if factor is None else factor.column_cost(), options=options.search,
+            importance=None if factor is None else factor.column_cost(), options=options.search, spacing=spacing,
         )  # fmt: skip
     else:
         scale = stored(scale, store_scale)
     if factor is None:
         return GptqResult(
-            codes=round_to_nearest(weight, scale, zero_point, qmin=qmin, qmax=qmax), scale=scale, zero_point=zero_point,
-            row_loss=torch.zeros(weight.shape[0], dtype=torch.float64), row_energy=None, method="rtn",
+            codes=round_to_nearest(weight, scale, zero_point, qmin=qmin, qmax=qmax, spacing=spacing), scale=scale,
+            zero_point=zero_point, row_loss=torch.zeros(weight.shape[0], dtype=torch.float64), row_energy=None, method="rtn",
             damp_percent=options.damp_percent,
         )  # fmt: skip
     added = factor.diagonal - hessian.diagonal()
-    codes, loss = _quantize_columns(weight, factor, added, scale, zero_point, qmin, qmax, group_size, options.block_size)
+    codes, loss = _quantize_columns(weight, factor, added, scale, zero_point, qmin, qmax, spacing, group_size, options.block_size)
     if options.polish is not None:
         polished = polish(
             weight, hessian, codes, scale, zero_point, damping=added, qmin=qmin, qmax=qmax, group_size=group_size,
-            store_scale=store_scale, options=options.polish,
+            store_scale=store_scale, options=options.polish, spacing=spacing, keep_scales=keep_scales,
         )  # fmt: skip
         codes, scale, loss = polished.codes, polished.scale, loss - polished.row_gain
     return GptqResult(
@@ -183,6 +187,7 @@ def _quantize_columns(
     zero_point: Tensor | None,
     qmin: int,
     qmax: int,
+    spacing: Spacing,
     group_size: int,
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
@@ -195,7 +200,7 @@ def _quantize_columns(
     original = torch.empty(columns, rows)
     loops.take_columns(weight.contiguous().numpy(), factor.order.numpy(), original.numpy())
     residual = torch.empty_like(original)
-    codes = torch.empty(columns, rows, dtype=code_dtype(qmin, qmax))
+    codes = torch.empty(columns, rows, dtype=code_dtype(qmin, qmax, spacing))
     scale_rows = scale.T.contiguous()
     zero = zero_rows(zero_point, scale_rows.shape).numpy()
     added_in_order = added[factor.order].numpy()
@@ -215,6 +220,8 @@ def _quantize_columns(
             group[start:stop],
             np.float32(qmin),
             np.float32(qmax),
+            np.float32(spacing.fraction),
+            np.float32(spacing.least),
             codes[start:stop].numpy(),
             residual[start:stop].numpy(),
             loss.numpy(),

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tensorsurgeon.quant.gptq.levels import EVEN, Spacing
 from tensorsurgeon.quant.gptq.scale_search import StoreScale, zero_rows
 from tensorsurgeon.quant.loops import polish as loops
 from tensorsurgeon.quant.loops.tiles import PANEL_COLUMNS, TILE_ROWS
@@ -58,11 +59,14 @@ def polish(
     group_size: int,
     store_scale: StoreScale,
     options: Polish | None = None,
+    spacing: Spacing = EVEN,
+    keep_scales: bool = False,
 ) -> Polished:
     """Codes and scales with no more output error than those given, usually a quarter less.
 
     ``weight`` [N, K] F32, ``hessian`` [K, K] undamped, ``damping`` [K] what is added to its diagonal (all entries
-    positive in sum), ``codes`` [N, K] int8 or int16, ``scale`` [N, G] as stored. Nothing given is changed.
+    positive in sum), ``codes`` [N, K] in the grid's ``code_dtype``, ``scale`` [N, G] as stored, which ``keep_scales`` leaves as
+    they are. Nothing given is changed.
     """
     options = options or Polish()
     columns = weight.shape[1]
@@ -83,13 +87,14 @@ def polish(
     importance = hessian.diagonal() + damping
     blocks = _by_importance(_blocks(columns, group_size), importance)
     large_groups = group_size > BLOCK
+    refits = not keep_scales
     groups = _by_importance([(s, s + group_size) for s in range(0, columns, group_size)], importance)
     for _ in range(options.rounds):
-        for start, stop in groups if large_groups else []:
+        for start, stop in groups if large_groups and refits else []:
             _refit_scales(state, start, stop, state.gradient(start, stop), state.damped(start, stop), store_scale)
         for start, stop in blocks:
             gradient, damped = state.gradient(start, stop), state.damped(start, stop)
-            if not large_groups:
+            if not large_groups and refits:
                 _refit_scales(state, start, stop, gradient, damped, store_scale)
             loops.descend(
                 gradient.numpy(),
@@ -103,6 +108,8 @@ def polish(
                 group_size,
                 np.float32(qmin),
                 np.float32(qmax),
+                np.float32(spacing.fraction),
+                np.float32(spacing.least),
                 options.sweeps,
                 state.gain.numpy(),
                 aligned((TILE_ROWS * (stop - start),), np.float32),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tensorsurgeon.errors import NumericError
+from tensorsurgeon.quant.gptq.levels import EVEN, Spacing, code_dtype, nearest_levels
 from tensorsurgeon.quant.loops import scale_search as loops
 from tensorsurgeon.quant.loops.tiles import TILE_ROWS
 from tensorsurgeon.tensors.arrays import aligned
@@ -53,12 +54,13 @@ def search_scale(
     store_scale: StoreScale,
     importance: Tensor | None = None,
     options: ScaleSearch | None = None,
+    spacing: Spacing = EVEN,
 ) -> Tensor:
     """The stored scale of each group with the least ``sum_j importance_j (w_j - dequantized_j)^2``, F32 [N, G].
 
     ``weight`` [N, K] F32, ``scale`` [N, G] the base scales (a negative one stays negative), ``zero_point`` [N, G],
     ``importance`` [K] (the Hessian's diagonal, or what GPTQ pays per column) or None for equal weights. Candidates are
-    compared as they would be stored; one that does not fit the stored type is not considered.
+    compared as they would be stored; one that does not fit the stored type is not considered. ``spacing``: where levels lie.
     """
     check_grid(weight, scale, zero_point, group_size)
     options = options or ScaleSearch()
@@ -80,20 +82,24 @@ def search_scale(
         columns if group_size == -1 else group_size,
         np.float32(qmin),
         np.float32(qmax),
+        np.float32(spacing.fraction),
+        np.float32(spacing.least),
         best,
         aligned((3, TILE_ROWS), np.float32),
     )
     return torch.gather(candidates, 0, torch.from_numpy(best)[None])[0].T.contiguous()
 
 
-def round_to_nearest(weight: Tensor, scale: Tensor, zero_point: Tensor | None, *, qmin: int, qmax: int) -> Tensor:
-    """clamp(round(w / scale + zero_point)), ties to even; int8 [N, K] where the range fits, else int16."""
+def round_to_nearest(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, *, qmin: int, qmax: int, spacing: Spacing = EVEN
+) -> Tensor:
+    """clamp(round(w / scale + zero_point)), ties to even; [N, K] in the ``code_dtype`` of the grid."""
     per_column = weight.shape[1] // scale.shape[1]
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale).repeat_interleave(per_column, 1)
     level = weight / divisor
     if zero_point is not None:
         level = level + zero_point.to(torch.float32).repeat_interleave(per_column, 1)
-    return level.round_().clamp_(qmin, qmax).to(code_dtype(qmin, qmax))
+    return nearest_levels(level, qmin, qmax, spacing).to(code_dtype(qmin, qmax, spacing))
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -103,11 +109,6 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tenso
     if zero_point is not None:
         level = level - zero_point.to(torch.float32).repeat_interleave(per_column, 1)
     return level * scale.repeat_interleave(per_column, 1)
-
-
-def code_dtype(qmin: int, qmax: int) -> torch.dtype:
-    """The smallest of int8 and int16 that holds every code."""
-    return torch.int8 if qmin >= -128 and qmax <= 127 else torch.int16
 
 
 def stored(scale: Tensor, store_scale: StoreScale) -> Tensor:

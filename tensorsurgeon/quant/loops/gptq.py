@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorsurgeon.quant.loops.compiled import kernel
+from tensorsurgeon.quant.loops.levels import nearest
 from tensorsurgeon.quant.loops.scratch import matrix
 from tensorsurgeon.quant.loops.tiles import PANEL_COLUMNS, TILE_ROWS
 
@@ -37,6 +38,8 @@ def column_loop(
     group: NDArray[np.int64],
     qmin: np.float32,
     qmax: np.float32,
+    fraction: np.float32,
+    apart: np.float32,
     codes: NDArray[np.int8],
     residual: NDArray[np.float32],
     loss: NDArray[np.float64],
@@ -67,9 +70,9 @@ def column_loop(
                     size = row_scale[n]
                     divisor = np.float32(1.0) if size == np.float32(0.0) else size
                     current = row_original[n] + sums[k, n] / pivot
-                    level = min(max(np.rint(current / divisor + row_zero[n]), qmin), qmax)
+                    level = nearest(current / divisor + row_zero[n], qmin, qmax, fraction, apart)
                     row_residual[n] = row_original[n] - (level - row_zero[n]) * size
-                    row_codes[n] = np.int16(level)
+                    row_codes[n] = level
                 for n in range(width):
                     off = sums[k, n] + row_residual[n] * pivot
                     loss[first + n] += off * off - added[k] * row_residual[n] * row_residual[n]

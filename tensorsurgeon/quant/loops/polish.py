@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorsurgeon.quant.loops.compiled import kernel
+from tensorsurgeon.quant.loops.levels import nearest
 from tensorsurgeon.quant.loops.scratch import matrix
 from tensorsurgeon.quant.loops.tiles import PANEL_COLUMNS, TILE_ROWS
 
@@ -46,6 +47,8 @@ def descend(
     group_size: int,
     qmin: np.float32,
     qmax: np.float32,
+    fraction: np.float32,
+    apart: np.float32,
     sweeps: int,
     gain: NDArray[np.float64],
     slopes: NDArray[np.float32],
@@ -86,14 +89,14 @@ def descend(
                         divisor = one if size == zero else size
                         code = np.float32(row_codes[n])
                         wanted = (code - row_zero[n]) * size + row_slope[n] / curvature
-                        new = min(max(np.rint(wanted / divisor + row_zero[n]), qmin), qmax)
+                        new = nearest(wanted / divisor + row_zero[n], qmin, qmax, fraction, apart)
                         move = (new - code) * size
                         fall = move * (two * row_slope[n] - move * curvature)
                         taken = fall > zero
                         step[n] = move if taken else zero
                         fallen[n] = fall if taken else zero
                         row_change[n] -= step[n]
-                        row_codes[n] = np.int16(new if taken else code)
+                        row_codes[n] = new if taken else code
                     for n in range(width):
                         gain[first + n] += fallen[n]
                         moved += fallen[n] > zero

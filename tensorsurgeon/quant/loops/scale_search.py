@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorsurgeon.quant.loops.compiled import kernel
+from tensorsurgeon.quant.loops.levels import nearest
 
 
 @kernel
@@ -17,6 +18,8 @@ def best_candidate(
     group_size: int,
     qmin: np.float32,
     qmax: np.float32,
+    fraction: np.float32,
+    apart: np.float32,
     best: NDArray[np.int64],
     scratch: NDArray[np.float32],
 ) -> None:
@@ -42,7 +45,7 @@ def best_candidate(
                     used = importance[k]
                     row = weight[k, first : first + width]
                     for n in range(width):
-                        level = min(max(np.rint(row[n] * inverse[n] + zero[n]), qmin), qmax)
+                        level = nearest(row[n] * inverse[n] + zero[n], qmin, qmax, fraction, apart)
                         off = row[n] - (level - zero[n]) * scale[n]
                         error[n] += used * (off * off)
                 for n in range(width):

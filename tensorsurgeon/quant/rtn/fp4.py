@@ -43,12 +43,16 @@ def mxfp4(weight: Tensor, scheme: Scheme) -> Quantized:
     F16 weights are widened first: in F16, the tool gives groups of subnormals the scale 1.
     """
     groups = weight.float().view(len(weight), -1, scheme.group_size)
-    bits = groups.abs().amax(dim=-1).contiguous().view(torch.int32)
-    exponent = ((bits + (1 << 21)) >> 23) - 2  # biased by 127
+    scale = mx_scale(groups.abs().amax(dim=-1))
+    return Quantized(e2m1_codes(groups / scale[:, :, None]).flatten(1).cpu().numpy(), scale.cpu().numpy())
+
+
+def mx_scale(amax: Tensor) -> Tensor:
+    """The power of two for groups whose largest magnitudes are ``amax`` (F32), as ``mxfp4`` says."""
+    exponent = ((amax.contiguous().view(torch.int32) + (1 << 21)) >> 23) - 2  # biased by 127
     exponent = exponent.clamp(min=0)
     # 2**-127, the least E8M0, is a subnormal: its bits are the top of the mantissa.
-    scale = torch.where(exponent == 0, 1 << 22, exponent << 23).to(torch.int32).view(torch.float32)
-    return Quantized(e2m1_codes(groups / scale[:, :, None]).flatten(1).cpu().numpy(), scale.cpu().numpy())
+    return torch.where(exponent == 0, 1 << 22, exponent << 23).to(torch.int32).view(torch.float32)
 
 
 def constant(value: float, like: Tensor) -> Tensor:

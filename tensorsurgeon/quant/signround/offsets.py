@@ -14,7 +14,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from tensorsurgeon.quant.gptq.scale_search import StoreScale, code_dtype
+from tensorsurgeon.quant.gptq.levels import code_dtype
+from tensorsurgeon.quant.gptq.scale_search import StoreScale
 from tensorsurgeon.quant.signround.options import MOST_OFFSET, SignRound
 
 # How far inside the interval of its code an offset begins that had to be shifted there, in codes.

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from tensorsurgeon.errors import did_you_mean
 from tensorsurgeon.tensors.spec import SpecMap
+from tensorsurgeon.verifying import coded_stacks
 from tensorsurgeon.verifying.claims import TOP, Claims
 from tensorsurgeon.verifying.dialects import compressed_tensors, fp8, gptq, quark
 from tensorsurgeon.verifying.findings import Findings
@@ -21,11 +22,11 @@ DIALECTS: Final[dict[str, Reader]] = {
     "intel/auto-round": gptq.read_autoround,
     "awq": gptq.read_awq,
     "fp8": fp8.read,
+    "mxfp4": coded_stacks.read,
 }
 # Methods whose bytes this program does not know; engines do.
 _FOREIGN: Final = (
     "bitsandbytes",
-    "mxfp4",
     "modelopt",
     "hqq",
     "aqlm",

@@ -6,7 +6,7 @@ import numpy as np
 
 from tensorsurgeon.tensors.dtypes import I32
 from tensorsurgeon.tensors.spec import TensorSpec
-from tensorsurgeon.verifying.bits import signed, unpack, words_for
+from tensorsurgeon.verifying.bits import nibbles_across, signed, unpack, words_for
 from tensorsurgeon.verifying.claims import Claim
 from tensorsurgeon.verifying.layouts.plain import input_scale
 from tensorsurgeon.verifying.parts import FLOATS, Part
@@ -49,8 +49,8 @@ class QuarkPacked(CodedWeight):
         if not self.claim.transposed:
             return self._unpacked(self.local_rows("weight", start, stop), self.shape[1])
         first, last = start // 8, -(-stop // 8)
-        codes = self._unpacked(self.whole[:, first:last], (last - first) * 8)
-        return np.ascontiguousarray(codes[:, start - first * 8 : stop - first * 8].T)
+        codes = nibbles_across(self.whole[:, first:last], interleaved=self.claim.interleaved)
+        return self._read(codes[start - first * 8 : stop - first * 8])
 
     def code_range(self) -> tuple[int, int] | None:
         """0 to 15 or -8 to 7."""
@@ -74,5 +74,7 @@ class QuarkPacked(CodedWeight):
         return np.ascontiguousarray(self._unpacked(stored.reshape(1, -1), rows).astype(np.float32).T)
 
     def _unpacked(self, words: np.ndarray, count: int) -> np.ndarray:
-        codes = unpack(words, 4, count, interleaved=self.claim.interleaved)
+        return self._read(unpack(words, 4, count, interleaved=self.claim.interleaved))
+
+    def _read(self, codes: np.ndarray) -> np.ndarray:
         return codes if self.claim.unsigned else signed(codes, 4)

@@ -6,7 +6,7 @@ import numpy as np
 
 from tensorsurgeon.tensors.dtypes import BF16, F16, F32, I32
 from tensorsurgeon.tensors.spec import TensorSpec
-from tensorsurgeon.verifying.bits import unpack, words_for
+from tensorsurgeon.verifying.bits import nibbles_across, unpack, words_for
 from tensorsurgeon.verifying.claims import Claim
 from tensorsurgeon.verifying.parts import Part
 from tensorsurgeon.verifying.weights import CodedWeight, groups_of
@@ -78,5 +78,5 @@ class Awq(_Words):
     def codes(self, start: int, stop: int) -> np.ndarray:
         """uint8; eight outputs to a word."""
         first, last = start // 8, -(-stop // 8)
-        codes = unpack(self.whole[:, first:last], 4, (last - first) * 8, interleaved=self.claim.interleaved)
-        return np.ascontiguousarray(codes[:, start - first * 8 : stop - first * 8].T)
+        codes = nibbles_across(self.whole[:, first:last], interleaved=self.claim.interleaved)
+        return codes[start - first * 8 : stop - first * 8]

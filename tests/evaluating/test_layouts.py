@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorsurgeon.evaluate.result import Evaluation
-from tensorsurgeon.evaluate.run import evaluate
-from tensorsurgeon.evaluate.text import TextOptions, load_text
+from tensorsurgeon.evaluating.options import TextOptions
+from tensorsurgeon.evaluating.result import Evaluation
+from tensorsurgeon.evaluating.run import evaluate
+from tensorsurgeon.evaluating.text import load_text
 from tensorsurgeon.formats.registry import FORMATS
 from tests.checkpoints import FIXTURE
-from tests.evaluate.judging import HELDOUT, convert, figures, load, log_probabilities
+from tests.evaluating.judging import HELDOUT, convert, figures, load, log_probabilities
 
 TEXT = TextOptions(locations=(str(HELDOUT),), samples=4, sequence_length=128)
 # What the format's default scheme is not, or where two schemes tell more.

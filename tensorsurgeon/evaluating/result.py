@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tensorsurgeon.checkpoint.sink import publish_bytes
-from tensorsurgeon.evaluate.kept import FILE_NAME
-from tensorsurgeon.evaluate.predicting import Scores
-from tensorsurgeon.evaluate.side import Side
-from tensorsurgeon.evaluate.summary import distance, likelihood
-from tensorsurgeon.evaluate.text import FEW_SEQUENCES, Text
+from tensorsurgeon.evaluating.kept import FILE_NAME
+from tensorsurgeon.evaluating.predicting import Scores
+from tensorsurgeon.evaluating.side import Side
+from tensorsurgeon.evaluating.summary import distance, likelihood
+from tensorsurgeon.evaluating.text import FEW_SEQUENCES, Text
 from tensorsurgeon.planning.report import table
 from tensorsurgeon.running.record import add_files
 from tensorsurgeon.version import __version__

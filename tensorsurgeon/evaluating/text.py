@@ -14,21 +14,10 @@ from tensorsurgeon.calibrate.data.data import CalibrationData, load_data
 from tensorsurgeon.calibrate.data.documents import open_documents
 from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
 from tensorsurgeon.errors import RecipeError
+from tensorsurgeon.evaluating.options import TextOptions
 
-SAMPLES: Final = 64
-SEQUENCE_LENGTH: Final = 1024
 # Fewer say little: see docs/evaluation.md.
 FEW_SEQUENCES: Final = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextOptions:
-    """Which text: ``samples`` sequences of ``sequence_length`` tokens drawn by ``seed``; of lists of ids the first, cut there."""
-
-    locations: tuple[str, ...]
-    samples: int = SAMPLES
-    sequence_length: int = SEQUENCE_LENGTH
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,12 +42,12 @@ class Text:
 def load_text(options: TextOptions, root: Path, vocabulary_rows: int) -> Text:
     """The tokens to walk, by the tokenizer of the checkpoint in ``root``; RecipeError for files that give none."""
     if not options.locations:
-        raise RecipeError("evaluation needs a text: give --text FILE (text, JSON lines, Parquet or token ids)")
+        raise RecipeError("evaluation needs a text", remedy="; give {text} a file of text, JSON lines, Parquet or token ids")
     kinds = {location: open_documents(location) for location in options.locations}
     are_ids = {location: documents.kind == "token ids" for location, documents in kinds.items()}
     if any(are_ids.values()) and not all(are_ids.values()):
         text, ids = ([name for name, is_ids in are_ids.items() if is_ids is wanted] for wanted in (False, True))
-        raise RecipeError(f"--text: {ids[0]} holds token ids and {text[0]} text; evaluate on one kind at a time")
+        raise RecipeError(f"text: {ids[0]} holds token ids and {text[0]} text; evaluate on one kind at a time")
     if all(are_ids.values()):
         return _of_ids(options, [np.asarray(d.read(n)) for d in kinds.values() for n in range(d.count)], kinds, vocabulary_rows)
     sources = tuple(DataSource(location) for location in options.locations)
@@ -74,10 +63,10 @@ def _of_ids(options: TextOptions, lists: list[np.ndarray], kinds: Any, vocabular
     lists = [ids[: options.sequence_length] for ids in lists[: options.samples]]
     for number, ids in enumerate(lists):
         if len(ids) < 2:
-            raise RecipeError(f"--text: list {number} has {len(ids)} token ids; two are needed, one to predict from the other")
+            raise RecipeError(f"text: list {number} has {len(ids)} token ids; two are needed, one to predict from the other")
         if int(ids.max()) >= vocabulary_rows:
             raise RecipeError(
-                f"--text: list {number} has token id {int(ids.max())}, but the model's vocabulary has {vocabulary_rows} rows; "
+                f"text: list {number} has token id {int(ids.max())}, but the model's vocabulary has {vocabulary_rows} rows; "
                 "the token ids belong to another model"
             )
     lengths = np.array([len(ids) for ids in lists], np.int64)

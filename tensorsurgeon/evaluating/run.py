@@ -20,12 +20,13 @@ from tensorsurgeon.calibrate.walk.allocator import give_back_memory
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
 from tensorsurgeon.calibrate.walk.workers import run_parallel
 from tensorsurgeon.errors import RecipeError
-from tensorsurgeon.evaluate.predicting import predict
-from tensorsurgeon.evaluate.progress import Reached, Work
-from tensorsurgeon.evaluate.result import Evaluation, evaluation_of
-from tensorsurgeon.evaluate.side import Side
-from tensorsurgeon.evaluate.step import Step
-from tensorsurgeon.evaluate.text import Text, TextOptions, load_text
+from tensorsurgeon.evaluating.options import TextOptions
+from tensorsurgeon.evaluating.predicting import predict
+from tensorsurgeon.evaluating.progress import Reached, Work
+from tensorsurgeon.evaluating.result import Evaluation, evaluation_of
+from tensorsurgeon.evaluating.side import Side
+from tensorsurgeon.evaluating.step import Step
+from tensorsurgeon.evaluating.text import Text, load_text
 from tensorsurgeon.machine.limits import usable_cores
 from tensorsurgeon.quant.threads import one_torch_thread
 from tensorsurgeon.version import __version__

@@ -12,10 +12,10 @@ import torch
 from tensorsurgeon.calibrate.walk.head import PIECE_ROWS
 from tensorsurgeon.calibrate.walk.workers import run_parallel
 from tensorsurgeon.errors import NumericError
-from tensorsurgeon.evaluate.scores import Divergence, Piece, Predictions
-from tensorsurgeon.evaluate.side import Side
-from tensorsurgeon.evaluate.step import Step
-from tensorsurgeon.evaluate.text import Text
+from tensorsurgeon.evaluating.scores import Divergence, Piece, Predictions
+from tensorsurgeon.evaluating.side import Side
+from tensorsurgeon.evaluating.step import Step
+from tensorsurgeon.evaluating.text import Text
 
 
 class Scores(NamedTuple):

@@ -14,13 +14,13 @@ import torch
 
 from tensorsurgeon.calibrate.walk import head
 from tensorsurgeon.errors import Interrupted, RecipeError
-from tensorsurgeon.evaluate import predicting
-from tensorsurgeon.evaluate.run import evaluate
-from tensorsurgeon.evaluate.step import Step
-from tensorsurgeon.evaluate.text import TextOptions
+from tensorsurgeon.evaluating import predicting
+from tensorsurgeon.evaluating.options import TextOptions
+from tensorsurgeon.evaluating.run import evaluate
+from tensorsurgeon.evaluating.step import Step
 from tests.calibrate.models import save_random
 from tests.checkpoints import FIXTURE
-from tests.evaluate.judging import HELDOUT, convert, load, log_probabilities
+from tests.evaluating.judging import HELDOUT, convert, load, log_probabilities
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_stopped_and_started_again_it_goes_on(
         evaluate([target], text, against=source, stop=stop, progress=progress)
     assert (target / ".cache" / "surgeon-evaluation" / "reached.json").exists()
     steps: list[Step] = []
-    with caplog.at_level(logging.INFO, "tensorsurgeon.evaluate"):
+    with caplog.at_level(logging.INFO, "tensorsurgeon.evaluating"):
         again = evaluate([target], text, against=source, progress=steps.append)
     assert ("going on at layer" in caplog.text) is (stopped_at > 0)
     assert steps[0].done == {1: 0, 3: 2, 5: 0}[stopped_at]

@@ -21,7 +21,7 @@ from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.checkpoint.source import open_source
 from tensorsurgeon.checkpoint.tensor_reader import TensorReader
 from tensorsurgeon.errors import RecipeError
-from tensorsurgeon.evaluate.inputs import LayerInputs, static_scale
+from tensorsurgeon.evaluating.inputs import LayerInputs, static_scale
 from tensorsurgeon.formats.inputs import InputRule, input_rules
 from tensorsurgeon.quant.inputs import quantized_inputs
 from tensorsurgeon.quant.rtn.plain_torch import tensor_of

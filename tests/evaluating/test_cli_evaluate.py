@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from tensorsurgeon.cli import main
 from tests.checkpoints import FIXTURE
-from tests.evaluate.judging import HELDOUT, convert
+from tests.evaluating.judging import HELDOUT, convert
 
 TEXT = ["--text", str(HELDOUT), "--samples", "3", "--sequence-length", "64"]
 KEYS = {"kl", "kl_se", "reverse_kl", "top1_agreement", "nll", "perplexity"}

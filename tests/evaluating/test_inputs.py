@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.errors import ConfigError
-from tensorsurgeon.evaluate.run import evaluate
-from tensorsurgeon.evaluate.text import TextOptions
+from tensorsurgeon.evaluating.options import TextOptions
+from tensorsurgeon.evaluating.run import evaluate
 from tensorsurgeon.formats.inputs import input_rules
 from tensorsurgeon.quant.inputs import InputScheme, quantized_inputs
+from tensorsurgeon.quant.rtn.fp4 import mxfp4, values_of
+from tensorsurgeon.quant.scheme import Scheme
 from tests.calibrate.models import save_random
-from tests.evaluate.judging import convert, figures, load, log_probabilities
+from tests.evaluating.judging import convert, figures, load, log_probabilities
 
 # Written anew, from what the engines' kernels do: vLLM csrc/quantization/w8a8/int8 and fp8, DeepGEMM's groups.
 TOKEN = {"int8": lambda x: _int8(x, -1), "fp8": lambda x: _fp8(x, x.abs().amax(-1, keepdim=True) / 448)}
@@ -155,6 +157,17 @@ SCHEMES = [
     (NVFP4, 448 * 6 / 5.0, 1 / 4),
     (InputScheme(type="mxfp4", num_bits=4, per="group", group_size=32), None, 1 / 2),
 ]
+
+
+def test_mxfp4_inputs_have_the_scales_that_weights_have() -> None:
+    """Half-way between 6 and 8 a group goes to the next power of two: its largest value is 8 of the lower one, not 6."""
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(2))
+    x[0, :32] = torch.linspace(-1.9, 1.9, 32)
+    scheme = InputScheme(type="mxfp4", num_bits=4, per="group", group_size=32)
+    weights = mxfp4(x, Scheme(type="mxfp4", num_bits=4, group_size=32))
+    values = values_of(torch.from_numpy(weights.codes)).view(64, 3, 32) * torch.from_numpy(weights.scale)[..., None]
+    assert torch.equal(quantized_inputs(x, scheme), values.view(64, 96))
+    assert quantized_inputs(x, scheme)[0].max() == 2.0
 
 
 @pytest.mark.parametrize(("scheme", "scale", "relative"), SCHEMES, ids=[str(s[0]) for s in SCHEMES])
