@@ -91,14 +91,14 @@ def run_calibrated(
         )
     on_card = works_on_card(where)
     if machines.crew is not None and (on_card or options.write_statistics is not None):
-        what = "{device}" if on_card else "{write_statistics}"
+        what, option = ("a GPU is used", "device") if on_card else ("statistics are kept", "write_statistics")
         raise RecipeError(
-            "several machines calibrate on their CPUs and write no statistics", remedy=f"; leave {{ray}} or {what} away"
+            f"{what} by one machine, and several machines calibrate on their CPUs", remedy=f"; leave {{{option}}} or {{ray}} away"
         )
     model = StreamedModel(plan.source, device=where, experts_implementation="grouped_mm" if on_card else "eager")
     tuned = is_tuned(plan, options)
     if tuned and machines.crew is not None:
-        raise RecipeError("SignRound tunes a layer on one machine, and not on several", remedy="; leave {ray} away")
+        raise RecipeError("SignRound tunes a layer on one machine", remedy="; leave {ray} away, or choose another method")
     if max_ram_bytes is not None and machines.crew is None:
         _check_budget(model, max_ram_bytes, tuned)
     data = None

@@ -27,7 +27,8 @@ from tensorsurgeon.calibrate.walk.experts import ExpertInputs, ExpertStatistics
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
 from tensorsurgeon.calibrate.walk.stacks import ExpertStack, find_stacks
 from tensorsurgeon.errors import Interrupted, JournalError
-from tensorsurgeon.running.cluster.crew import Crew, Session
+from tensorsurgeon.running.cluster.crew import Crew
+from tensorsurgeon.running.cluster.member import Session
 
 logger = logging.getLogger(__name__)
 
