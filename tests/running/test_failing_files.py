@@ -195,3 +195,31 @@ def test_a_full_disk(options: str, code: int, words: str, source: Path, commande
     else:
         # Nothing was begun, so that there is nothing to resume.
         assert "there is no stopped run" not in said
+
+
+@pytest.mark.parametrize("how", ["replaced", "written"])
+def test_a_source_that_changes_between_plan_and_run(how: str, source: Path, tmp_path: Path) -> None:
+    plan = planned(source)
+    shard = source / "model-00002-of-00003.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    if how == "replaced":
+        (tmp_path / "other").write_bytes(content)
+        os.replace(tmp_path / "other", shard)
+    else:
+        shard.write_bytes(content)
+    words = "was replaced by another file" if how == "replaced" else "was written"
+    with pytest.raises(SourceError, match=rf"{shard.name}: the source changed: this file {words} after the plan was made"):
+        run_plan(plan, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    """A soft limit is raised as far as the hard one lets it."""
+    source = write_checkpoint(tmp_path / "source", tiny_moe(), shards=40, config=moe_config())
+
+    def few() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (32, 256))
+
+    assert surgeon("apply", "quark-w8a8-int8", source, tmp_path / "out", before=few)[0] == 0
+    assert surgeon("verify", tmp_path / "out", "--against", source, before=few)[0] == 0
