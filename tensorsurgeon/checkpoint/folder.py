@@ -6,7 +6,6 @@ A checkpoint is a folder with or without an index, a single ``.safetensors`` fil
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -133,12 +132,9 @@ class Checkpoint:
             try:
                 found = Stamp.of(os.stat(path))
             except OSError as error:
-                raise SourceError(
-                    f"is gone since the plan was made ({error.strerror})",
-                    where=str(path),
-                    can_resume=False,
-                    remedy="; put the very file back and run the same command with {resume}",
-                ) from error
+                remedy = "; put the very file back and run the same command with {resume}"
+                said = f"is gone since the plan was made ({error.strerror})"
+                raise SourceError(said, where=str(path), can_resume=False, remedy=remedy) from error
             if found != stamp:
                 what = "was replaced by another file" if found.inode != stamp.inode else "was written"
                 raise SourceError(
@@ -158,8 +154,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, tolerant: bool = False) -> 
     text, path = os.fspath(path), Path(path)
     try:
         if path.is_dir():
-            if not os.access(path, os.R_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), text)
+            os.scandir(path).close()  # one that cannot be listed is named itself, and no file in it
             if (path / STATE_FOLDER / "run.json").exists() and not tolerant:
                 raise _unfinished(path)
             return open_store(Folder(path), tolerant)

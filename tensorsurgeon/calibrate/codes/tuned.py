@@ -90,7 +90,10 @@ class Tuner:
         if not best_step:
             note = f"SignRound found nothing better in {options.steps} steps"
         made.tuned({part.linear for part in which}, TUNED if best_step else None, note, time.monotonic() - began)
-        logger.info("layer %d: SignRound, %s (%.1f %% off)", number, note, 100 * (1 - best / start) if start else 0.0)
+        if best_step:
+            logger.info("layer %d: SignRound, %s (%.1f %% off)", number, note, 100 * (1 - best / start))
+        else:
+            logger.info("layer %d: %s", number, note)
 
     @property
     def _started(self) -> str:

@@ -27,7 +27,8 @@ def slopes_of(forward: Callable[[], Tensor], target: Tensor, parameters: Mapping
     places: list[Place] = [(name, None) for name in parameters]
     places += experts.taken
     found = torch.autograd.grad(error, [*parameters.values(), *experts.taken.values()], allow_unused=True)
-    return {place: slope for place, slope in zip(places, found, strict=True) if slope is not None}
+    # A gradient may lie in memory as another's transpose; lines are cut out of what lies as its parameter does.
+    return {place: slope.contiguous() for place, slope in zip(places, found, strict=True) if slope is not None}
 
 
 class _OneByOne(TorchFunctionMode):
