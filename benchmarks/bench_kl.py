@@ -18,7 +18,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,15 +94,20 @@ def plan_for(model: Path, grid: str, method: str) -> Plan:
 
 
 def measure(
-    judge: Judge, model: Path, grid: str, method: str, options: CalibrationOptions | None, work: Path, workers: int
+    judge: Judge,
+    plan: Plan,
+    options: CalibrationOptions | None,
+    work: Path,
+    workers: int,
+    clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
-    plan = plan_for(model, grid, method)
-    began = time.monotonic()
+    """Make what is planned, and the scores of what a reader has of it; ``seconds`` of the conversion are the clock's."""
+    began = clock()
     if options is None:
         run_plan(plan, work / "quantized", workers=workers)
     else:
         run_calibrated(plan, work / "quantized", options, workers=workers)
-    seconds = time.monotonic() - began
+    seconds = clock() - began
     run_plan(make_plan(steps_of(load_transform("dequantize", {})), open_checkpoint(work / "quantized")), work / "back")
     scored = judge.score(work / "back")
     for name in ("quantized", "back"):
@@ -151,7 +156,8 @@ def main() -> None:
                                 sources=(DataSource(given.calibration),), samples=given.samples, seed=seed,
                                 sequence_length=given.length, gptq=gptq, **extra,
                             )  # fmt: skip
-                        runs.append(measure(judge, given.model, grid, method, options, Path(folder), given.workers))
+                        plan = plan_for(given.model, grid, method)
+                        runs.append(measure(judge, plan, options, Path(folder), given.workers))
                     row = row_of(grid, method, value, runs, reference_nll)
                     base.setdefault(method, row["kl"])
                     row["of_rtn"], row["of_gptq"] = (row["kl"] / base[m] if m in base else math.nan for m in ("rtn", "gptq"))

@@ -186,7 +186,7 @@ def runs_for(
     assert plain is not None
     for option in options:
         for name, own in ((PLAIN, replace(option, gptq=plain)), (OURS, option)):
-            runs.setdefault(name, []).append(measure(judge, model, grid, "gptq", own, work, workers))
+            runs.setdefault(name, []).append(measure(judge, plan_for(model, grid, "gptq"), own, work, workers))
     return runs
 
 

@@ -18,7 +18,6 @@ import argparse
 import json
 import logging
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,12 +27,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_kl import Judge, nll_of, row_of
+from bench_kl import Judge, measure, nll_of, row_of
 from their_autoround import autoround_run
 
 from tensorsurgeon.calibrate.data.data import load_data
 from tensorsurgeon.calibrate.options import CalibrationOptions, DataSource
-from tensorsurgeon.calibrate.run import run_calibrated
 from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.ops.quantize import Quantize
@@ -41,7 +39,6 @@ from tensorsurgeon.planning.plan import Plan, make_plan
 from tensorsurgeon.planning.rewriting import steps_of
 from tensorsurgeon.quant.signround.options import RECIPES
 from tensorsurgeon.recipes.library import load_transform
-from tensorsurgeon.running.run import run_plan
 
 _FIXTURES = Path(__file__).parents[1] / "fixtures"
 GRIDS = {"int4-g32": (4, 32), "int4-g128": (4, 128), "int3-g128": (3, 128), "int2-g32": (2, 32)}
@@ -90,22 +87,6 @@ def plan_for(model: Path, grid: str, way: Way) -> Plan:
     return make_plan(
         [replace(s, method=method, signed=signed) if isinstance(s, Quantize) else s for s in steps], open_checkpoint(model)
     )
-
-
-def measure(
-    judge: Judge, model: Path, plan: Plan, options: CalibrationOptions | None, work: Path, workers: int
-) -> dict[str, Any]:
-    began = time.process_time()
-    if options is None:
-        run_plan(plan, work / "quantized", workers=workers)
-    else:
-        run_calibrated(plan, work / "quantized", options, workers=workers)
-    seconds = time.process_time() - began
-    run_plan(make_plan(steps_of(load_transform("dequantize", {})), open_checkpoint(work / "quantized")), work / "back")
-    scored = judge.score(work / "back")
-    for name in ("quantized", "back"):
-        shutil.rmtree(work / name)
-    return {**scored, "seconds": seconds}
 
 
 def peer_runs(
@@ -175,11 +156,11 @@ def main() -> None:
                 runs[name] = [
                     measure(
                         judge,
-                        given.model,
                         plan,
                         None if seed is None else options(seed, **way.options),
                         Path(folder),
                         given.workers,
+                        clock=time.process_time,
                     )
                     for seed in seeds
                 ]

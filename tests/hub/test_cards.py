@@ -37,6 +37,7 @@ def test_the_library_s_validator_takes_every_card(hub: Hub, target: Path, tmp_pa
     surgeon("card", target, "--base-model", "owner/tiny", "--name", "me/tiny-awq", "--against", FIXTURE)
     card = ModelCard.load(target / "README.md")
     card.validate()
+    hub.settle()
     assert len([r for r in hub.requests if r.path == "/api/validate-yaml"]) == 2
     assert card.data.base_model == "owner/tiny"
     assert card.data.to_dict()["base_model_relation"] == "quantized"
