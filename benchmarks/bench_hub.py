@@ -136,8 +136,11 @@ def run(work: Path, given: argparse.Namespace) -> None:
     print(f"fetched   {sum(counts.values())} shards, {sum(count > 1 for count in counts.values())} of them more than once")
     folder = surgeon(environment, "apply", given.transform, str(model), str(work / "local"), "--quiet")
     print(f"seconds   {streamed:.1f} streamed from loopback, {folder:.1f} from the folder")
-    # The record has a digest of every range and file, as they were written; nothing else in it may differ but the source.
+    # The record has a digest of every range and file, as they were written; nothing else in it may differ but the source, which
+    # the card and the plan beside it name.
     records = [json.loads((place / "surgeon.json").read_text()) for place in (target, work / "local")]
+    for record in records:
+        del record["files"]["README.md"], record["files"]["surgeon_plan.json"]
     came_from = records[0]["source"].pop("hub")
     print(f"the same  {records[0] == records[1]}")
     print(f"record    {came_from['repository']}@{came_from['commit']}, {len(came_from['shards'])} digests")

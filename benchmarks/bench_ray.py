@@ -35,7 +35,8 @@ from tensorsurgeon.ops.quantize import Quantize  # noqa: E402
 from tensorsurgeon.planning.plan import Plan, make_plan  # noqa: E402
 from tensorsurgeon.planning.rewriting import steps_of  # noqa: E402
 from tensorsurgeon.recipes.library import load_transform  # noqa: E402
-from tensorsurgeon.running.cluster.crew import Crew, Session  # noqa: E402
+from tensorsurgeon.running.cluster.crew import Crew  # noqa: E402
+from tensorsurgeon.running.cluster.member import Session  # noqa: E402
 from tensorsurgeon.running.cluster.units import RayMachines  # noqa: E402
 from tensorsurgeon.running.run import run_plan  # noqa: E402
 from tests.running.clusters import cluster_of, hands_of  # noqa: E402

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "tensorsurgeon"
-_FLAG = re.compile(r"(?<![\w-])--[a-z]")
+# Ray's own command is no flag of ours.
+_FLAG = re.compile(r"(?<![\w-])--(?!head\b|address=)[a-z]")
 # Where a text from the command line is read, and a command of somebody else's.
 ALLOWED = {("recipes/recipe.py", "--set"), ("publish/card_text.py", " --tensor-parallel-size ")}
 

@@ -234,11 +234,11 @@ def _begin(
         reached = state.read()
         if reached is not None:
             _check_units(by_layer, reached.layer, done)
-            shards.follow(reached.layer)
+            shards.follow(reached.layer, done)
             return reached, layers.resumed(reached.layer, reached.states)
     except JournalError as error:
         logger.warning("%s; calibration starts again at the first layer", error)
-    shards.follow(0)
+    shards.follow(0, done)
     stage = layers.first()
     stage.sync()
     return state.begin(stage.digest), stage

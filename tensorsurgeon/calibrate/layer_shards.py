@@ -10,6 +10,7 @@ from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.checkpoint.source import Source
 from tensorsurgeon.planning.pace import KEPT_LAYERS, LayerPace, shards_before_layers, streaming_of
 from tensorsurgeon.planning.plan import Plan
+from tensorsurgeon.planning.work import shards_read
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +29,16 @@ class LayerShards:
         self._first = 0
         self._pace: LayerPace | None = None
 
-    def follow(self, first: int) -> None:
-        """The walk begins at layer ``first``, after what comes before the layers."""
+    def follow(self, first: int, done: Collection[int]) -> None:
+        """The walk begins at layer ``first``, after what comes before the layers; ``done`` are units of an earlier run."""
         if not self._source.is_streamed:
             return
         plan, shard_of = self._plan, dict(zip(self._plan.source.specs, self._plan.source.locations, strict=True))
         origins = [location.shard for location in plan.source.locations]
-        steps = [shards_before_layers(plan.source, self._model.surrounding_names())]
+        # Whoever goes on has the embeddings by ranges of bytes, where their shard was here and went: it does not come again.
+        left = (unit for number, unit in enumerate(plan.units) if number not in done)
+        wanted = {shard for unit in left for shard in shards_read(unit, plan.source.locations)}
+        steps = [shards_before_layers(plan.source, self._model.surrounding_names()) & wanted]
         for layer in range(first, max(self._by_layer, default=-1) + 1):
             read = {shard_of[name].shard for name in self._model.stored_names(layer)}
             pieces = (piece for linear in self._by_layer.get(layer, ()) for _, own in linear.pieces for piece in own)

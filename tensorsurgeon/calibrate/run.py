@@ -91,14 +91,14 @@ def run_calibrated(
         )
     on_card = works_on_card(where)
     if machines.crew is not None and (on_card or options.write_statistics is not None):
-        what = "a GPU" if on_card else "--write-statistics"
+        what, option = ("a GPU is used", "device") if on_card else ("statistics are kept", "write_statistics")
         raise RecipeError(
-            f"{what} is for one machine, and --ray for several that calibrate on their CPUs; leave one of them away"
+            f"{what} by one machine, and several machines calibrate on their CPUs", remedy=f"; leave {{{option}}} or {{ray}} away"
         )
     model = StreamedModel(plan.source, device=where, experts_implementation="grouped_mm" if on_card else "eager")
     tuned = is_tuned(plan, options)
     if tuned and machines.crew is not None:
-        raise RecipeError("SignRound tunes a layer on one machine, and --ray is for several; leave one of them away")
+        raise RecipeError("SignRound tunes a layer on one machine", remedy="; leave {ray} away, or choose another method")
     if max_ram_bytes is not None and machines.crew is None:
         _check_budget(model, max_ram_bytes, tuned)
     data = None

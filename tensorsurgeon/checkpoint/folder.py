@@ -6,7 +6,6 @@ A checkpoint is a folder with or without an index, a single ``.safetensors`` fil
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -133,12 +132,9 @@ class Checkpoint:
             try:
                 found = Stamp.of(os.stat(path))
             except OSError as error:
-                raise SourceError(
-                    f"is gone since the plan was made ({error.strerror})",
-                    where=str(path),
-                    can_resume=False,
-                    remedy="; put the very file back and run the same command with {resume}",
-                ) from error
+                remedy = "; put the very file back and run the same command with {resume}"
+                said = f"is gone since the plan was made ({error.strerror})"
+                raise SourceError(said, where=str(path), can_resume=False, remedy=remedy) from error
             if found != stamp:
                 what = "was replaced by another file" if found.inode != stamp.inode else "was written"
                 raise SourceError(
@@ -158,8 +154,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, tolerant: bool = False) -> 
     text, path = os.fspath(path), Path(path)
     try:
         if path.is_dir():
-            if not os.access(path, os.R_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), text)
+            os.scandir(path).close()  # one that cannot be listed is named itself, and no file in it
             if (path / STATE_FOLDER / "run.json").exists() and not tolerant:
                 raise _unfinished(path)
             return open_store(Folder(path), tolerant)
@@ -175,9 +170,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, tolerant: bool = False) -> 
         # A path with a null byte, say.
         raise CheckpointError(f"is no path of a checkpoint: {error}", where=ascii(str(path))) from error
     if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such file or folder{_meant(path)}; give a local checkpoint, or owner/name of a model on the Hub"
-        )
+        wanted = "give a local checkpoint, or owner/name of a model on the Hub"
+        raise CheckpointError(f"{path}: no such file or folder{_meant(path)}; {wanted}")
     raise CheckpointError("is neither a folder nor a .safetensors file", where=str(path))
 
 
@@ -197,11 +191,8 @@ def _open_on_the_hub(address: HubAddress, text: str, tolerant: bool) -> Checkpoi
 
 
 def _unfinished(folder: Path) -> CheckpointError:
-    return CheckpointError(
-        f"holds an unfinished run of surgeon (see {STATE_FOLDER}/)",
-        where=str(folder),
-        remedy="; finish it with {resume} before using it",
-    )
+    said = f"holds an unfinished run of surgeon (see {STATE_FOLDER}/)"
+    return CheckpointError(said, where=str(folder), remedy="; finish it with {resume} before using it")
 
 
 def _meant(path: Path) -> str:
@@ -226,9 +217,8 @@ def open_store(store: Store, tolerant: bool = False) -> Checkpoint:
         missing = [name for name in wanted if name not in present or _is_broken_link(store, name)]
         if missing and not tolerant:
             named = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise MissingTensorError(
-                f"the index names {len(wanted)} shards, but {named} missing; download the rest", where=str(store)
-            )
+            said = f"the index names {len(wanted)} shards, but {named} missing; download the rest"
+            raise MissingTensorError(said, where=str(store))
         notes = [Oddity("missing-shard", name, f"the index names {name}, which is missing") for name in missing]
         return _assemble(store, [name for name in wanted if name not in set(missing)], notes, index, tolerant)
     return _assemble(store, shards_without_index(present, str(store)), [], None, tolerant)

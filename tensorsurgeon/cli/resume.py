@@ -43,6 +43,7 @@ def _words(option: click.Parameter, context: click.Context) -> Iterator[str]:
 @click.argument("target", type=Place(readable=False))
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; those of the stopped run by default.")
 @click.option("--max-ram", metavar="SIZE", help="Cap on the tensors in flight; that of the stopped run by default.")
+@click.option("--ray", metavar="ADDRESS", help="Another Ray cluster than the stopped run had, or none for this machine alone.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar and no messages.")
 @json_option
 @click.pass_context

@@ -10,6 +10,7 @@ import numpy as np
 
 from tensorsurgeon.errors import NumericError, RecipeError, SpecError, did_you_mean
 from tensorsurgeon.models.selecting import selected
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.tensors.arrays import empty
 from tensorsurgeon.tensors.dtypes import C64, DTYPES, F8_E8M0, F32, F64, DType
@@ -23,6 +24,7 @@ _BLOCK_BYTES_PER_ELEMENT = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@typed_fields
 class Cast:
     """Convert the tensors that ``where`` selects to ``dtype``, rounding once, to nearest even.
 

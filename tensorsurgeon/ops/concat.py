@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from tensorsurgeon.errors import RecipeError, SpecError
 from tensorsurgeon.ops.columns import join_columns
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.ops.grouping import check_alike, check_pieces, parts_by_fields
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.tensors.names import fill
@@ -16,6 +17,7 @@ from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@typed_fields
 class Concat:
     """Join the tensors named by ``parts`` (one pattern each, with the same fields) into ``into``, along ``axis``.
 

@@ -13,6 +13,7 @@ from tensorsurgeon.errors import NumericError, SurgeonError
 from tensorsurgeon.formats.coding import stored_in
 from tensorsurgeon.formats.registry import quantization_config
 from tensorsurgeon.formats.scales import INPUT_SCALES, KV_SCALES
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.ops.row_blocks import block_scratch, codes_scratch, row_blocks, stored_pieces, stored_specs
 from tensorsurgeon.ops.stored_modules import cache_scales, stored_modules, unpack
 from tensorsurgeon.ops.stored_stacks import stored_stacks
@@ -24,6 +25,7 @@ from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
+@typed_fields
 class Dequantize:
     """Replace the codes and scales of every quantized module by a ``weight`` of ``dtype``.
 

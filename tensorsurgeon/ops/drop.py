@@ -10,11 +10,13 @@ import numpy as np
 
 from tensorsurgeon.errors import NumericError
 from tensorsurgeon.models.selecting import selected
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@typed_fields
 class Drop:
     """Leave out every tensor that ``where`` selects.
 

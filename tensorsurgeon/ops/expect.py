@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tensorsurgeon.errors import RecipeError, SpecError
 from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.spec import SpecMap
 
@@ -15,6 +16,7 @@ _SIZE = re.compile(r"(?:(\d+)\s*\*\s*)?([A-Za-z_][\w|]*)|(\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@typed_fields
 class Expect(ByteMove):
     """Check the shape of the tensors that ``where`` selects against the model's config; changes nothing.
 

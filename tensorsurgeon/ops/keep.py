@@ -7,11 +7,13 @@ from typing import ClassVar
 
 from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@typed_fields
 class Keep(ByteMove):
     """Keep the tensors that ``where`` selects and drop every other one."""
 

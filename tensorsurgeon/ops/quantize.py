@@ -16,6 +16,7 @@ from tensorsurgeon.formats.coding import Written, written_by
 from tensorsurgeon.formats.registry import format_named
 from tensorsurgeon.models.selecting import refuse_stacked_experts, selected_linears
 from tensorsurgeon.ops.assembled import Assembled
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.ops.row_blocks import CHUNK_ROWS, chunk_rows, codes_scratch, is_large, stored_specs, written_rows
 from tensorsurgeon.ops.siblings import sibling_groups
 from tensorsurgeon.ops.stored_modules import model_dtype, stated_dtype
@@ -39,6 +40,7 @@ class _Form(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+@typed_fields
 class Quantize:
     """Quantize every weight that ``where`` selects and ``exclude`` does not, and write it in ``format``.
 

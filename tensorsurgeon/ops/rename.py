@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.names import fill
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@typed_fields
 class Rename(ByteMove):
     """Rename every tensor that ``where`` selects to ``to``, a template over the fields of the pattern."""
 

@@ -14,6 +14,7 @@ from tensorsurgeon.formats.base import Format
 from tensorsurgeon.formats.coding import Repacked, Stored, Written, stored_in, written_by
 from tensorsurgeon.formats.registry import format_named
 from tensorsurgeon.formats.scales import KV_SCALES
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.ops.row_blocks import codes_scratch, stored_pieces, stored_specs, written_rows
 from tensorsurgeon.ops.stored_modules import cache_scales, model_dtype, stored_modules, unpack
 from tensorsurgeon.planning.rewriting import Array, Rewrite
@@ -23,6 +24,7 @@ from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
+@typed_fields
 class Repack:
     """Write every quantized module in the layout ``to``, keeping each integer code.
 

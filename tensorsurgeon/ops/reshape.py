@@ -8,11 +8,13 @@ from math import prod
 from tensorsurgeon.errors import SpecError
 from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@typed_fields
 class Reshape(ByteMove):
     """Give the tensors that ``where`` selects another ``shape``; one size may be -1."""
 

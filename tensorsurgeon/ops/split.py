@@ -10,6 +10,7 @@ from typing import ClassVar
 from tensorsurgeon.errors import RecipeError, SpecError
 from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.ops.columns import split_columns
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.ops.grouping import check_pieces
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.tensors.names import fill
@@ -17,6 +18,7 @@ from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@typed_fields
 class Split:
     """Cut each tensor that ``where`` selects into the parts named by ``into``, along ``axis``.
 

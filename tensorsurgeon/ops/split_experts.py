@@ -11,11 +11,13 @@ import numpy as np
 from tensorsurgeon.errors import NoMatchError, PlanViolationError
 from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.models.stacks import ExpertCut, Stacked, stacked_tensors
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@typed_fields
 class SplitExperts:
     """Turn each stack of experts that ``where`` selects into one linear per expert and part, as engines name them.
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from tensorsurgeon.errors import SpecError
 from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@typed_fields
 class Squeeze(ByteMove):
     """Remove axis ``axis`` of size one from the tensors that ``where`` selects (scales [N, 1] become [N]).
 

@@ -7,6 +7,7 @@ from math import prod
 
 from tensorsurgeon.errors import RecipeError, SpecError
 from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.ops.grouping import check_alike, stacks_by_fields
 from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.names import fill
@@ -14,6 +15,7 @@ from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@typed_fields
 class Stack(ByteMove):
     """Join the tensors that ``where`` selects, numbered from 0 by its field ``{index}``, into ``into``.
 

@@ -11,11 +11,13 @@ import numpy as np
 from tensorsurgeon.errors import NoMatchError, PlanViolationError
 from tensorsurgeon.models.gathering import Gathered, stacks_to_gather
 from tensorsurgeon.models.stacks import ExpertCut
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@typed_fields
 class StackExperts:
     """The inverse of ``split_experts``: one tensor for the experts of a layer, in the form of the model's family.
 

@@ -10,12 +10,14 @@ import numpy as np
 
 from tensorsurgeon.errors import SpecError
 from tensorsurgeon.models.selecting import selected
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.planning.rewriting import Array, Rewrite
 from tensorsurgeon.tensors.arrays import empty
 from tensorsurgeon.tensors.spec import Region, SpecMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@typed_fields
 class Transpose:
     """Permute the axes of the tensors that ``where`` selects; without ``axes`` the last two change places."""
 

@@ -8,6 +8,7 @@ from math import prod
 from tensorsurgeon.errors import RecipeError, SpecError
 from tensorsurgeon.models.selecting import selected
 from tensorsurgeon.ops.byte_move import ByteMove
+from tensorsurgeon.ops.fields import typed_fields
 from tensorsurgeon.ops.grouping import check_pieces
 from tensorsurgeon.planning.rewriting import Rewrite
 from tensorsurgeon.tensors.names import fill
@@ -15,6 +16,7 @@ from tensorsurgeon.tensors.spec import Region, SpecMap, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@typed_fields
 class Unstack(ByteMove):
     """Turn each tensor that ``where`` selects into one per index of its first axis.
 

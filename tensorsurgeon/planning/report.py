@@ -190,19 +190,24 @@ def one_way_steps(plan: Plan) -> list[str]:
     ]
 
 
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 def streaming_as_text(stream: dict[str, Any]) -> str:
     """What is fetched of a source on the Hub, in a line."""
+    twice = stream["twice"]
     if not stream["shards"]:
         return "fetch   nothing: every shard of the source is in the Hub's cache"
     if stream["kept"]:
         return (
-            f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])} from the Hub (--ahead {stream['ahead']}); "
+            f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])} from the Hub (ahead {stream['ahead']}); "
             "they stay in the Hub's cache"
         )
     return (
         f"fetch   {stream['shards']} shards, {show_size(stream['fetched_bytes'])} from the Hub; at most "
         f"{show_size(stream['spool_bytes'])} of them lie beside the output at once (ahead {stream['ahead']})"
-        + (f"; {len(stream['twice'])} come twice, for layers are walked first" if stream["twice"] else "")
+        + (f"; {len(twice)} come twice, for layers are walked first: {_few(twice)}" if twice else "")
     )
 
 

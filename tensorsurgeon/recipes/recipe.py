@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import types
-import typing
 from collections.abc import Callable, Mapping
-from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from tensorsurgeon.errors import RecipeError, SurgeonError, did_you_mean
+from tensorsurgeon.ops.fields import as_type, hints_of
 from tensorsurgeon.ops.registry import OPS, op_named
 from tensorsurgeon.planning.rewriting import Chain
 from tensorsurgeon.recipes.located_yaml import parse_yaml
@@ -163,7 +161,7 @@ def make_op(name: str, body: Any, overrides: Mapping[str, Any] | None = None) ->
     cls = op_named(name)
     if not isinstance(body, dict):
         raise RecipeError(f"{name} needs a mapping of its fields, found {body!r}")
-    hints = _hints(name)
+    hints = hints_of(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("recipe", True)}
     for key in body:
         if key not in fields:
@@ -171,33 +169,7 @@ def make_op(name: str, body: Any, overrides: Mapping[str, Any] | None = None) ->
     missing = [n for n, f in fields.items() if n not in body and f.default is dataclasses.MISSING]
     if missing:
         raise RecipeError(f"{name} needs {', '.join(missing)}")
-    arguments = {key: _as_type(value, hints[key], f"{name}: {key}") for key, value in body.items()}
+    arguments = {key: as_type(value, hints[key], f"{name}: {key}") for key, value in body.items()}
     known = {f.name for f in dataclasses.fields(cls)}
     arguments.update({k: v for k, v in (overrides or {}).items() if k in known})
     return cls(**arguments)
-
-
-@cache
-def _hints(op: str) -> dict[str, Any]:
-    return typing.get_type_hints(op_named(op))
-
-
-def _as_type(value: Any, hint: Any, what: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _as_type(value, next(a for a in arguments if a is not type(None)), what)
-    if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_as_type(item, arguments[0], what) for item in items)
-    if origin is Literal:
-        if value not in arguments:
-            raise RecipeError(f"{what} must be one of {', '.join(map(str, arguments))}, found {value!r}")
-        return value
-    if hint is str and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if type(value) is not hint:
-        wanted = {bool: "true or false", int: "a whole number", str: "a word"}.get(hint, str(hint))
-        raise RecipeError(f"{what} must be {wanted}, found {value!r}")
-    return value

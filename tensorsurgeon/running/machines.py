@@ -63,6 +63,8 @@ class ThisMachine:
 
 
 HERE: Final = ThisMachine()
+# For a run that goes on without the cluster that it was begun on.
+NO_RAY: Final = "none"
 
 
 @contextmanager
@@ -71,9 +73,10 @@ def machines_at(ray: str | None, workers: int | None, max_ram_bytes: int | None)
 
     ``workers`` and ``max_ram_bytes`` are those of each node. RecipeError where there is no Ray, or no such cluster.
     """
-    if ray is None:
+    if ray in (None, NO_RAY):
         yield HERE
         return
+    assert ray is not None
     from tensorsurgeon.running.cluster.connect import connected
     from tensorsurgeon.running.cluster.units import RayMachines
 

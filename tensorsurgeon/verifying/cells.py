@@ -268,9 +268,8 @@ class CellJudge:
         found = []
         for weight, value, error in self._sampled:
             off = np.where(np.isfinite(value), np.abs(value - weight), 0)
-            step = np.divide(off, error, out=np.full_like(off, np.nan), where=error > 0)
-            usual = np.nan_to_num(np.nanmedian(step, axis=1, keepdims=True)) if np.isfinite(step).any() else 0.0
-            least = np.maximum(np.nan_to_num(step), usual)
+            step = np.divide(off, error, out=np.zeros_like(off), where=error > 0)
+            least = np.maximum(step, np.median(step, axis=1, keepdims=True))
             found.append(np.divide(off, least, out=np.zeros_like(off), where=least > 0).reshape(-1))
         return np.concatenate(found)
 

@@ -62,6 +62,8 @@ def on_nodes(cluster, plan: Plan, target: Path, options: CalibrationOptions, **m
         pytest.param({}, {"samples": 24, "experts": "all", "expert_hessian": "own"}, marks=pytest.mark.slow),
         pytest.param({}, {"sequential": False, "experts": "routed"}, marks=pytest.mark.slow),
         pytest.param({"method": "imatrix"}, {}, marks=pytest.mark.slow),
+        pytest.param({"layout": "ct-nvfp4", "num_bits": None, "group_size": None}, {}, marks=pytest.mark.slow),
+        pytest.param({"layout": "hf-fp8", "num_bits": None, "group_size": None}, {}, marks=pytest.mark.slow),
     ],
 )
 def test_two_nodes_give_the_bytes_of_one_process(fields, options, cluster, tmp_path):
@@ -132,7 +134,9 @@ class _StopAfterALayer(logging.Handler):
 
 
 def test_what_is_for_one_machine_is_refused(cluster, tmp_path):
-    with pytest.raises(RecipeError, match="--write-statistics is for one machine"):
+    with pytest.raises(RecipeError, match="SignRound tunes a layer on one machine"):
+        on_nodes(cluster, plan_of(FIXTURE, method="signround"), tmp_path / "out", options_of())
+    with pytest.raises(RecipeError, match=r"statistics are kept by one machine.*leave write_statistics or ray away"):
         on_nodes(cluster, plan_of(FIXTURE), tmp_path / "out", options_of(write_statistics=tmp_path / "kept"))
     plan = plan_of(FIXTURE)
     with (

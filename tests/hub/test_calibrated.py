@@ -14,6 +14,7 @@ from tensorsurgeon.calibrate.log import LOG_NAME, read_log
 from tensorsurgeon.errors import SourceError
 from tensorsurgeon.ops.quantize import Quantize
 from tensorsurgeon.planning.plan import Plan
+from tensorsurgeon.planning.report import plan_as_data
 from tests.calibrate.models import options_of, plan_of, save_random, write_ids
 from tests.checkpoints import FIXTURE, read_all, write_checkpoint
 from tests.hub.conversions import contents, fetched_once, shard_names, watched
@@ -85,11 +86,13 @@ def test_stopped_by_a_fault_it_goes_on(hub: Hub, model: Path, tmp_path: Path) ->
     with pytest.raises(SourceError, match=f"owner/tiny/{last}: the token has no right to this"):
         calibrate(plan, tmp_path / "out")
     hub.faults.clear()
+    came = set(hub.fetched())
     hub.requests.clear()
     calibrate(plan, tmp_path / "out", resume=True)
     assert result(tmp_path / "out") == result(tmp_path / "local")
-    # The first layers were done; of their shards only the one with the embeddings is read again.
+    # The first layers were done; of their shards none comes again, the embeddings' are read by ranges.
     assert sum(hub.fetched().values()) < len(shard_names(model))
+    assert not came & set(hub.fetched())
 
 
 def test_the_record_has_both(hub: Hub, model: Path, tmp_path: Path) -> None:
@@ -112,8 +115,11 @@ def test_layers_that_lie_in_shards_anyhow(hub: Hub, tmp_path: Path, monkeypatch:
         shutil.copy(FIXTURE / name, tmp_path / "model" / name)
     hub.storage.add_model("owner/dealt", tmp_path / "model")
     calibrate(plan_of(tmp_path / "model"), tmp_path / "local")
+    dealt = plan_of("owner/dealt")
+    twice = plan_as_data(dealt)["streaming"]["twice"]
+    assert f"; {len(twice)} come twice, for layers are walked first: {', '.join(twice[:4])}" in api.describe(dealt)
     with caplog.at_level("INFO", "tensorsurgeon.calibrate"):
-        calibrate(plan_of("owner/dealt"), tmp_path / "out", ahead=1)
+        calibrate(dealt, tmp_path / "out", ahead=1)
     assert result(tmp_path / "out") == result(tmp_path / "local")
     said = next(text for text in caplog.messages if "shards come twice" in text)
     again = {name for name, count in hub.fetched().items() if count > 1}

@@ -80,13 +80,21 @@ def test_killed_and_resumed(hub: Hub, model: Path, tmp_path: Path, point: int) -
         exists(".surgeon/run.json"), exists(".surgeon/spool"), journalled(1), on_its_way(hub, 2), sent(hub, 4), journalled(5),
         sent(hub, 8), journalled(11), exists("*.safetensors"), exists("surgeon.json"),
     ]  # fmt: skip
+    killed_and_resumed(hub, tmp_path, model, points[point], random.Random(point).random() * 0.02)
+    assert contents(tmp_path / "out") == contents(tmp_path / "local")
+
+
+def killed_and_resumed(
+    hub: Hub, tmp_path: Path, model: Path, point: Reached, later: float, *options: str, transform: str = "split-experts"
+) -> None:
+    """Into the folder ``out``: killed ``later`` seconds after a point is reached, resumed; no shard comes again that had come."""
     hub.seconds_per_mb = 0.05
     target = tmp_path / "out"
-    run = start(hub, tmp_path, target)
-    while not points[point](target):
+    run = start(hub, tmp_path, target, *options, transform=transform)
+    while not point(target):
         assert run.poll() is None, (tmp_path / "said").read_text()
         time.sleep(0.0005)
-    time.sleep(random.Random(point).random() * 0.02)
+    time.sleep(later)
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
     before = asked_for(hub)
@@ -94,8 +102,8 @@ def test_killed_and_resumed(hub: Hub, model: Path, tmp_path: Path, point: int) -
     finished = {p.name for p in target.glob(".surgeon/spool/*.safetensors")} | set(before[:-1])
     hub.requests.clear()
     hub.seconds_per_mb = 0.0
-    assert start(hub, tmp_path, target, "--resume").wait(60) == 0, (tmp_path / "said").read_text()
-    assert contents(target) == contents(tmp_path / "local")
+    again = start(hub, tmp_path, target, *options, "--resume", transform=transform)
+    assert again.wait(600) == 0, (tmp_path / "said").read_text()
     assert not (target / ".surgeon").exists()
     came = asked_for(hub)
     assert len(came) == len(set(came))
@@ -146,3 +154,33 @@ def test_a_calibrated_run_is_killed_and_resumed(hub: Hub, tmp_path: Path, lines:
     assert not (target / ".surgeon").exists()
     # A layer is done again from its beginning, so that its shards may come again; those of layers that were done do not.
     assert max(hub.fetched().values()) <= 2
+
+
+CALIBRATED = ["--calibration", "builtin", "--samples", "4", "--sequence-length", "64"]
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The fixture in shards that follow its layers, and what a run that nobody disturbs makes of that folder."""
+    work = tmp_path_factory.mktemp("calibrated")
+    api.apply(api.plan("split-experts", FIXTURE, max_shard_size="1MB"), work / "model")
+    command = [sys.executable, "-m", "tensorsurgeon", "apply", "gptq-int4-g128", str(work / "model"), str(work / "out"), "-q"]
+    options = [*CALIBRATED, "--max-shard-size", "3MB"]
+    subprocess.run([*command, *options], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    return work / "model", work / "out"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", range(10))
+def test_a_calibrated_run_is_killed_at_ten_points(hub: Hub, calibrated: tuple[Path, Path], tmp_path: Path, point: int) -> None:
+    """Before the first layer, within layers, between them (24 linears each), and while the output is published."""
+    points = [
+        exists(".surgeon/run.json"), exists(".surgeon/spool"), sent(hub, 1), sent(hub, 4), sent(hub, 7), journalled(1),
+        journalled(25), journalled(49), journalled(73), exists("*.safetensors"),
+    ]  # fmt: skip
+    model, whole = calibrated
+    hub.storage.add_model("owner/large", model)
+    later = random.Random(point).random() * 0.1
+    killed_and_resumed(hub, tmp_path, model, points[point], later, *CALIBRATED, transform="gptq-int4-g128")
+    for path in (*whole.glob("*.safetensors"), whole / "config.json", whole / "model.safetensors.index.json"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()

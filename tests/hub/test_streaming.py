@@ -88,10 +88,10 @@ def test_the_plan_of_another_ahead_says_the_disk_of_that_run(hub: Hub, tmp_path:
     Draft202012Validator(SCHEMAS["plan"]["properties"]["streaming"]).validate(said)
     assert (said["spool_bytes"], said["ahead"], said["kept"]) == (most, ahead, False)
     text = CliRunner().invoke(main, command).stdout
-    assert f"at most {most / 1e6:.2f} MB of them lie beside the output at once (--ahead {ahead})" in text
+    assert f"at most {most / 1e6:.2f} MB of them lie beside the output at once (ahead {ahead})" in text
     assert text.startswith(api.describe(api.plan("split-experts", "owner/large"), ahead=ahead).partition("\ndisk")[0])
     kept = CliRunner().invoke(main, [*command, "--keep-source"]).stdout
-    assert f"fetch   12 shards, {sum(sizes) / 1e6:.2f} MB from the Hub (--ahead {ahead}); they stay in the Hub's cache\n" in kept
+    assert f"fetch   12 shards, {sum(sizes) / 1e6:.2f} MB from the Hub (ahead {ahead}); they stay in the Hub's cache\n" in kept
 
 
 def test_tensors_that_belong_together_may_lie_in_shards_far_apart(hub: Hub, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ CASES = [
 @pytest.mark.parametrize(("transform", "parameters", "of_packed"), CASES)
 def test_two_nodes_give_the_bytes_of_one_process(transform, parameters, of_packed, packed, cluster, tmp_path):
     plan = planned(transform, packed if of_packed else FIXTURE, **parameters)
-    run_plan(plan, tmp_path / "here")
+    ts.apply(plan, tmp_path / "here")
     ts.apply(plan, tmp_path / "there", ray=cluster.address)
     assert folder_bytes(tmp_path / "there") == folder_bytes(tmp_path / "here")
 
@@ -89,7 +89,7 @@ def test_three_nodes_give_the_bytes_of_one_process(cluster, tmp_path):
     try:
         for transform in ("quark-w8a8-int8", "fp8-block"):
             plan = planned(transform, FIXTURE)
-            run_plan(plan, tmp_path / f"{transform}-here")
+            ts.apply(plan, tmp_path / f"{transform}-here")
             ts.apply(plan, tmp_path / f"{transform}-there", ray=cluster.address)
             assert folder_bytes(tmp_path / f"{transform}-there") == folder_bytes(tmp_path / f"{transform}-here")
     finally:
@@ -98,7 +98,7 @@ def test_three_nodes_give_the_bytes_of_one_process(cluster, tmp_path):
 
 def test_a_process_that_dies_costs_its_units_only(cluster, tmp_path):
     plan = planned("quark-w8a8-int8", large(tmp_path / "source", 200))
-    run_plan(plan, tmp_path / "here")
+    ts.apply(plan, tmp_path / "here")
     seen: list[int] = []
 
     def progress(nbytes: int) -> None:
@@ -112,7 +112,8 @@ def test_a_process_that_dies_costs_its_units_only(cluster, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed_is_resumed(cluster, tmp_path):
+@pytest.mark.parametrize("alone", [False, True], ids=["by the nodes", "by this machine"])
+def test_a_driver_that_is_killed_is_resumed(cluster, alone, tmp_path):
     source = large(tmp_path / "source", 600)
     assert surgeon("apply", "quark-w8a8-int8", str(source), str(tmp_path / "here"), "-q").returncode == 0
     words = ["apply", "quark-w8a8-int8", str(source), str(tmp_path / "there"), "-q", "--ray", cluster.address]
@@ -125,7 +126,8 @@ def test_a_driver_that_is_killed_is_resumed(cluster, tmp_path):
     assert process.returncode == -signal.SIGKILL
     lines = journal.read_text().count("\n")
     assert lines
-    done = surgeon("resume", str(tmp_path / "there"), "--json", "-q")
+    more = ["--ray", "none"] if alone else []
+    done = surgeon("resume", str(tmp_path / "there"), "--json", "-q", *more)
     assert done.returncode == 0, done.stderr
     assert f'"resumed_units": {lines}' in done.stdout
     assert folder_bytes(tmp_path / "there") == folder_bytes(tmp_path / "here")
@@ -151,7 +153,7 @@ def test_an_error_of_a_unit_is_told_as_on_one_machine(cluster, tmp_path):
     tensors["model.layers.1.self_attn.q_proj.weight"][3, 5] = np.inf
     plan = planned("quark-w8a8-int8", write_checkpoint(tmp_path / "source", tensors, shards=2, config=moe_config()))
     with pytest.raises(NumericError) as here:
-        run_plan(plan, tmp_path / "here")
+        ts.apply(plan, tmp_path / "here")
     with pytest.raises(NumericError) as there:
         ts.apply(plan, tmp_path / "there", ray=cluster.address)
     assert str(there.value) == str(here.value)

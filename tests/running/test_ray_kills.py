@@ -11,7 +11,6 @@ import tensorsurgeon as ts
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.planning.plan import make_plan
 from tensorsurgeon.recipes.library import load_transform
-from tensorsurgeon.running.run import run_plan
 from tests.checkpoints import folder_bytes
 from tests.running.clusters import add_node, cluster_of, kill_node, large
 
@@ -27,7 +26,7 @@ def test_nodes_killed_in_the_middle_cost_no_byte(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     rng = random.Random(14)
     plan = make_plan(load_transform("quark-w8a8-int8"), open_checkpoint(large(tmp_path / "source", 300)))
-    run_plan(plan, tmp_path / "here")
+    ts.apply(plan, tmp_path / "here")
     wanted = folder_bytes(tmp_path / "here")
     with cluster_of(1) as cluster:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="critical")

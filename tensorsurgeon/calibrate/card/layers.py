@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,8 @@ from tensorsurgeon.calibrate.card.sums import CardCross, CardSum
 from tensorsurgeon.calibrate.card.weights import WeightsAhead
 from tensorsurgeon.calibrate.codes.assembly import Assemblies
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, stored_turned
-from tensorsurgeon.calibrate.codes.originals import carries_original, observing, passing, reopened
+from tensorsurgeon.calibrate.codes.originals import carries_original, observing, passing
+from tensorsurgeon.calibrate.codes.resuming import resumed
 from tensorsurgeon.calibrate.codes.rules import NOT_REACHED, TUNED
 from tensorsurgeon.calibrate.codes.stage import Layer, Stage, layer_of
 from tensorsurgeon.calibrate.codes.tuned import Tuner
@@ -57,16 +58,7 @@ class CardLayers:
         return Stage(0, states)
 
     def resumed(self, layer: int, digest: str | None) -> Stage:
-        if digest is None:
-            return Stage(layer, None)
-        stage = reopened(layer, digest, self.state, lambda path: self._open(path, create=False))
-        self.walk.embed(None)
-        if layer and self.walk.passes_on:
-            stage.close()
-            raise JournalError(
-                "layers of this model hand on more than hidden states, which is not kept", where=str(self.state.folder)
-            )
-        return stage
+        return resumed(layer, digest, self.state, self.walk, lambda path: self._open(path, create=False))
 
     def _states(self, layer: int, *, create: bool) -> HiddenStates:
         return self._open(self.state.states_path(layer), create=create)
@@ -114,6 +106,7 @@ class CardLayers:
             if outputs is not None and (self.options.sequential or not parts):
                 self.model.keep_shared(stage.layer)
                 self._run(stage.layer, module, inputs, outputs)
+            following = replace(following, handed=self.walk.handed(stage.layer + 1))
             return layer_of(linears, made, without, following)
 
     def _quantized(

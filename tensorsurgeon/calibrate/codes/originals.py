@@ -57,7 +57,7 @@ def reopened(layer: int, digest: str, state: CalibrationState, open_states: Call
         except OSError as error:
             raise JournalError(f"cannot be read: {error.strerror}", where=str(path)) from error
         made[-1].check(wanted)
-    return Stage(layer, *made)
+    return Stage(layer, made[0], made[1] if len(made) > 1 else None)
 
 
 def passing(stage: Stage, following: Stage, options: CalibrationOptions) -> HiddenStates | None:

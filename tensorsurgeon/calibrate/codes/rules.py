@@ -45,9 +45,13 @@ def is_tuned(plan: Plan, options: CalibrationOptions) -> bool:
     """Whether layers of a plan go through SignRound; RecipeError where that has no text, or is described and not asked for."""
     tuned = any(written.method == TUNED for written in plan.written.values())
     if tuned and not options.sources:
-        raise RecipeError("method signround runs the layers on text, which statistics are not; give --calibration FILE")
+        raise RecipeError(
+            "method signround runs the layers on text, which statistics are not", remedy="; give files with {calibration}"
+        )
     if options.signround is not None and not tuned:
-        raise RecipeError("no step has method signround, which --signround is for; give --set method=signround, or leave it away")
+        raise RecipeError(
+            "no step has method signround", remedy=", which {signround} is for; give {method}=signround, or leave it away"
+        )
     return tuned
 
 

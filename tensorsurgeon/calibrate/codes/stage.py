@@ -18,11 +18,13 @@ class Stage:
     """The layer that comes next, and the states that go into it: None where it needs none, or nothing comes next.
 
     ``original``: what the original layers before it put out, where that is carried along and is not the same.
+    ``handed``: a digest of what layers handed on beside states, where they do.
     """
 
     layer: int
     states: HiddenStates | None
     original: HiddenStates | None = None
+    handed: str | None = None
 
     @property
     def _carried(self) -> list[HiddenStates]:
@@ -30,8 +32,9 @@ class Stage:
 
     @property
     def digest(self) -> str | None:
-        """Of the states, and of the original ones behind a bar."""
-        return "|".join(states.digest for states in self._carried) or None
+        """Of the states, of the original ones behind a bar, and behind a hash of what was handed on beside them."""
+        states = "|".join(states.digest for states in self._carried)
+        return (f"{states}#{self.handed}" if self.handed else states) if states else None
 
     def sync(self) -> None:
         """Make the states durable."""

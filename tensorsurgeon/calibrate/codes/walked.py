@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.codes.assembly import Assemblies
 from tensorsurgeon.calibrate.codes.layer import quantize_on_cpu
 from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, schemes_of, stored_turned
-from tensorsurgeon.calibrate.codes.originals import carries_original, observing, passing, reopened
+from tensorsurgeon.calibrate.codes.originals import carries_original, observing, passing
 from tensorsurgeon.calibrate.codes.putting import put_back
+from tensorsurgeon.calibrate.codes.resuming import resumed
 from tensorsurgeon.calibrate.codes.rules import NOT_REACHED, TUNED
 from tensorsurgeon.calibrate.codes.stage import Layer, Stage, layer_of
 from tensorsurgeon.calibrate.codes.tuned import Tuner
@@ -62,16 +63,7 @@ class WalkedLayers:
         return Stage(0, states)
 
     def resumed(self, layer: int, digest: str | None) -> Stage:
-        if digest is None:
-            return Stage(layer, None)
-        stage = reopened(layer, digest, self.state, lambda path: self._open(path, create=False))
-        self.walk.embed(None)
-        if layer and self.walk.passes_on:
-            stage.close()
-            raise JournalError(
-                "layers of this model hand on more than hidden states, which is not kept", where=str(self.state.folder)
-            )
-        return stage
+        return resumed(layer, digest, self.state, self.walk, lambda path: self._open(path, create=False))
 
     def _states(self, layer: int, *, create: bool) -> HiddenStates:
         return self._open(self.state.states_path(layer), create=create)
@@ -115,6 +107,7 @@ class WalkedLayers:
                 announce(None, None, f"layer {stage.layer}: its outputs")
                 self.model.keep_shared(stage.layer)
                 self._run(stage.layer, module, inputs, outputs)
+            following = replace(following, handed=self.walk.handed(stage.layer + 1))
             return layer_of(linears, made, without, following)
 
     def _quantized(

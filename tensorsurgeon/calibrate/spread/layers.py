@@ -27,7 +27,8 @@ from tensorsurgeon.calibrate.walk.experts import ExpertInputs, ExpertStatistics
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
 from tensorsurgeon.calibrate.walk.stacks import ExpertStack, find_stacks
 from tensorsurgeon.errors import Interrupted, JournalError
-from tensorsurgeon.running.cluster.crew import Crew, Session
+from tensorsurgeon.running.cluster.crew import Crew
+from tensorsurgeon.running.cluster.member import Session
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,9 @@ class SpreadLayers:
         inputs = stage.states
         folder = self.here.state.folder.absolute()
         if inputs is None:
-            raise JournalError(f"nothing goes into layer {stage.layer}; start over with --overwrite", where=str(folder))
+            raise JournalError(
+                f"nothing goes into layer {stage.layer}", where=str(folder), remedy="; start over with {overwrite}"
+            )
         # Files are called by their layer: a node that was given up may still be writing those of an earlier one.
         for path in folder.glob("spread-*"):
             path.unlink()

@@ -76,7 +76,7 @@ class Walk:
 
     @property
     def passes_on(self) -> bool:
-        """Whether layers hand more than hidden states to later ones, for which no digest is kept; known once embedded.
+        """Whether layers hand more than hidden states to later ones; known once embedded.
 
         Blocks that layers share are among it: what is quantized in one layer is what the next has.
         """
@@ -86,6 +86,14 @@ class Walk:
         if any(slot.empty is None and not key.startswith("text") for key, slot in slots):
             return True
         return any(slot.empty is not None and self._carried.holds(key) for key, slot in slots)
+
+    def handed(self, layer: int) -> str | None:
+        """A digest of what goes into a layer beside hidden states; None where layers hand on nothing."""
+        return self._carried.digest(layer) if self.passes_on else None
+
+    def restore(self, layer: int) -> None:
+        """Take up what layers before ``layer`` of a stopped run handed on, before ``embed``."""
+        self._carried.restore(layer)
 
     @property
     def may_pass_on(self) -> bool:
@@ -109,7 +117,7 @@ class Walk:
                     continue
                 found = recorder.record(ids)
                 for key, value in of_text(self._calls[stop - start], found.calls, type(whole).__name__).items():
-                    self._carried.put(key, number, value)
+                    self._carried.put(key, number, value, 0)
                 if write is not None:
                     hidden = self.by_sample(found.hidden)
                     check_finite(hidden, "the embeddings", start)
@@ -226,10 +234,10 @@ class Walk:
         for place, value in leaves(returned):
             key = made_key(number, "" if place == states else place)
             if key in self._slots:
-                self._carried.put(key, batch, value)
+                self._carried.put(key, batch, value, number + 1)
         for key, box in boxes.items():
             if box:
-                self._carried.put(key, batch, dict(box))
+                self._carried.put(key, batch, dict(box), number + 1)
 
 
 def _sample_axis(recorder: Recorder, hidden: Tensor, ids: Tensor) -> int:

@@ -69,9 +69,9 @@ def recipe_named(text: str) -> SignRound:
     """The recipe ``NAME``, or ``NAME:STEPS`` with another number of steps; RecipeError for anything else."""
     name, colon, steps = text.partition(":")
     if name not in RECIPES:
-        raise RecipeError(f"--signround {text}: unknown recipe {name!r}{did_you_mean(name, list(RECIPES))}")
+        raise RecipeError(f"signround {text}: unknown recipe {name!r}{did_you_mean(name, list(RECIPES))}")
     if not colon:
         return RECIPES[name]
     if not steps.isdecimal() or not int(steps):
-        raise RecipeError(f"--signround {text}: steps must be a positive number, found {steps!r}")
+        raise RecipeError(f"signround {text}: steps must be a positive number, found {steps!r}")
     return replace(RECIPES[name], steps=int(steps))

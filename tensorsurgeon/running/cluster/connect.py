@@ -46,11 +46,11 @@ def connected(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    local: dict[str, Any] = {"address": "local", "num_cpus": usable_cores()} if address == "auto" else {"address": address}
+    where: dict[str, Any] = {"address": address}
+    if address == "auto":
+        where = {"address": "local", "num_cpus": usable_cores(), "include_dashboard": False}
     try:
-        ray.init(
-            **local, include_dashboard=False if address == "auto" else None, log_to_driver=False, logging_level=logging.CRITICAL
-        )
+        ray.init(**where, log_to_driver=False, logging_level=logging.CRITICAL)
     except (ConnectionError, RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:300]
         raise RecipeError(

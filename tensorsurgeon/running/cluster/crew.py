@@ -12,15 +12,14 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Protocol, Self
+from typing import Any, Final, Self
 
-from tensorsurgeon.checkpoint.small_files import Stamp
 from tensorsurgeon.errors import ExecutionError, PlanError, SurgeonError
 from tensorsurgeon.running.cluster.connect import Node, nodes
-from tensorsurgeon.running.cluster.hand import Failed, Hand, Job, Sight
+from tensorsurgeon.running.cluster.hand import Failed, Hand, Job
+from tensorsurgeon.running.cluster.member import Flight, Gate, Joining, Member, Round, Session
 
 logger = logging.getLogger(__name__)
 
@@ -32,60 +31,6 @@ _WAIT_FOR_NODES: Final = 60.0
 _WAIT_FOR_HAND: Final = 60.0
 
 
-@dataclass
-class Member:
-    """A node at work: how much it may do at once, and how much it does."""
-
-    node: Node
-    hand: Any
-    slots: int
-    budget: int
-    busy: int = 0
-    held: int = 0
-
-
-class _Flight(NamedTuple):
-    item: int
-    member: Member
-    nbytes: int
-
-
-class Session(NamedTuple):
-    """A job that is open: its name, and a reference to it, in a list, so that only who asks for it gets it."""
-
-    name: str
-    job: list[Any]
-
-
-class _Joining(NamedTuple):
-    member: Member
-    sight: Any
-    since: float
-
-
-@dataclass
-class _Round:
-    """One job under way."""
-
-    session: Session
-    waiting: deque[int]
-    flying: dict[Any, _Flight] = field(default_factory=dict)
-    tries: dict[int, int] = field(default_factory=dict)
-    errors: dict[int, BaseException] = field(default_factory=dict)
-
-
-class Gate(Protocol):
-    """Who may join."""
-
-    def view(self, node: Node) -> tuple[Sequence[tuple[str, Stamp]], str, str]:
-        """What a node is to look at: files as they are, one to read, and one to write."""
-        ...
-
-    def check(self, node: Node, budget: int, sight: Sight) -> None:
-        """Raise PlanError and its kin where what it sees, or the memory it may use, will not do."""
-        ...
-
-
 class Crew:
     """The nodes of the connected cluster, each with a process of ours; ``workers`` and ``max_ram_bytes`` are of each node."""
 
@@ -93,7 +38,7 @@ class Crew:
         self._workers = workers
         self._max_ram_bytes = max_ram_bytes
         self.members: dict[str, Member] = {}
-        self._joining: list[_Joining] = []
+        self._joining: list[Joining] = []
         self._refused: set[str] = set()
         self._looked = 0.0
         self._gate: Gate | None = None
@@ -103,6 +48,9 @@ class Crew:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         """Nobody writes on once the block is left."""
+        self._dismiss()
+
+    def _dismiss(self) -> None:
         import ray
 
         for member in (*self.members.values(), *(joining.member for joining in self._joining)):
@@ -114,7 +62,7 @@ class Crew:
         self._gate = gate
         for member in self.members.values():
             # Of the run before: it has not seen these files yet.
-            self._joining.append(_Joining(member, member.hand.look.remote(*gate.view(member.node)), time.monotonic()))
+            self._joining.append(Joining(member, member.hand.look.remote(*gate.view(member.node)), time.monotonic()))
         known, self.members = set(self.members), {}
         for node in nodes():
             if node.id not in known:
@@ -150,9 +98,26 @@ class Crew:
         ``nbytes`` is what each holds while it is done. The first error, in the order of items, is raised when all that is
         under way has ended; ``stop`` ends it the same way without one.
         """
+        round_ = Round(session, deque(range(len(items))))
+        try:
+            self._carry_out(round_, items, nbytes, stop, take)
+        except BaseException:
+            # Whoever works on may not: nobody takes what comes of it, and another run may begin.
+            self._dismiss()
+            raise
+        if round_.errors:
+            raise round_.errors[min(round_.errors)]
+
+    def _carry_out(
+        self,
+        round_: Round,
+        items: Sequence[Any],
+        nbytes: Sequence[int],
+        stop: threading.Event,
+        take: Callable[[int, Any], None],
+    ) -> None:
         import ray
 
-        round_ = _Round(session, deque(range(len(items))))
         alone_since: float | None = None
         while round_.flying or (round_.waiting and not (stop.is_set() or round_.errors)):
             self._look_around()
@@ -168,10 +133,8 @@ class Crew:
             if time.monotonic() - alone_since > _WAIT_FOR_NODES:
                 raise ExecutionError("every node of the Ray cluster is gone", remedy="; start some and continue with {resume}")
             time.sleep(0.2)
-        if round_.errors:
-            raise round_.errors[min(round_.errors)]
 
-    def _hand_out(self, round_: _Round, items: Sequence[Any], nbytes: Sequence[int]) -> None:
+    def _hand_out(self, round_: Round, items: Sequence[Any], nbytes: Sequence[int]) -> None:
         """Give the next items to whoever has room, the least busy first."""
         while round_.waiting:
             number = round_.waiting[0]
@@ -183,9 +146,9 @@ class Crew:
             member.busy += 1
             member.held += nbytes[number]
             reference = member.hand.do.remote(*round_.session, items[number])
-            round_.flying[reference] = _Flight(number, member, nbytes[number])
+            round_.flying[reference] = Flight(number, member, nbytes[number])
 
-    def _land(self, round_: _Round, reference: Any, take: Callable[[int, Any], None]) -> None:
+    def _land(self, round_: Round, reference: Any, take: Callable[[int, Any], None]) -> None:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -234,7 +197,9 @@ class Crew:
         known = {*self.members, *self._refused, *(joining.member.node.id for joining in self._joining)}
         for node in nodes():
             if node.id not in known:
-                self._invite(node)
+                # Where no token can be written for it now, it is asked later.
+                with suppress(OSError):
+                    self._invite(node)
 
     def _invite(self, node: Node) -> None:
         """Start a process on a node and have it look around."""
@@ -246,9 +211,9 @@ class Crew:
         there = NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
         hand = ray.remote(Hand).options(num_cpus=slots, max_concurrency=slots + 1, scheduling_strategy=there).remote()
         sight = hand.look.remote(*self._gate.view(node))
-        self._joining.append(_Joining(Member(node, hand, slots, 0), sight, time.monotonic()))
+        self._joining.append(Joining(Member(node, hand, slots, 0), sight, time.monotonic()))
 
-    def _welcome(self, joining: _Joining, *, wait: bool) -> None:
+    def _welcome(self, joining: Joining, *, wait: bool) -> None:
         """Take on who has answered; who does not, or does not pass, is an error where it is waited for."""
         import ray
         from ray.exceptions import GetTimeoutError, RayError
