@@ -40,7 +40,7 @@ _OPTIONS: Final = (
     click.option("--no-sequential", is_flag=True, help="Feed each layer what the original layers put out."),
     click.option("--asymmetric", type=click.FloatRange(0.0, 1.0), metavar="SHARE",
                  help="How far each layer makes up for the errors of those before it, 0 to 1.  "
-                      "[default: 0.5 at 2 to 4 bits with signed scales, else 0]"),
+                      "[default: 0.5 at 2 to 4 bits with signed scales and in FP4, else 0]"),
     click.option("--damp-percent", type=click.FloatRange(0.0),
                  help="Share of the Hessian's mean diagonal added to it.  [default: 0.01]"),
     click.option("--no-search", is_flag=True, help="Keep the scales of the scheme's rule."),

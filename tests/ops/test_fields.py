@@ -80,7 +80,7 @@ def test_lists_do_for_tuples_and_a_word_for_one(source: Path) -> None:
         ("where", {1}, "quantize: where must be a word, found {1}"),
         ("group_size", "32", "quantize: group_size must be a whole number, found '32'"),
         ("symmetric", 1, "quantize: symmetric must be true or false, found 1"),
-        ("method", "gtpq", "quantize: method must be one of rtn, imatrix, gptq, found 'gtpq'"),
+        ("method", "gtpq", "quantize: method must be one of rtn, imatrix, gptq, signround, found 'gtpq'"),
         ("block", (128, None), "quantize: block must be a whole number, found None"),
     ],
 )
