@@ -66,7 +66,7 @@ def test_the_help_states_the_defaults() -> None:
 
 
 def test_a_calibrated_transform_without_data_says_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="by calibration: give --calibration FILE .*, or --read-statistics FOLDER"):
+    with pytest.raises(RecipeError, match=r"by calibration: give --calibration FILE .*, or --read-statistics FOLDER"):
         run_with_calibration(plan_of(FIXTURE), str(tmp_path / "out"), {})
 
 
