@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,50 +18,32 @@ from tensorsurgeon.calibrate.card.states import CardStates
 from tensorsurgeon.calibrate.card.sums import CardCross, CardSum
 from tensorsurgeon.calibrate.card.weights import WeightsAhead
 from tensorsurgeon.calibrate.codes.assembly import Assemblies
-from tensorsurgeon.calibrate.codes.linears import Linear, Part, ReadOriginal, keys_of, parts_of, stored_turned
-from tensorsurgeon.calibrate.codes.originals import carries_original, observing, passing
-from tensorsurgeon.calibrate.codes.resuming import resumed
-from tensorsurgeon.calibrate.codes.rules import NOT_REACHED, TUNED
-from tensorsurgeon.calibrate.codes.stage import Layer, Stage, layer_of
-from tensorsurgeon.calibrate.codes.tuned import Tuner
-from tensorsurgeon.calibrate.options import CalibrationOptions
-from tensorsurgeon.calibrate.state import CalibrationState
+from tensorsurgeon.calibrate.codes.linears import Linear, Part
+from tensorsurgeon.calibrate.codes.walked import WalkedLayers
 from tensorsurgeon.calibrate.walk.crosses import Crosses
 from tensorsurgeon.calibrate.walk.experts import InputStatistics
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
-from tensorsurgeon.calibrate.walk.model import StreamedModel
-from tensorsurgeon.calibrate.walk.stacks import ExpertStack, find_stacks
-from tensorsurgeon.calibrate.walk.statistics import LayerObserver, write_layer
-from tensorsurgeon.calibrate.walk.walk import Observer, Walk
+from tensorsurgeon.calibrate.walk.stacks import ExpertStack
+from tensorsurgeon.calibrate.walk.statistics import LayerObserver
 from tensorsurgeon.calibrate.walk.workers import Turns
-from tensorsurgeon.errors import JournalError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CardLayers:
-    """As ``codes.walked.WalkedLayers``, by one thread; ``weights`` reads a layer ahead and ``plan`` says what lies where."""
+class CardLayers(WalkedLayers):
+    """The walk by one thread on a card; ``weights`` reads a layer ahead and ``plan`` says what lies where."""
 
-    model: StreamedModel
-    original: ReadOriginal
-    options: CalibrationOptions
-    walk: Walk
-    state: CalibrationState
     weights: WeightsAhead
     plan: CardPlan
     device: torch.device
-    stop: threading.Event
-    asymmetric: bool = False
+    workers: int = 1
 
-    def first(self) -> Stage:
-        states = self._states(0, create=True)
-        self.walk.embed(states.write)
-        return Stage(0, states)
-
-    def resumed(self, layer: int, digest: str | None) -> Stage:
-        return resumed(layer, digest, self.state, self.walk, lambda path: self._open(path, create=False))
-
-    def _states(self, layer: int, *, create: bool) -> HiddenStates:
-        return self._open(self.state.states_path(layer), create=create)
+    @contextmanager
+    def _standing(self, layer: int, is_last: bool) -> Iterator[nn.Module]:
+        with self.model.layer(layer, self.weights.tensor) as module, torch.no_grad():
+            self.weights.settle()
+            if not is_last:
+                self.weights.start(self.model.source_names(layer + 1))
+            yield module
 
     def _open(self, path: Path, *, create: bool) -> HiddenStates:
         if self.plan.states == "disk":
@@ -70,131 +52,51 @@ class CardLayers:
             path, self.walk.shape, self.model.dtype, create=create, device=self.device, place=self.plan.states
         )  # fmt: skip
 
-    def quantize(self, stage: Stage, linears: Sequence[Linear], *, is_last: bool) -> Layer:
-        inputs = stage.states
-        if inputs is None:
-            raise JournalError(
-                f"nothing goes into layer {stage.layer}",
-                where=str(self.state.folder),
-                remedy="; start over with {overwrite}",
-            )
-        with self.model.layer(stage.layer, self.weights.tensor) as module, torch.no_grad(), ExitStack() as held:
-            self.weights.settle()
-            if not is_last:
-                self.weights.start(self.model.source_names(stage.layer + 1))
-            outputs = None if is_last else self._states(stage.layer + 1, create=True)
-            name = self.model.layer_names[stage.layer]
-            stacks = find_stacks(name, module)
-            own = {stack.first_name: self.options.expert_hessian == "own" for stack in stacks}
-            parts, without = parts_of(linears, self.model.traced(stage.layer), keys_of(name, module, stacks, own))
-            if not self.walk.reaches(stage.layer):
-                parts, without = [], dict.fromkeys(range(len(linears)), NOT_REACHED)
-            original = None
-            if outputs is not None and self.asymmetric and carries_original(self.walk, self.options, stage, parts):
-                original = self._open(self.state.original_path(stage.layer + 1), create=True)
-            tuned = any(linears[part.linear].method == TUNED for part in parts)
-            following = Stage(stage.layer + 1, outputs, original)
-            targets = original
-            if tuned and targets is None:
-                targets = held.enter_context(self._open(self.state.targets_path, create=True))
-            made = self._quantized(stage, module, following, linears, parts, stacks, targets if original is None else None)
-            if original is not None and stage.original is not None and not parts:
-                self._run(stage.layer, module, stage.original, original)
-            if targets is not None and tuned:
-                tuner = Tuner(walk=self.walk, options=self.options, original=self.original, workers=1, stop=self.stop)
-                tuner.tune(stage.layer, module, inputs, targets, linears, parts, made)
-            if outputs is not None and (self.options.sequential or not parts):
-                self.model.keep_shared(stage.layer)
-                self._run(stage.layer, module, inputs, outputs)
-            following = replace(following, handed=self.walk.handed(stage.layer + 1))
-            return layer_of(linears, made, without, following)
-
-    def _quantized(
+    def _codes(
         self,
-        stage: Stage,
-        module: nn.Module,
-        following: Stage,
         linears: Sequence[Linear],
         parts: Sequence[Part],
-        stacks: Sequence[ExpertStack],
-        targets: HiddenStates | None,
+        statistics: Any,
+        used: dict[str, InputStatistics] | None,
+        replaces: bool,
     ) -> Assemblies:
-        """Statistics from one pass over the layer's inputs, and codes; the weights as a reader of the output has them."""
-        keep = self.options.write_statistics if linears else None
-        used: dict[str, InputStatistics] = {}
-        aliases: dict[str, str] = {}
-        made = Assemblies(linears, parts)
-        if parts:
-            with ExitStack() as scratch:
-                statistics = self._watched(stage, module, following, stacks, parts, scratch, targets)
-                quantizer = CardQuantizer(
-                    linears=linears, statistics=statistics, options=self.options, model=self.model, original=self.original,
-                    device=self.device,
-                )  # fmt: skip
-                put_back = self.options.sequential and following.states is not None
-                put_back = put_back or any(linears[part.linear].method == TUNED for part in parts)
-                made = quantizer.run(parts, put_back=put_back, used=None if keep is None else used)
-                aliases = {part.key: statistics.shared_key(part.key) for part in parts}
-        if keep is not None:
-            write_layer(keep, stage.layer, used, aliases, crossed=self.asymmetric)
-        return made
+        quantizer = CardQuantizer(
+            linears=linears, statistics=statistics, options=self.options, model=self.model, original=self.original,
+            device=self.device,
+        )  # fmt: skip
+        return quantizer.run(parts, put_back=replaces, used=used)
 
-    def _watched(
+    def _inputs(self, path: Path, tokens: int, stack: ExpertStack) -> CardInputs:
+        return CardInputs(
+            path, tokens, stack.hidden, self.model.dtype, device=self.device, place=self.plan.inputs
+        )  # fmt: skip
+
+    def _observer(
         self,
-        stage: Stage,
-        module: nn.Module,
-        following: Stage,
+        linears: Mapping[str, nn.Module],
         stacks: Sequence[ExpertStack],
-        parts: Sequence[Part],
-        scratch: ExitStack,
-        targets: HiddenStates | None,
-    ) -> WatchedOnCard:
-        """Run the layer and sum what the linears of ``parts`` see; ``scratch`` lets go of what experts were fed."""
-        number, inputs = stage.layer, stage.states
-        assert inputs is not None
-        wanted = {part.lines.name.rpartition(".")[0] for part in parts}
-        name = self.model.layer_names[number]
-        linears = {
-            f"{name}.{n}": m for n, m in module.named_modules() if f"{name}.{n}" in wanted and stored_turned(m) is not None
-        }
-        parameters = {part.lines.name for part in parts}
-        used = [stack for stack in stacks if not parameters.isdisjoint(stack.parameters)]
-
-        def room(prefix: str, stacks: Sequence[ExpertStack]) -> dict[str, CardInputs]:
-            made = {}
-            for k, stack in enumerate(stacks):
-                path, tokens = self.state.folder / f"{prefix}-{k}.bin", self.walk.tokens.numel() * max(1, stack.copies)
-                made[stack.name] = CardInputs(
-                    path, tokens, stack.hidden, self.model.dtype, device=self.device, place=self.plan.inputs
-                )  # fmt: skip
-                scratch.callback(made[stack.name].close)
-            return made
-
-        fed = room("experts", used)
-        # Rows that are gathered by the router's choice are not of the same tokens behind other layers.
-        originals = room("experts-original", [s for s in used if not s.copies] if stage.original is not None else [])
-        observer = LayerObserver(
-            linears, used, fed, Turns(), lambda features: CardSum(features, self.device), originals=originals,
+        fed: Mapping[str, Any],
+        turns: Turns,
+        originals: Mapping[str, Any],
+    ) -> LayerObserver:
+        return LayerObserver(
+            linears, stacks, fed, turns, lambda features: CardSum(features, self.device), originals=originals,
             crosses=Crosses(lambda features: CardCross(features, self.device)),
         )  # fmt: skip
-        with observer.watching():
-            observe = observing(self.walk, stage, module, following.original, observer, targets)
-            self._run(number, module, inputs, passing(stage, following, self.options), observe)
-        experts = {}
-        for stack in used:
-            router = None if stack.router is None else module.get_submodule(stack.router)._parameters["weight"]
-            experts[stack.name] = CardExperts(stack, fed[stack.name], self.options, router, originals.get(stack.name))
-        return WatchedOnCard(self.device, *observer.observed(), experts)
 
-    def _run(
+    def _statistics(
         self,
-        number: int,
-        module: nn.Module,
-        inputs: HiddenStates,
-        outputs: HiddenStates | None,
-        observer: Observer | None = None,
-    ) -> None:
-        self.walk.run_layer(number, module, inputs, outputs, workers=1, stop=self.stop, observer=observer)
+        observer: LayerObserver,
+        stacks: Sequence[ExpertStack],
+        fed: Mapping[str, Any],
+        originals: Mapping[str, Any],
+        routers: Mapping[str, Tensor | None],
+    ) -> WatchedOnCard:
+        experts = {
+            stack.name: CardExperts(stack, fed[stack.name], self.options, routers[stack.name], originals.get(stack.name))
+            for stack in stacks
+        }
+        return WatchedOnCard(self.device, *observer.observed(), experts)
 
 
 @dataclass(frozen=True, slots=True)

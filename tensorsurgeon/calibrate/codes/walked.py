@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tensorsurgeon.calibrate.announcing import announce
 from tensorsurgeon.calibrate.codes.assembly import Assemblies
@@ -27,7 +27,7 @@ from tensorsurgeon.calibrate.walk.experts import ExpertInputs, ExpertStatistics,
 from tensorsurgeon.calibrate.walk.hidden import HiddenStates
 from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.calibrate.walk.stacks import ExpertStack, find_stacks
-from tensorsurgeon.calibrate.walk.statistics import LayerObserver, WalkedStatistics, write_layer
+from tensorsurgeon.calibrate.walk.statistics import LayerObserver, write_layer
 from tensorsurgeon.calibrate.walk.walk import Walk
 from tensorsurgeon.calibrate.walk.workers import Turns
 from tensorsurgeon.errors import JournalError
@@ -65,6 +65,12 @@ class WalkedLayers:
     def resumed(self, layer: int, digest: str | None) -> Stage:
         return resumed(layer, digest, self.state, self.walk, lambda path: self._open(path, create=False))
 
+    @contextmanager
+    def _standing(self, layer: int, is_last: bool) -> Iterator[nn.Module]:
+        """The layer with its weights."""
+        with self.model.layer(layer, self.walk.read) as module:
+            yield module
+
     def _states(self, layer: int, *, create: bool) -> HiddenStates:
         return self._open(self.state.states_path(layer), create=create)
 
@@ -79,7 +85,7 @@ class WalkedLayers:
                 where=str(self.state.folder),
                 remedy="; start over with {overwrite}",
             )
-        with self.model.layer(stage.layer, self.walk.read) as module, ExitStack() as held:
+        with self._standing(stage.layer, is_last) as module, ExitStack() as held:
             outputs = None if is_last else self._states(stage.layer + 1, create=True)
             name = self.model.layer_names[stage.layer]
             stacks = find_stacks(name, module)
@@ -98,9 +104,6 @@ class WalkedLayers:
             made = self._quantized(stage, module, following, linears, parts, stacks, targets if original is None else None)
             if original is not None and stage.original is not None and not parts:
                 self._run(stage.layer, module, stage.original, original)
-            if tuned or (outputs is not None and self.options.sequential):
-                schemes = schemes_of(linears, parts)
-                put_back(self.model.model, parts, schemes, made.quantized(), workers=self.workers, stop=self.stop)
             if targets is not None and tuned:
                 self._tuner.tune(stage.layer, module, inputs, targets, linears, parts, made)
             if outputs is not None and (self.options.sequential or not parts):
@@ -130,10 +133,10 @@ class WalkedLayers:
                 announce(None, None, f"layer {stage.layer}: statistics")
                 statistics = self._watched(stage, module, following, stacks, parts, scratch, targets)
                 announce(None, None, f"layer {stage.layer}: codes")
-                made = quantize_on_cpu(
-                    linears, parts, statistics, self.options, self.original, workers=self.workers, stop=self.stop,
-                    used=None if keep is None else used,
-                )  # fmt: skip
+                # What comes next is run with the weights that a reader of the output will have.
+                replaces = self.options.sequential and following.states is not None
+                replaces = replaces or any(linears[part.linear].method == TUNED for part in parts)
+                made = self._codes(linears, parts, statistics, None if keep is None else used, replaces)
                 aliases = {part.key: statistics.shared_key(part.key) for part in parts}
         if keep is not None:
             write_layer(keep, stage.layer, used, aliases, crossed=self.asymmetric)
@@ -148,7 +151,7 @@ class WalkedLayers:
         parts: Sequence[Part],
         scratch: ExitStack,
         targets: HiddenStates | None,
-    ) -> WalkedStatistics:
+    ) -> Any:
         """Run the layer and sum what the linears of ``parts`` see; ``scratch`` lets go of what experts were fed."""
         number, inputs = stage.layer, stage.states
         assert inputs is not None
@@ -163,9 +166,8 @@ class WalkedLayers:
         def room(prefix: str, stacks: Sequence[ExpertStack]) -> dict[str, ExpertInputs]:
             made = {}
             for k, stack in enumerate(stacks):
-                path = self.state.folder / f"{prefix}-{k}.bin"
                 tokens = self.walk.tokens.numel() * max(1, stack.copies)
-                made[stack.name] = ExpertInputs(path, tokens, stack.hidden, self.model.dtype)
+                made[stack.name] = self._inputs(self.state.folder / f"{prefix}-{k}.bin", tokens, stack)
                 scratch.callback(made[stack.name].close)
             return made
 
@@ -173,15 +175,59 @@ class WalkedLayers:
         # Rows that are gathered by the router's choice are not of the same tokens behind other layers.
         originals = room("experts-original", [s for s in used if not s.copies] if stage.original is not None else [])
         turns = Turns()
-        observer = LayerObserver(linears, used, fed, turns, originals=originals)
+        observer = self._observer(linears, used, fed, turns, originals)
         with observer.watching():
             observe = observing(self.walk, stage, module, following.original, observer, targets)
             self._run(number, module, inputs, passing(stage, following, self.options), observer=observe, turns=turns)
-        experts = {}
-        for stack in used:
-            experts[stack.name] = ExpertStatistics(stack, fed[stack.name], self.options, originals.get(stack.name))
-            experts[stack.name].choose(None if stack.router is None else module.get_submodule(stack.router)._parameters["weight"])
-        return observer.result(experts)
+        routers = {s.name: None if s.router is None else module.get_submodule(s.router)._parameters["weight"] for s in used}
+        return self._statistics(observer, used, fed, originals, routers)
 
     def _run(self, number: int, module: nn.Module, inputs: HiddenStates, outputs: HiddenStates | None, **observing: Any) -> None:
         self.walk.run_layer(number, module, inputs, outputs, workers=self.workers, stop=self.stop, **observing)
+
+    # What is done elsewhere on a card.
+
+    def _codes(
+        self,
+        linears: Sequence[Linear],
+        parts: Sequence[Part],
+        statistics: Any,
+        used: dict[str, InputStatistics] | None,
+        replaces: bool,
+    ) -> Assemblies:
+        """Codes by what ``_statistics`` made; with ``replaces`` the layer's weights are then what a reader will have."""
+        made = quantize_on_cpu(
+            linears, parts, statistics, self.options, self.original, workers=self.workers, stop=self.stop, used=used
+        )
+        if replaces:
+            schemes = schemes_of(linears, parts)
+            put_back(self.model.model, parts, schemes, made.quantized(), workers=self.workers, stop=self.stop)
+        return made
+
+    def _inputs(self, path: Path, tokens: int, stack: ExpertStack) -> Any:
+        """Room for what a stack of experts is fed."""
+        return ExpertInputs(path, tokens, stack.hidden, self.model.dtype)
+
+    def _observer(
+        self,
+        linears: Mapping[str, nn.Module],
+        stacks: Sequence[ExpertStack],
+        fed: Mapping[str, Any],
+        turns: Turns,
+        originals: Mapping[str, Any],
+    ) -> LayerObserver:
+        return LayerObserver(linears, stacks, fed, turns, originals=originals)
+
+    def _statistics(
+        self,
+        observer: LayerObserver,
+        stacks: Sequence[ExpertStack],
+        fed: Mapping[str, Any],
+        originals: Mapping[str, Any],
+        routers: Mapping[str, Tensor | None],
+    ) -> Any:
+        experts = {}
+        for stack in stacks:
+            experts[stack.name] = ExpertStatistics(stack, fed[stack.name], self.options, originals.get(stack.name))
+            experts[stack.name].choose(routers[stack.name])
+        return observer.result(experts)
