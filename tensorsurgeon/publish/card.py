@@ -62,23 +62,26 @@ def write_card(folder: Path, *, base_model: str | None = None, name: str | None 
     return path
 
 
-def first_card(folder: Path, made: Mapping[str, bytes]) -> Path | None:
+def first_card(folder: Path, made: Mapping[str, bytes], original: bytes | None) -> Path | None:
     """The card of a checkpoint that was just written, with files that tell how (``made``, by name); None if it has one already.
 
-    The original's card, which travelled along, goes on as README.base.md: it describes another model.
+    The ``original`` card, which travelled along, goes on as README.base.md: it describes another model. Where it was made here
+    itself, for a source that was converted before, the README.base.md that came with it stays.
     """
     path = folder / CARD
     for name, content in made.items():
         publish_bytes(folder / name, content)
     files: dict[str, bytes | None] = dict(made)
     before = _text_of(path)
-    if before is not None and BEGIN in before:
-        add_files(folder, files)
-        return None
     if before is not None:
         content = path.read_bytes()
-        publish_bytes(folder / BASE_CARD, content)
-        files[BASE_CARD] = content
+        is_generated = BEGIN in before
+        if is_generated and content != original:
+            add_files(folder, files)
+            return None
+        if not (is_generated and (folder / BASE_CARD).exists()):
+            publish_bytes(folder / BASE_CARD, content)
+            files[BASE_CARD] = content
     card = refreshed(None, folder).encode()
     # Known before it lies there: whoever finds it half way must not take it for a person's.
     add_files(folder, {**files, CARD: card})

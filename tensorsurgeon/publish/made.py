@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.forms import require_form
+from tensorsurgeon.checkpoint.quantization import quantization_config
 from tensorsurgeon.checkpoint.small_files import MAX_CONFIG_BYTES, parse_json, read_small
 from tensorsurgeon.engines.advice import EngineAdvice, advice_as_data
 from tensorsurgeon.errors import CheckpointError
@@ -111,15 +112,10 @@ def bytes_by_part(specs: SpecMap) -> dict[str, int]:
 
 
 def _parameters(specs: SpecMap) -> int | None:
-    """Weights of a model in floats; None where codes hide them."""
-    floats = [spec.numel for spec in specs.values() if spec.dtype in WEIGHT_DTYPES]
-    return sum(floats) if len(floats) == len(specs) or not _is_quantized(specs) else None
-
-
-def _is_quantized(specs: SpecMap) -> bool:
-    return any(
-        spec.dtype not in WEIGHT_DTYPES and len(spec.shape) > 1 and spec.name.endswith("weight") for spec in specs.values()
-    )
+    """Weights of a model in floats; None where its config says that codes hide them."""
+    if quantization_config(specs.config) is not None:
+        return None
+    return sum(spec.numel for spec in specs.values() if spec.dtype in WEIGHT_DTYPES)
 
 
 def _quantized_parameters(plan: Plan) -> int | None:

@@ -55,7 +55,7 @@ class Stacks:
 
     def part_named(self, name: str) -> ExpertPart | None:
         """What is called so where experts lie one by one: ``x.mlp.experts.7.up_proj.weight``."""
-        into, expert, part, leaf = ["", "", *name.rsplit(".", 3)][-4:]
+        into, expert, part, leaf = ["", "", "", *name.rsplit(".", 3)][-4:]
         found = self._parts.get((into, part, leaf))
         if found is None or not expert.isdecimal() or len(expert) > _DIGITS or int(expert) >= found[0].experts:
             return None

@@ -21,7 +21,7 @@ def test_a_tensor_takes_a_bounded_number_of_bytes(tmp_path: Path) -> None:
     write_many(tmp_path / "few", 150)
     taken = {}
     for arguments in BYTES_EACH:
-        many, few = seen(arguments, tmp_path / "many"), seen(arguments, tmp_path / "few")
+        many, few = (seen(*arguments, str(tmp_path / name)) for name in ("many", "few"))
         assert "Traceback" not in many.said + few.said
         taken[arguments] = (many.peak - few.peak) / count
     assert all(taken[arguments] <= most for arguments, most in BYTES_EACH.items()), taken

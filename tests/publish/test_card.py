@@ -40,6 +40,17 @@ def notes_on_files(target: Path) -> list[dict[str, str]]:
     return [note for note in verified(target)["notes"] if note["kind"].startswith("file")]
 
 
+def test_what_is_made_of_a_conversion_has_a_card_of_its_own(made: Path, tmp_path: Path) -> None:
+    surgeon("apply", "ct-w4a16-g32", made, tmp_path / "again", "--quiet")
+    text = (tmp_path / "again" / "README.md").read_text()
+    assert "ct-packed (int 4 bits, group_size 32)" in text
+    assert "gptq" not in text.partition("## How it was made")[0]
+    # How many weights the codes of the source hide, nobody counted.
+    assert "over all parameters" not in text
+    # The card between the two describes neither: the one that people wrote stays the original's.
+    assert (tmp_path / "again" / "README.base.md").read_bytes() == (FIXTURE / "README.md").read_bytes()
+
+
 def test_apply_writes_a_card_and_the_original_goes_along(made: Path) -> None:
     assert (made / "README.base.md").read_bytes() == (FIXTURE / "README.md").read_bytes()
     front = metadata_load(made / "README.md")

@@ -95,3 +95,11 @@ def test_a_wrong_split_is_not_shared(
     kinds = {fault.kind for fault in verify(tmp_path / "out", source).faults}
     assert kinds
     assert kinds <= {"bytes", "fidelity"}
+
+
+def test_tensors_without_a_module_are_compared_as_others_are(tmp_path: Path) -> None:
+    """DeepSeek V4 has such names at its top; those of a stack's experts have four parts and more."""
+    extra = {"scope": np.ones(3, np.float32), "hc.base": np.ones((2, 3), np.float32)}
+    source, _ = source_of(tmp_path / "source", next(iter(LAYOUTS)), extra)
+    assert extra.keys() <= read_all(source).keys()
+    assert not verify(made(source, tmp_path / "out"), source).faults
