@@ -29,7 +29,10 @@ def plan_in(layout: str, **fields: Any) -> Any:
     return plan_of(FIXTURE, layout=layout, num_bits=None, group_size=None, **LAYOUTS[layout], **fields)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+QUICK = ("ct-float", "ct-nvfp4")
+
+
+@pytest.mark.parametrize("layout", [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in LAYOUTS])
 def test_every_codes_are_chosen_and_workers_change_no_byte(tmp_path: Path, layout: str) -> None:
     options = options_of(gptq=CalibrationOptions.default_gptq())
     for workers in (1, 3):

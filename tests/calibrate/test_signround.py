@@ -74,6 +74,7 @@ def test_every_layer_ends_nearer_to_the_originals_output_and_the_log_says_by_how
     assert 0 < same < 0.1
 
 
+@pytest.mark.slow
 def test_steps_that_only_spoil_a_layer_are_not_taken(tmp_path: Path) -> None:
     tune(tmp_path / "spoilt", signround=SignRound(steps=2, rate=0.5, range_rate=0.4, checks=2))
     tune(tmp_path / "gptq", plan={"method": "gptq"}, signround=None)
@@ -97,6 +98,7 @@ def test_workers_memory_and_torchs_threads_change_no_byte(tuned: Path, tmp_path:
     assert comparable(tmp_path / "three") == comparable(tuned)
 
 
+@pytest.mark.slow
 def test_several_batches_a_step_are_summed_in_their_order(tmp_path: Path) -> None:
     wide = SignRound(steps=3, batch=64)
     tune(tmp_path / "one", workers=1, signround=wide, samples=96)
@@ -170,12 +172,14 @@ def test_other_architectures_are_tuned(kind: str, tmp_path: Path) -> None:
     assert all(after < before for before, after in errors.values())
 
 
+@pytest.mark.slow
 def test_without_sequential_targets_are_what_the_layer_makes_of_the_same_states(tmp_path: Path) -> None:
     tune(tmp_path / "out", sequential=False)
     assert all(after < before for before, after in errors_by_layer(tmp_path / "out").values())
     assert not (tmp_path / "out" / ".surgeon").exists()
 
 
+@pytest.mark.slow
 def test_autorounds_recipe_begins_with_rounding(tmp_path: Path) -> None:
     recipe = recipe_named("autoround:10")
     assert recipe == replace(RECIPES["autoround"], steps=10)
