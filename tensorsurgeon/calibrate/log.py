@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from tensorsurgeon.checkpoint.small_files import read_small
+from tensorsurgeon.checkpoint.telling import LOG
 from tensorsurgeon.errors import CheckpointError
 
-LOG_NAME: Final = "quant_log.csv"
+LOG_NAME: Final = LOG
 # A million rows: more modules than any model has.
 _MAX_BYTES: Final = 256 << 20
 _COLUMNS: Final = ("layer", "module", "expert", "method", "tokens", "damp_percent", "loss", "relative_loss", "seconds", "note")

@@ -113,9 +113,7 @@ def run_calibrated(
         raise PlanError(
             f"{narrow.weight.name}: {narrow.scheme.type} codes are chosen on the CPU only, so far; calibrate with device cpu"
         )
-    # A source that was calibrated itself has a log, which must not take the place of this run's.
-    files = plan.files._replace(copied=tuple(name for name in plan.files.copied if name != LOG_NAME))
-    plan = replace(plan, files=files, calibration=_identity(options, data, where, linears), extra_files=(LOG_NAME,))
+    plan = replace(plan, calibration=_identity(options, data, where, linears), extra_files=(LOG_NAME,))
     card = None
     if on_card and data is not None:
         card = plan_card(

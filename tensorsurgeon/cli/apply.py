@@ -97,6 +97,8 @@ def apply(
     if not quiet:
         if made.source.snapshot is not None:
             _tell_streaming(made, ahead, keep_source)
+        for name in made.files.stale:
+            note(f"note: {name} stays behind: it was made to tell of the source alone")
         for name in made.source.left_behind:
             note(f"note: {name} stays behind: it holds other weights than this checkpoint's")
         for oddity in made.source.oddities:

@@ -7,9 +7,10 @@ from typing import Any, Final
 
 from tensorsurgeon.checkpoint.forms import require_form
 from tensorsurgeon.checkpoint.small_files import MAX_CONFIG_BYTES, parse_json, read_small
+from tensorsurgeon.checkpoint.telling import EVALUATION
 from tensorsurgeon.errors import CheckpointError
 
-FILE_NAME: Final = "evaluation.json"
+FILE_NAME: Final = EVALUATION
 _QUANTILES: Final = {"p50": float, "p95": float, "p99": float, "max": float}
 _MODEL: Final = {"name": str, "perplexity": float, "nll": float, "nll_se": float}
 _COMPARED: Final = {

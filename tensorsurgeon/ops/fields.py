@@ -7,12 +7,12 @@ stumbles over it later.
 from __future__ import annotations
 
 import dataclasses
-import re
 import types
 import typing
 from typing import Any, Final, Literal, TypeVar
 
 from tensorsurgeon.errors import RecipeError
+from tensorsurgeon.planning.rewriting import op_name
 
 Op = TypeVar("Op")
 
@@ -35,7 +35,7 @@ def typed_fields(cls: type[Op]) -> type[Op]:
 
 
 def _settle(op: Any) -> None:
-    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(op).__name__).lower()
+    name = op_name(op)
     hints = hints_of(type(op))
     for field in dataclasses.fields(op):
         value = getattr(op, field.name)

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.quantization import FILES, quantization_config, without_quantization
+from tensorsurgeon.checkpoint.telling import tells_of_source
 from tensorsurgeon.errors import PlanError
 from tensorsurgeon.formats.base import ConfigFiles, Format, QuantizedModel
 from tensorsurgeon.formats.coding import Written, each_object_once, stored_in, written_by
@@ -33,10 +34,12 @@ _WORDS: Final = {BF16: "bfloat16", F16: "float16", F32: "float32"}
 
 
 class OutputFiles(NamedTuple):
-    """``contents``: files made by the plan; ``copied``: side files of the source that travel along unchanged."""
+    """``contents``: files made by the plan; ``copied``: side files of the source that travel along unchanged; ``stale``: those
+    that this program made to tell of the source, which stay behind."""
 
     contents: dict[str, bytes]
     copied: tuple[str, ...]
+    stale: tuple[str, ...] = ()
 
 
 def written_modules(resolved: Resolved) -> dict[str, Written]:
@@ -83,9 +86,10 @@ def output_files(source: Checkpoint, resolved: Resolved, quantized: Mapping[str,
     if source.config_text is not None or quantized:
         unchanged = source.config_text is not None and config == source.config
         contents[CONFIG_NAME] = source.config_text if unchanged and source.config_text else _as_json(config)
-    stale = set(QUANTIZATION_FILES) if config != source.config else set()
-    copied = tuple(name for name in source.side_files if name not in contents and name not in stale)
-    return OutputFiles(contents, copied)
+    outdated = set(QUANTIZATION_FILES) if config != source.config else set()
+    stale = tuple(name for name in source.side_files if tells_of_source(source.root, name))
+    copied = tuple(name for name in source.side_files if name not in contents and name not in outdated and name not in stale)
+    return OutputFiles(contents, copied, stale)
 
 
 def _with_dtype(config: dict[str, Any], before: SpecMap, after: SpecMap, quantized: Container[str]) -> dict[str, Any]:

@@ -123,6 +123,7 @@ def plan_as_data(plan: Plan, *, ahead: int = DEFAULT_AHEAD, keep_source: bool = 
         "files_written": sorted(plan.files.contents),
         "files_copied": list(plan.files.copied),
         "left_behind": list(plan.source.left_behind),
+        "stale_files": list(plan.files.stale),
         "oddities": [str(oddity) for oddity in plan.source.oddities],
         "tensors": group_specs(plan.specs.values()),
         "one_way_steps": one_way_steps(plan),
@@ -254,6 +255,8 @@ def plan_as_text(plan: Plan, free_bytes: int | None = None, *, ahead: int = DEFA
     ]
     if data["one_way_steps"]:
         lines.append(f"one-way {', '.join(data['one_way_steps'])}: these steps cannot be undone")
+    for name in data["stale_files"]:
+        lines.append(f"note    {name} stays behind: it was made to tell of the source alone")
     for name in data["left_behind"]:
         lines.append(f"note    {name} stays behind: it holds other weights than this checkpoint's")
     for oddity in data["oddities"]:

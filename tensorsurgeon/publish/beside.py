@@ -8,7 +8,7 @@ from pathlib import Path
 from tensorsurgeon.engines.advice import EngineAdvice
 from tensorsurgeon.errors import SurgeonError
 from tensorsurgeon.planning.plan import Plan
-from tensorsurgeon.publish.card import BASE_CARD, CARD, first_card
+from tensorsurgeon.publish.card import BASE_CARD, first_card
 from tensorsurgeon.publish.made import FILE_NAME, made_bytes, made_of
 from tensorsurgeon.running.run import NOTHING_BESIDE, Beside
 
@@ -25,8 +25,7 @@ def card_beside(
 
     def write() -> None:
         try:
-            original = (plan.source.root / CARD).read_bytes() if CARD in plan.files.copied else None
-            first_card(target, {FILE_NAME: made_bytes(made_of(plan, command, advice))}, original)
+            first_card(target, {FILE_NAME: made_bytes(made_of(plan, command, advice))})
         except (SurgeonError, OSError) as error:
             tell(f"note: no card was written: {error}")
 

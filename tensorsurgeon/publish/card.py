@@ -16,6 +16,7 @@ from tensorsurgeon.calibrate.log import LOG_NAME, read_log, summarize
 from tensorsurgeon.checkpoint.config_file import read_config
 from tensorsurgeon.checkpoint.sink import publish_bytes
 from tensorsurgeon.checkpoint.small_files import MAX_CONFIG_BYTES, read_small
+from tensorsurgeon.checkpoint.telling import BEGIN, CARD
 from tensorsurgeon.errors import CheckpointError, RecipeError, SurgeonError
 from tensorsurgeon.evaluating.kept import read_evaluation
 from tensorsurgeon.publish.card_text import Known, card_text
@@ -26,9 +27,7 @@ from tensorsurgeon.running.record import add_files, digest_of_file, read_record,
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
-CARD: Final = "README.md"
 BASE_CARD: Final = "README.base.md"
-BEGIN: Final = "<!-- surgeon: what follows is generated, `surgeon card` writes it anew; write above or below -->"
 END: Final = "<!-- surgeon: end of what is generated -->"
 _FRONT: Final = re.compile(r"\A---\r?\n.*?\r?\n---\r?\n", re.DOTALL)
 _SERVED: Final = re.compile(r"^vllm serve (\S+)", re.MULTILINE)
@@ -62,26 +61,23 @@ def write_card(folder: Path, *, base_model: str | None = None, name: str | None 
     return path
 
 
-def first_card(folder: Path, made: Mapping[str, bytes], original: bytes | None) -> Path | None:
+def first_card(folder: Path, made: Mapping[str, bytes]) -> Path | None:
     """The card of a checkpoint that was just written, with files that tell how (``made``, by name); None if it has one already.
 
-    The ``original`` card, which travelled along, goes on as README.base.md: it describes another model. Where it was made here
-    itself, for a source that was converted before, the README.base.md that came with it stays.
+    The original's card, which travelled along, goes on as README.base.md: it describes another model.
     """
     path = folder / CARD
     for name, content in made.items():
         publish_bytes(folder / name, content)
     files: dict[str, bytes | None] = dict(made)
     before = _text_of(path)
+    if before is not None and BEGIN in before:
+        add_files(folder, files)
+        return None
     if before is not None:
         content = path.read_bytes()
-        is_generated = BEGIN in before
-        if is_generated and content != original:
-            add_files(folder, files)
-            return None
-        if not (is_generated and (folder / BASE_CARD).exists()):
-            publish_bytes(folder / BASE_CARD, content)
-            files[BASE_CARD] = content
+        publish_bytes(folder / BASE_CARD, content)
+        files[BASE_CARD] = content
     card = refreshed(None, folder).encode()
     # Known before it lies there: whoever finds it half way must not take it for a person's.
     add_files(folder, {**files, CARD: card})

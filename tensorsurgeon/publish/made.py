@@ -15,6 +15,7 @@ from tensorsurgeon.checkpoint.folder import Checkpoint
 from tensorsurgeon.checkpoint.forms import require_form
 from tensorsurgeon.checkpoint.quantization import quantization_config
 from tensorsurgeon.checkpoint.small_files import MAX_CONFIG_BYTES, parse_json, read_small
+from tensorsurgeon.checkpoint.telling import MADE
 from tensorsurgeon.engines.advice import EngineAdvice, advice_as_data
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.formats.coding import stored_in, written_by
@@ -27,7 +28,7 @@ from tensorsurgeon.tensors.dtypes import WEIGHT_DTYPES
 from tensorsurgeon.tensors.spec import SpecMap
 from tensorsurgeon.version import __version__
 
-FILE_NAME: Final = "surgeon_plan.json"
+FILE_NAME: Final = MADE
 _COUNTS: Final = {str: int}
 _ADVICE: Final = {"engine": str, "severity": str, "tp": int, "subject": str, "reason": str, "source": str}
 _FORM: Final = {

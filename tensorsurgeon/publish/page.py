@@ -14,6 +14,7 @@ from typing import Final
 from tensorsurgeon.calibrate.log import LOG_NAME, LogRow, read_log
 from tensorsurgeon.checkpoint.folder import open_checkpoint
 from tensorsurgeon.checkpoint.sink import publish_bytes
+from tensorsurgeon.checkpoint.telling import PAGE
 from tensorsurgeon.errors import RecipeError
 from tensorsurgeon.publish import charts
 from tensorsurgeon.publish.card import known_of
@@ -23,7 +24,6 @@ from tensorsurgeon.running.record import add_files
 from tensorsurgeon.tensors.sizes import show_size
 from tensorsurgeon.version import __version__
 
-PAGE: Final = "surgeon.html"
 _WORST: Final = 15
 
 

@@ -10,12 +10,13 @@ from typing import Any, Final
 from tensorsurgeon.checkpoint.forms import require_form
 from tensorsurgeon.checkpoint.sink import publish_bytes
 from tensorsurgeon.checkpoint.small_files import MAX_INDEX_BYTES, parse_json, read_small
+from tensorsurgeon.checkpoint.telling import VERIFICATION
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.running.record import add_files
 from tensorsurgeon.verifying.judging import Verification, verify
 from tensorsurgeon.verifying.reporting import verification_as_data
 
-FILE_NAME: Final = "verification.json"
+FILE_NAME: Final = VERIFICATION
 _WEIGHT_KEYS: Final = ("name", "num_bits", "snr_db", "exact", "floor_db")
 _WEIGHT: Final = {"name": str, "num_bits": int, "snr_db": (float, None), "exact": bool, "floor_db": float}
 _FORM: Final = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 
+from tensorsurgeon.checkpoint.telling import BEGIN
 from tensorsurgeon.cli import main
-from tensorsurgeon.publish.card import BEGIN, END, weights_digest
+from tensorsurgeon.publish.card import END, weights_digest
 from tests.checkpoints import FIXTURE, tiny_moe, write_checkpoint
 
 TEXT = FIXTURE.parent / "text"
@@ -49,6 +51,22 @@ def test_what_is_made_of_a_conversion_has_a_card_of_its_own(made: Path, tmp_path
     assert "over all parameters" not in text
     # The card between the two describes neither: the one that people wrote stays the original's.
     assert (tmp_path / "again" / "README.base.md").read_bytes() == (FIXTURE / "README.md").read_bytes()
+
+
+def test_what_tells_of_a_checkpoint_is_not_handed_on_to_what_is_made_of_it(made: Path, tmp_path: Path) -> None:
+    """Card and page take figures from these files: another checkpoint's KL would stand under this one's name."""
+    told = {"evaluation.json", "verification.json", "surgeon.html", "quant_log.csv"}
+    for name in told:
+        (made / name).write_text("{}")
+    for transform in ("dequantize", "ct-w4a16-g32"):
+        run = surgeon("apply", transform, made, tmp_path / transform)
+        assert "note: evaluation.json stays behind: it was made to tell of the source alone" in run.stderr
+        assert not {"evaluation.json", "verification.json", "surgeon.html", "quant_log.csv"} & set(
+            os.listdir(tmp_path / transform)
+        )
+    # Nothing was quantized, so nothing was written in the place of card and plan; what people wrote travels.
+    assert not {"README.md", "surgeon_plan.json"} & set(os.listdir(tmp_path / "dequantize"))
+    assert (tmp_path / "dequantize" / "README.base.md").read_bytes() == (FIXTURE / "README.md").read_bytes()
 
 
 def test_apply_writes_a_card_and_the_original_goes_along(made: Path) -> None:
