@@ -13,27 +13,24 @@ so its functions are called here wherever a product is with a weight that the ch
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors import safe_open
+from transformers_logits import model_class, run
 
 LINEAR = torch.nn.functional.linear
 
 
 def load(folder: Path) -> Any:
-    name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    model = model_class(folder).from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     return model.eval()
 
 
@@ -94,27 +91,5 @@ def logits(checkpoint: Path, tokens: torch.Tensor) -> tuple[np.ndarray, int]:
         torch.nn.functional.linear = LINEAR
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Logits with compressed-tensors' weights and inputs.")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("checkpoints", nargs="+", type=Path)
-    parser.add_argument("--tokens", type=Path, required=True, help="JSON: token ids, [[...], ...] of equal length")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    tokens = torch.tensor(json.loads(args.tokens.read_text()))
-    refused = 0
-    for checkpoint in args.checkpoints:
-        row: dict[str, Any] = {"path": str(checkpoint)}
-        try:
-            values, row["products"] = logits(checkpoint, tokens)
-            np.save(args.out / f"{checkpoint.resolve().name}.npy", values)
-        except Exception as error:  # noqa: BLE001  (whatever the library says is the finding)
-            traceback.print_exc()
-            row["error"] = f"{type(error).__name__}: {error}"
-            refused += 1
-        print(json.dumps(row), flush=True)
-    return 1 if refused else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("Logits with compressed-tensors' weights and inputs.", "products", logits))

@@ -16,6 +16,7 @@ import json
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ def logits(checkpoint: Path, tokens: torch.Tensor) -> tuple[np.ndarray, dict[str
     return values, dict(kinds)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Logits of checkpoints as transformers loads them.")
+def run(description: str, what: str, logits: Callable[[Path, torch.Tensor], tuple[np.ndarray, Any]]) -> int:
+    """The command: logits of each checkpoint into OUT, and a line for each, with ``what`` else ``logits`` says of it."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("out", type=Path)
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--tokens", type=Path, required=True, help="JSON: token ids, [[...], ...] of equal length")
@@ -65,7 +67,7 @@ def main() -> int:
     for checkpoint in args.checkpoints:
         row: dict[str, Any] = {"path": str(checkpoint)}
         try:
-            values, row["modules"] = logits(checkpoint, tokens)
+            values, row[what] = logits(checkpoint, tokens)
             np.save(args.out / f"{checkpoint.resolve().name}.npy", values)
         except Exception as error:  # noqa: BLE001  (whatever the engine says is the finding)
             traceback.print_exc()
@@ -76,4 +78,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("Logits of checkpoints as transformers loads them.", "modules", logits))
