@@ -105,6 +105,11 @@ class Quantize:
         if self.signed and not is_symmetric_int:
             kind = f"{scheme.type} codes" if scheme.type != "int" else "codes with zero points"
             raise RecipeError(f"quantize: signed scales are those of symmetric integer codes; {self.format} writes {kind} here")
+        if self.method == "signround" and scheme.type != "int":
+            raise RecipeError(
+                f"quantize: method signround tunes integer codes, and {self.format} writes {scheme.type} codes, which have rtn, "
+                "imatrix and gptq"
+            )
         if self.method != "rtn" and self.signed is None and is_symmetric_int and not self.layout.unsigned_because:
             return replace(scheme, signed=True)
         return scheme

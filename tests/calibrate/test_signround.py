@@ -247,3 +247,10 @@ def test_on_the_command_line_it_is_a_method_and_a_recipe(tmp_path: Path) -> None
     assert "SignRound, layer's mean squared error" in result.stderr
     card = surgeon("card", tmp_path / "out", "--against", FIXTURE)
     assert "chosen by SignRound on calibration data" in (tmp_path / "out" / "README.md").read_text() + card.stdout
+
+
+def test_narrow_floats_are_refused_when_planning() -> None:
+    """Before a text is read or a model is built."""
+    run = surgeon("plan", "nvfp4a16", FIXTURE, "--set", "method=signround")
+    assert run.exit_code == 10
+    assert "method signround tunes integer codes, and ct-nvfp4 writes nvfp4 codes" in run.stderr

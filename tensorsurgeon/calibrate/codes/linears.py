@@ -10,12 +10,10 @@ import numpy as np
 from torch import nn
 
 from tensorsurgeon.calibrate.codes.origins import Origins
-from tensorsurgeon.calibrate.codes.rules import TUNED
 from tensorsurgeon.calibrate.walk.lines import Lines, Traced
 from tensorsurgeon.calibrate.walk.model import StreamedModel
 from tensorsurgeon.calibrate.walk.stacks import ExpertStack
 from tensorsurgeon.checkpoint.source import Source
-from tensorsurgeon.errors import PlanError
 from tensorsurgeon.formats.coding import written_by
 from tensorsurgeon.planning.plan import Plan
 from tensorsurgeon.planning.resolving import Pieces
@@ -64,7 +62,7 @@ def find_linears(plan: Plan, model: StreamedModel | None) -> list[Linear]:
     """Every weight that a step with method ``gptq``, ``imatrix`` or ``signround`` quantizes, in the order of the plan's units.
 
     ``layer`` is None, with a reason, for weights that no statistics can be had for: outside the decoder layers, or not
-    made of lines of checkpoint tensors. Those are rounded to nearest. Raises PlanError for grids that SignRound does not know.
+    made of lines of checkpoint tensors. Those are rounded to nearest.
     """
     layer_of = {} if model is None else {name: n for n in range(len(model.layers)) for name in model.source_names(n)}
     found: dict[tuple[int, str], Linear] = {}
@@ -74,8 +72,6 @@ def find_linears(plan: Plan, model: StreamedModel | None) -> list[Linear]:
             if written is None or not written.is_calibrated:
                 continue
             scheme = written.scheme
-            if written.method == TUNED and scheme.type != "int":
-                raise PlanError(f"method {TUNED} tunes integer codes; {scheme.type} has rtn, gptq and imatrix")
             together = tuple(region.spec.name for region in task.rewrite.inputs)
             for region, pieces in zip(task.rewrite.inputs, task.inputs, strict=True):
                 key = (task.step, region.spec.name)
